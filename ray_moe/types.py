@@ -75,3 +75,88 @@ class RoutingTable:
     epoch: int
     placement: Placement
     addresses: Mapping[HostId, HostAddress] = field(default_factory=dict)
+
+
+# --- What the service tells about itself ---------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class HostStatus:
+    """One expert host, as the controller knows it and as the host reports itself."""
+
+    host_id: HostId
+    state: str
+    """``starting``, ``loading``, ``ready``, ``standby`` or ``lost``."""
+    node_id: str = ""
+    pid: int = 0
+    restarts: int = 0
+    """Lives of this host before the present one."""
+    rss_bytes: int = 0
+    weight_bytes: int = 0
+    """Bytes of expert weights it is to hold."""
+    loaded_bytes: int = 0
+    """Of those, loaded so far."""
+    num_experts: int = 0
+    """(layer, expert) pairs it is to hold."""
+    num_calls: int = 0
+    num_rows: int = 0
+    """(token, expert) rows computed in this life."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """The router that answers."""
+
+    pid: int
+    rss_bytes: int
+    backbone_bytes: int
+    """Bytes of the weights it holds (everything but the routed experts)."""
+    active_requests: int
+    queued_requests: int
+    generated_tokens: int
+    retried_calls: int
+    """Calls to hosts that were sent again after a host was lost or did not hold the expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """Everything `ray-moe status` shows."""
+
+    model: str
+    model_type: str
+    version: str
+    state: str
+    """``starting``, ``ready``, ``degraded`` (an expert has no live host) or ``stopping``."""
+    uptime_s: float
+    epoch: int
+    router: RouterStatus
+    hosts: tuple[HostStatus, ...]
+    tokens_per_expert: Mapping[LayerPath, tuple[int, ...]]
+    """Tokens routed to each expert since the router started."""
+
+
+# --- Generation ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt to continue. Exactly one of `prompt` and `token_ids` is set."""
+
+    prompt: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy; above 0 samples."""
+    top_p: float = 1.0
+    """Nucleus sampling keeps the smallest set of tokens whose probability reaches this (Holtzman et al., 2020)."""
+    seed: int | None = None
+    ignore_eos: bool = False
+    """Go on to `max_new_tokens` whatever is generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateChunk:
+    """A piece of a generation, in order. The last one has a `finish_reason`."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    """Text these tokens complete (a multi-token character waits for its last token); empty without tokenizer."""
+    finish_reason: str = ""
+    """Empty while it goes on; ``stop`` at an end-of-sequence token, ``length`` at `max_new_tokens`."""
+    num_prompt_tokens: int = 0
