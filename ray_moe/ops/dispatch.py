@@ -1,0 +1,122 @@
+"""Grouping the tokens of a batch by the host that will compute them, and putting the results together.
+
+Pure array mathematics on the CPU: no Ray, no transport, no retry (that is `runtime/moe_layer.py`, which calls this
+once per layer and batch, so it is on the hot path: numpy, no Python loop over tokens or rows).
+
+Shape legend: T tokens, K experts per token, N = T*K slots (slot s is choice s % K of token s // K), E experts,
+D model width, t tokens and n rows of one host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+NOWHERE = -1
+"""Owner of an index that goes nowhere: the sentinel ("no expert")."""
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class HostShare:
+    """The rows of a batch that one host computes, each of its tokens named once."""
+
+    host: int
+    """Number of the host, as in `owner`."""
+    slot: Ints
+    """[n] the slot that each row answers; rows are grouped by expert, slots ascending within one."""
+    gather: Ints | None
+    """[t] ascending tokens that go to this host; None when all T do."""
+    token: npt.NDArray[np.int32] | None
+    """[n] position among the t tokens of each row; None when row r is token r."""
+    experts: list[int]
+    """Experts touched, ascending."""
+    counts: list[int]
+    """Rows of each."""
+
+
+def split_by_host(index: Ints, owner: Ints, top_k: int, slot: Ints | None = None) -> list[HostShare]:
+    """Group slots by owning host, then by expert.
+
+    Args:
+        index: [N] expert of each slot, or [m] expert of each of the slots in `slot`; the sentinel is E.
+        owner: [E + 1] host number of each expert; `NOWHERE` drops the slot (the sentinel always does).
+        top_k: K.
+        slot: [m] ascending slots to place; None for all N.
+
+    Returns: one share per host that gets rows, in host order. Slots that go nowhere are in none of them.
+    """
+    num_keys = len(owner)
+    num_tokens = len(index) // top_k if slot is None else None
+    host = owner[index]
+    key = host * num_keys + index
+    # A 16-bit key makes numpy's stable sort a radix sort: at 32k slots ten times faster than on 64 bits.
+    largest = (int(owner.max(initial=0)) + 1) * num_keys
+    key_sorted_by = key.astype(np.int16) if largest < 2**15 else key
+    order = np.argsort(key_sorted_by, kind="stable")
+    if len(order) and host.min() < 0:
+        order = order[np.count_nonzero(host < 0) :]  # negative keys come first
+    if not len(order):
+        return []
+    key = key[order]
+    slot = order if slot is None else slot[order]
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    groups = key[starts]
+    counts = np.diff(starts, append=len(key))
+    group_host = groups // num_keys
+    group_expert = groups - group_host * num_keys
+    host_starts = np.flatnonzero(np.diff(group_host, prepend=-1)).tolist()
+    shares = []
+    for first, last in zip(host_starts, [*host_starts[1:], len(groups)], strict=True):
+        begin = int(starts[first])
+        end = int(starts[last]) if last < len(groups) else len(key)
+        rows = slot[begin:end]
+        gather, token = _tokens_once(rows // top_k, num_tokens)
+        shares.append(
+            HostShare(
+                host=int(group_host[first]),
+                slot=rows,
+                gather=gather,
+                token=token,
+                experts=group_expert[first:last].tolist(),
+                counts=counts[first:last].tolist(),
+            )
+        )
+    return shares
+
+
+def _tokens_once(token: Ints, num_tokens: int | None) -> tuple[Ints | None, npt.NDArray[np.int32] | None]:
+    """From the token of each row [n]: the distinct tokens (None: all `num_tokens`) and each row's place among them."""
+    num_rows = len(token)
+    if num_rows == 1:
+        return (None if num_tokens == 1 else token), None
+    last = int(token.max())
+    present = np.zeros(last + 1, dtype=bool)
+    present[token] = True
+    gather = np.flatnonzero(present)
+    if len(gather) == num_tokens:
+        gather, position = None, token
+    else:
+        position = (np.cumsum(present) - 1)[token]
+    if num_rows == (num_tokens if gather is None else len(gather)) and bool((np.diff(position) == 1).all()):
+        return gather, None
+    return gather, position.astype(np.int32)
+
+
+def combine(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted sum over the K choices of each token, in `transformers`' own order and dtypes.
+
+    Args:
+        rows: [N, D] unweighted outputs by slot (zeros where a slot went nowhere).
+        weight: [T, K]; kept in its own dtype (some families route in float32), which promotes the sum.
+
+    Returns: [T, D] in the dtype of `rows`. Bit-equal to `transformers`' grouped and batched implementations,
+    which multiply, reshape and sum in the same order (transformers 5.23, integrations/moe.py).
+    """
+    num_tokens, top_k = weight.shape
+    weighted = rows * weight.reshape(-1, 1)
+    return weighted.view(num_tokens, top_k, rows.shape[-1]).sum(dim=1).to(rows.dtype)
