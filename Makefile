@@ -1,0 +1,66 @@
+# The two commands of the README are `make demo` and `make test`. Each makes .venv and installs everything itself.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/.installed
+PYTHONS := python3 python3.13 python3.12 python3.11
+
+.PHONY: help setup demo test check protos bench clean
+
+help:  ## what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: $(STAMP)  ## train a small MoE, serve it with its experts in actors, kill one, compare (under 5 minutes)
+	@$(BIN)/ray-moe demo
+
+test: $(STAMP)  ## the whole suite
+	@$(PY) -m pytest tests
+
+check: $(STAMP)  ## format, lint, types, import layers, unit tests (under a minute)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(PY) -m pytest -q tests/arch tests/unit
+
+protos: $(STAMP)  ## the committed stubs, anew from protos/
+	@$(PY) tools/protos.py
+
+bench: $(STAMP)  ## the transports side by side
+	@$(PY) benchmarks/dispatch.py
+
+clean:  ## all but the sources; the demo's model stays in its cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: $(STAMP)
+
+# transformers 5.23 needs Python 3.11, so the service does; a Python without ensurepip cannot make an environment.
+# torch goes first, alone, because its build depends on the machine: see constraints/*.txt.
+$(STAMP): pyproject.toml $(wildcard constraints/*.txt)
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  for python in $(PYTHONS); do \
+	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break; \
+	    python=; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "make setup: no Python >= 3.11 with venv among: $(PYTHONS)" >&2; \
+	    echo "  install one (on Debian and Ubuntu: apt install python3 python3-venv) and run make again" >&2; exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV); \
+	fi
+	@pip="$(PY) -m pip --disable-pip-version-check install --quiet --no-input"; \
+	echo "installing (the first time takes some minutes)"; \
+	if nvidia-smi -L >/dev/null 2>&1; then \
+	  $$pip -c constraints/tested.txt -r constraints/gpu.txt; \
+	else \
+	  $$pip -c constraints/tested.txt -r constraints/cpu.txt 2>/dev/null \
+	    || $$pip -c constraints/tested.txt torch==2.13.0; \
+	fi; \
+	$$pip -c constraints/tested.txt -e '.[serve,dev]'
+	@touch $@
