@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	  echo "making $(VENV) with $$("$$python" --version)"; \
 	  "$$python" -m venv --clear $(VENV); \
 	fi
-	@pip="$(PY) -m pip --disable-pip-version-check install --quiet --no-input"; \
+	@pip="$(PY) -m pip --disable-pip-version-check install -qq --no-input"; \
 	echo "installing (the first time takes some minutes)"; \
 	if nvidia-smi -L >/dev/null 2>&1; then \
 	  $$pip -c constraints/tested.txt -r constraints/gpu.txt; \
