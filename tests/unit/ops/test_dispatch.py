@@ -1,0 +1,79 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_moe.ops.dispatch import NOWHERE, combine, split_by_host
+
+
+@st.composite
+def batches(draw):
+    num_experts = draw(st.integers(1, 40))
+    num_hosts = draw(st.integers(1, 5))
+    top_k = draw(st.integers(1, min(4, num_experts)))
+    num_tokens = draw(st.integers(0, 30))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    index = rng.integers(0, num_experts + 1, size=num_tokens * top_k)
+    owner = np.append(rng.integers(0, num_hosts, size=num_experts), NOWHERE)
+    return index, owner, top_k
+
+
+@given(batches())
+def test_every_slot_goes_to_the_owner_of_its_expert_exactly_once(batch):
+    index, owner, top_k = batch
+    seen = []
+    for share in split_by_host(index, owner, top_k):
+        experts = np.repeat(share.experts, share.counts)
+        assert (index[share.slot] == experts).all()
+        assert (owner[experts] == share.host).all()
+        assert share.experts == sorted(set(share.experts))
+        seen.extend(share.slot.tolist())
+    kept = np.flatnonzero(owner[index] != NOWHERE)
+    assert sorted(seen) == kept.tolist()
+
+
+@given(batches())
+def test_each_token_is_sent_to_a_host_once_and_rows_find_it(batch):
+    index, owner, top_k = batch
+    num_tokens = len(index) // top_k
+    for share in split_by_host(index, owner, top_k):
+        sent = np.arange(num_tokens) if share.gather is None else share.gather
+        assert len(np.unique(sent)) == len(sent)
+        token_of_row = sent if share.token is None else sent[share.token]
+        assert (token_of_row == share.slot // top_k).all()
+
+
+@given(batches(), st.data())
+def test_a_subset_of_slots_is_placed_as_in_the_whole(batch, data):
+    index, owner, top_k = batch
+    chosen = np.array(sorted(data.draw(st.sets(st.sampled_from(range(len(index))))) if len(index) else []), dtype=int)
+    placed = [slot for share in split_by_host(index[chosen], owner, top_k, chosen) for slot in share.slot.tolist()]
+    assert sorted(placed) == [slot for slot in chosen.tolist() if owner[index[slot]] != NOWHERE]
+
+
+def test_an_expert_without_owner_is_left_out():
+    owner = np.array([0, NOWHERE, 1, NOWHERE])
+    shares = split_by_host(np.array([0, 1, 2, 3]), owner, 2)
+    assert [(share.host, share.slot.tolist()) for share in shares] == [(0, [0]), (1, [2])]
+
+
+def test_many_hosts_and_experts_do_not_overflow_the_sort_key():
+    owner = np.append(np.arange(300) % 200, NOWHERE)
+    index = np.random.default_rng(0).permutation(300)
+    placed = np.concatenate([share.slot for share in split_by_host(index, owner, 1)])
+    assert sorted(placed.tolist()) == list(range(300))
+
+
+@given(batches())
+def test_combine_after_dispatch_is_the_identity_for_identity_experts(batch):
+    index, owner, top_k = batch
+    num_tokens = len(index) // top_k
+    hidden = torch.arange(num_tokens * 3, dtype=torch.float64).reshape(num_tokens, 3)
+    rows = torch.zeros(len(index), 3, dtype=torch.float64)
+    for share in split_by_host(index, owner, top_k):
+        rows[torch.from_numpy(share.slot)] = hidden[torch.from_numpy(share.slot // top_k)]
+    kept = torch.from_numpy(owner[index] != NOWHERE).reshape(num_tokens, top_k).double()
+    num_kept = kept.sum(1, keepdim=True)
+    weight = kept / num_kept.clamp(min=1)
+    torch.testing.assert_close(combine(rows, weight), hidden * (num_kept > 0))

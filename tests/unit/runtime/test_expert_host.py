@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from ray_moe.errors import ExpertFailed, StaleRouting, WireError
+from ray_moe.ops.experts import StackedExperts
+from ray_moe.runtime.expert_host import ExpertHost
+from ray_moe.runtime.host_loop import HostLoop
+from ray_moe.transport.base import ExpertCall
+from tests.toy import LAYER, ToyExperts
+
+
+def call(rows, experts, counts, **changes):
+    given = dict(layer=LAYER, epoch=3, hidden=rows, gather=None, token=None, experts=experts, counts=counts)
+    return ExpertCall(**given | changes)
+
+
+@pytest.fixture
+def host():
+    host = ExpertHost("expert-0")
+    host.hold(LAYER, [1, 3], StackedExperts(ToyExperts().shard([1, 3])))
+    return host
+
+
+def plain(module, expert, rows):
+    weight = torch.ones(len(rows), 1)
+    with torch.no_grad():
+        return module.oracle(rows, torch.full((len(rows), 1), expert), weight)
+
+
+def test_calls_that_wait_for_a_layer_are_computed_together_with_the_same_result(host):
+    first, second = torch.randn(5, 8), torch.randn(4, 8)
+    calls = [call(first, [1, 3], [2, 3]), call(second, [3], [4]), call(first[:1], [1], [1])]
+    outs = [reply.rows for reply in host.run(calls)]
+    module = ToyExperts()
+    torch.testing.assert_close(outs[0], torch.cat([plain(module, 1, first[:2]), plain(module, 3, first[2:])]))
+    torch.testing.assert_close(outs[1], plain(module, 3, second))
+    torch.testing.assert_close(outs[2], plain(module, 1, first[:1]))
+    assert host.num_calls == 3
+    assert host.num_rows == 10
+
+
+def test_one_calls_error_does_not_touch_the_others(host):
+    good = torch.randn(2, 8)
+    outcomes = host.run(
+        [
+            call(good, [3], [2]),
+            call(good, [0], [2]),
+            call(torch.randn(2, 7), [3], [2]),
+            call(good, [3], [5]),
+            call(good, [3], [2], layer="elsewhere"),
+        ]
+    )
+    torch.testing.assert_close(outcomes[0].rows, plain(ToyExperts(), 3, good))
+    kinds = [type(outcome) for outcome in outcomes[1:]]
+    assert kinds == [StaleRouting, ExpertFailed, WireError, StaleRouting]
+    assert "does not hold experts [0]" in str(outcomes[1])
+    assert "epoch 3" in str(outcomes[1])
+
+
+def test_a_dropped_layer_is_stale(host):
+    host.drop(LAYER)
+    assert isinstance(host.run([call(torch.randn(1, 8), [1], [1])])[0], StaleRouting)
+    assert host.held == {}
+
+
+async def test_the_loop_batches_what_arrives_while_it_computes(host):
+    loop = HostLoop(host, inline_flops=0)
+    sizes = []
+    run = host.run
+    host.run = lambda calls: (sizes.append(len(calls)), run(calls))[1]
+    import asyncio
+
+    rows = [torch.randn(2, 8) for _ in range(6)]
+    replies = await asyncio.gather(*(loop.submit(call(part, [1], [2])) for part in rows))
+    for part, reply in zip(rows, replies, strict=True):
+        torch.testing.assert_close(reply.rows, plain(ToyExperts(), 1, part))
+    assert sum(sizes) == 6
+    assert max(sizes) > 1
+    with pytest.raises(StaleRouting):
+        await loop.submit(call(rows[0], [2], [2]))
+    await loop.close()

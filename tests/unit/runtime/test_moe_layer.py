@@ -1,0 +1,214 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from ray_moe.errors import ExpertFailed, NotFound, Unavailable
+from ray_moe.policy.placement import replace_host
+from ray_moe.runtime.expert_host import ExpertHost
+from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
+from ray_moe.transport.local import Fault, FaultPlan
+from ray_moe.types import RoutingTable
+from tests.toy import LAYER, ToyExperts, hold_all, local_cluster, random_routing
+
+
+def batch(num_tokens=11, num_experts=6, top_k=2, width=8, dtype=torch.float32, sentinels=True):
+    hidden = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(num_tokens)).to(dtype)
+    return hidden, *random_routing(num_tokens, num_experts, top_k, seed=num_tokens, sentinels=sentinels)
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 3, 6])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 40])
+@pytest.mark.parametrize("combine", ["router", "host"])
+def test_forward_equals_the_plain_loop(num_hosts, num_tokens, combine):
+    module = ToyExperts()
+    transport, table, _, _ = local_cluster(module, num_hosts)
+    dispatcher = ExpertDispatcher(transport, DispatchSettings(combine=combine))
+    dispatcher.update(table)
+    hidden, index, weight = batch(num_tokens)
+    with torch.no_grad():
+        out = dispatcher.forward(LAYER, hidden, index, weight)
+        torch.testing.assert_close(out, module.oracle(hidden, index, weight))
+    transport.close()
+
+
+def test_tokens_are_counted_per_expert_and_no_expert_is_not():
+    transport, table, _, _ = local_cluster(ToyExperts(), 2)
+    dispatcher = ExpertDispatcher(transport)
+    dispatcher.update(table)
+    index = torch.tensor([[0, 5], [5, 6], [5, 1]])
+    with torch.no_grad():
+        dispatcher.forward(LAYER, torch.randn(3, 8), index, torch.ones(3, 2))
+    assert dispatcher.tokens_per_expert[LAYER].tolist() == [1, 1, 0, 0, 0, 3]
+    transport.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_hosts", [1, 3])
+def test_gradients_equal_autograd_of_the_plain_loop(num_hosts, dtype):
+    module = ToyExperts(dtype=dtype)
+    transport, table, _, shards = local_cluster(module, num_hosts)
+    dispatcher = ExpertDispatcher(transport)
+    dispatcher.update(table)
+    hidden, index, weight = batch(dtype=dtype)
+    weight = weight.to(dtype)
+    ours, theirs = [(hidden.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2)]
+    for _ in range(2):  # gradients accumulate over micro-batches
+        dispatcher.forward(LAYER, ours[0], index, ours[1]).square().sum().backward()
+        module.oracle(theirs[0], index, theirs[1]).square().sum().backward()
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad, **tolerance)
+    torch.testing.assert_close(ours[1].grad, theirs[1].grad, **tolerance)
+    for name, parameter in module.named_parameters():
+        parts = []
+        for host, shard in shards.items():
+            grad = getattr(shard, name).grad
+            held = table.placement.experts_on(host)[LAYER]
+            parts.append(torch.zeros_like(getattr(shard, name)) if grad is None else grad)
+            assert len(parts[-1]) == len(held)
+        torch.testing.assert_close(torch.cat(parts), parameter.grad, **tolerance)
+    transport.close()
+
+
+def test_experts_learn_even_when_the_tokens_need_no_gradient():
+    module = ToyExperts()
+    transport, table, _, shards = local_cluster(module, 1)
+    dispatcher = ExpertDispatcher(transport)
+    dispatcher.update(table)
+    hidden, index, weight = batch(sentinels=False)
+    dispatcher.forward(LAYER, hidden, index, weight).sum().backward()
+    assert shards["expert-0"].down_proj.grad.abs().sum() > 0
+    transport.close()
+
+
+def test_a_backward_call_delivered_twice_counts_once():
+    module = ToyExperts()
+    transport, table, _, shards = local_cluster(module, 1)
+    transport.faults = FaultPlan((Fault("duplicate", "expert-0", nth=2),))
+    dispatcher = ExpertDispatcher(transport)
+    dispatcher.update(table)
+    hidden, index, weight = batch(sentinels=False)
+    dispatcher.forward(LAYER, hidden, index, weight).square().sum().backward()
+    module.oracle(hidden, index, weight).square().sum().backward()
+    torch.testing.assert_close(shards["expert-0"].down_proj.grad, module.down_proj.grad, rtol=1e-4, atol=1e-4)
+    transport.close()
+
+
+class Repairing:
+    """Plays the controller: a killed host's experts go to a spare, with the next epoch."""
+
+    def __init__(self, module, num_hosts):
+        self.module = module
+        self.transport, self.table, _, _ = local_cluster(module, num_hosts)
+        self.lock = threading.Lock()
+        self.transport.on_kill = self.repair
+        self.dispatcher = ExpertDispatcher(
+            self.transport, DispatchSettings(call_timeout_s=0.3, recovery_timeout_s=10), on_lost=self.lost
+        )
+        self.dispatcher.update(self.table)
+        self.losses = []
+
+    def lost(self, address):
+        self.losses.append(address)
+        if address.incarnation == self.transport.address(address.host_id).incarnation:
+            self.transport.kill(address.host_id)  # a host that does not answer is put down
+
+    def repair(self, host_id):
+        with self.lock:
+            spare = f"spare-{self.table.epoch}"
+            placement = replace_host(self.table.placement, host_id, spare)
+            host = ExpertHost(spare)
+            table = RoutingTable(self.table.epoch + 1, placement)
+            hold_all(host, self.module, table)
+            addresses = {name: address for name, address in self.table.addresses.items() if name != host_id} | {
+                spare: self.transport.revive(spare, host)
+            }
+            self.table = RoutingTable(table.epoch, placement, addresses)
+            self.dispatcher.update(self.table)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_no_fault_plan_changes_an_answer(seed):
+    module = ToyExperts()
+    cluster = Repairing(module, 3)
+    cluster.transport.faults = FaultPlan.random(seed, [f"expert-{n}" for n in range(3)], num_faults=4, num_calls=8)
+    with torch.no_grad():
+        for step in range(8):
+            hidden, index, weight = batch(num_tokens=5 + step)
+            out = cluster.dispatcher.forward(LAYER, hidden, index, weight)
+            torch.testing.assert_close(out, module.oracle(hidden, index, weight))
+    killing = [fault for fault in cluster.transport.faults.faults if fault.kind == "kill"]
+    assert bool(cluster.dispatcher.num_retried_calls) >= bool(killing and cluster.table.epoch > 1)
+    cluster.transport.close()
+
+
+def test_a_hung_host_is_reported_once_and_its_rows_go_elsewhere():
+    module = ToyExperts()
+    cluster = Repairing(module, 2)
+    cluster.transport.faults = FaultPlan((Fault("drop", "expert-1", nth=1),))
+    hidden, index, weight = batch(num_tokens=20)
+    with torch.no_grad():
+        out = cluster.dispatcher.forward(LAYER, hidden, index, weight)
+    torch.testing.assert_close(out, module.oracle(hidden, index, weight))
+    assert [address.host_id for address in cluster.losses] == ["expert-1"]
+    assert cluster.dispatcher.num_retried_calls == 1
+    cluster.transport.close()
+
+
+def test_rows_wait_for_a_host_that_is_on_its_way():
+    module = ToyExperts()
+    transport, table, _, _ = local_cluster(module, 2)
+    dispatcher = ExpertDispatcher(transport, DispatchSettings(recovery_timeout_s=10))
+    only_one = {"expert-0": table.addresses["expert-0"]}
+    dispatcher.update(RoutingTable(1, table.placement, only_one))
+    later = threading.Timer(0.15, lambda: dispatcher.update(RoutingTable(2, table.placement, table.addresses)))
+    later.start()
+    hidden, index, weight = batch(num_tokens=20)
+    with torch.no_grad():
+        out = dispatcher.forward(LAYER, hidden, index, weight)
+    torch.testing.assert_close(out, module.oracle(hidden, index, weight))
+    later.join()
+    transport.close()
+
+
+def test_experts_that_never_come_back_end_the_batch_with_a_clear_error():
+    module = ToyExperts()
+    transport, table, _, _ = local_cluster(module, 2)
+    dispatcher = ExpertDispatcher(transport, DispatchSettings(recovery_timeout_s=0.2))
+    dispatcher.update(RoutingTable(1, table.placement, {"expert-0": table.addresses["expert-0"]}))
+    hidden, index, weight = batch(num_tokens=20)
+    started = time.monotonic()
+    with torch.no_grad(), pytest.raises(Unavailable, match=r"experts \[3, 4, 5\] of model.layers.0"):
+        dispatcher.forward(LAYER, hidden, index, weight)
+    assert time.monotonic() - started < 5
+    transport.close()
+
+
+def test_an_older_table_is_ignored():
+    transport, table, _, _ = local_cluster(ToyExperts(), 2)
+    dispatcher = ExpertDispatcher(transport)
+    dispatcher.update(RoutingTable(7, table.placement, table.addresses))
+    dispatcher.update(RoutingTable(6, table.placement, {}))
+    assert dispatcher.table.epoch == 7
+    assert dispatcher.table.addresses == table.addresses
+
+
+def test_an_unknown_layer_is_named():
+    transport, table, _, _ = local_cluster(ToyExperts(), 2)
+    dispatcher = ExpertDispatcher(transport)
+    dispatcher.update(table)
+    with torch.no_grad(), pytest.raises(NotFound, match=LAYER):
+        dispatcher.forward("model.layers.9.mlp.experts", *batch())
+
+
+def test_an_expert_that_raises_fails_the_batch_and_no_other():
+    transport, table, _, _ = local_cluster(ToyExperts(), 2)
+    dispatcher = ExpertDispatcher(transport)
+    dispatcher.update(table)
+    with torch.no_grad():
+        with pytest.raises(ExpertFailed, match="expert-0"):
+            dispatcher.forward(LAYER, torch.randn(3, 7), *random_routing(3, 6, 2))
+        hidden, index, weight = batch()
+        assert dispatcher.forward(LAYER, hidden, index, weight).isfinite().all()
+    transport.close()
