@@ -1,0 +1,72 @@
+"""The seam between the front doors and what does the work.
+
+A front door turns bytes into these calls and has checked everything that can be checked without the model (see
+`service/validation.py`); the router implements them. Letters in shapes: T tokens, D width of the layer, E experts of
+the layer, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath, LayerSpec, RoutingTable, ServiceStatus
+
+FloatArray = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
+
+
+class Backend(Protocol):
+    """What a front door serves. Every method may raise any of `ray_moe.errors`, which the caller then gets."""
+
+    @property
+    def ready(self) -> bool:
+        """False while starting or stopping: only `status` is called then (and `placement`, which may refuse)."""
+        ...
+
+    @property
+    def layers(self) -> Mapping[LayerPath, LayerSpec]:
+        """The model's MoE layers, in the order of the model. Known once `ready`, as are the properties below."""
+        ...
+
+    @property
+    def layers_with_gate(self) -> frozenset[LayerPath]:
+        """Layers whose whole block (gate, routed and shared experts) can be called on its own."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens of a prompt and its continuation together; None when the model has no such bound."""
+        ...
+
+    @property
+    def has_tokenizer(self) -> bool: ...
+
+    async def forward(
+        self, layer: LayerPath, hidden: FloatArray, routing: tuple[NDArray[np.int64], FloatArray] | None
+    ) -> FloatArray:
+        """One batch through one layer: [T, D] in, [T, D] out, T >= 1.
+
+        With `routing`, (index [T, K] in 0..E where E is "no expert", weight [T, K]): the routed experts only. Without:
+        the model's own block. The arrays are C-contiguous and may be read-only (they are the bytes that came in). They
+        have the dtype of the wire, bfloat16 as the same numbers in float32. The layer computes in its own dtype; the
+        result may have any float dtype, and travels in the dtype in which `hidden` came.
+        """
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
+        """Continue a prompt, piece by piece. Closing the generator, or cancelling its consumer, cancels the work.
+
+        The front door has checked all but the length of a prompt given as text, which only the tokenizer tells:
+        raise `InvalidRequest` with the numbers when it does not fit in `max_positions` or has no tokens at all.
+        """
+        ...
+
+    async def status(self) -> ServiceStatus: ...
+
+    async def placement(self) -> RoutingTable: ...
