@@ -97,14 +97,11 @@ def _tokens_once(token: Ints, num_tokens: int | None) -> tuple[Ints | None, npt.
     last = int(token.max())
     present = np.zeros(last + 1, dtype=bool)
     present[token] = True
-    gather = np.flatnonzero(present)
-    if len(gather) == num_tokens:
-        gather, position = None, token
-    else:
-        position = (np.cumsum(present) - 1)[token]
-    if num_rows == (num_tokens if gather is None else len(gather)) and bool((np.diff(position) == 1).all()):
-        return gather, None
-    return gather, position.astype(np.int32)
+    distinct = np.flatnonzero(present)
+    every = len(distinct) == num_tokens
+    position = token if every else (np.cumsum(present) - 1)[token]
+    in_order = num_rows == len(distinct) and bool((np.diff(position) == 1).all())
+    return (None if every else distinct), (None if in_order else position.astype(np.int32))
 
 
 def combine(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -265,7 +265,7 @@ class _RemoteRows(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         into = ctx.dispatcher.backward_rows(ctx.layer, tokens, ctx.slots, grad.detach().cpu(), ctx.call_id)
         return into.to(grad.device), None, None, None, None
