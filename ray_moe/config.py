@@ -376,9 +376,9 @@ def _known(key: Key, source: str) -> Key:
     dotted = ".".join(key)
     section = _section(key[:-1])
     every = [".".join(known) for known in _keys(Config)]
-    near = difflib.get_close_matches(key[-1], section.model_fields, n=1) if section else []
-    near = [".".join((*key[:-1], name)) for name in near]
-    near = near or [known for known in every if known.split(".")[-1] == key[-1]]
+    near = [known for known in every if known.split(".")[-1] == key[-1]]
+    beside = difflib.get_close_matches(key[-1], section.model_fields, n=1) if section else []
+    near = near or [".".join((*key[:-1], name)) for name in beside]
     near = near or ([] if section else difflib.get_close_matches(dotted, every, n=1))
     hint = f"did you mean '{near[0]}'?" if near else "`ray-moe config --show` lists all there are"
     raise InvalidConfig(f"{source}: there is no setting '{dotted}'; {hint}")
