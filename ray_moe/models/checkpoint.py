@@ -1,0 +1,204 @@
+"""The files of a checkpoint: found, checked against each other, read lazily.
+
+Reads only configuration files and safetensors headers until a tensor is asked for, so opening hundreds of gigabytes
+takes moments. Knows nothing of model code: `models/huggingface.py` gives the tensors their meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from ray_moe.errors import InvalidCheckpoint, NotFound
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+# Other layouts of the same weights that some repositories carry along.
+_NOT_DOWNLOADED = ["*/*", "consolidated*"]
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """What a safetensors header says of one tensor."""
+
+    file: str
+    dtype: str
+    """safetensors' name: ``F32``, ``BF16``, ``F8_E4M3`` ..."""
+    shape: tuple[int, ...]
+
+
+class CheckpointFiles:
+    """A checkpoint's folder, whose safetensors files are whole and agree with their index."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> None:
+        self.folder = folder
+        self.config = config
+        """`config.json` as it is."""
+        self.tensors = tensors
+        """Every tensor of the checkpoint, by its name on disk."""
+
+    @classmethod
+    def open(cls, model: str | Path) -> CheckpointFiles:
+        """Find and check the checkpoint `model`: a directory, or a name on the Hugging Face hub.
+
+        Raises:
+            NotFound: there is no such directory, and no such name on the hub or in its local cache.
+            InvalidCheckpoint: a file is missing, damaged or contradicts another; the message names it.
+        """
+        folder = _find(model)
+        config = read_json(folder / CONFIG, "Name the folder that save_pretrained() wrote.")
+        index = _read_index(folder)
+        tensors: dict[str, TensorHeader] = {}
+        for file in sorted(set(index.values())) if index else [SINGLE]:
+            held = _read_header(folder / file)
+            tensors.update({name: header for name, header in held.items() if index.get(name, file) == file})
+        _check_index(folder, index, tensors)
+        return cls(folder, config, tensors)
+
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """Lazy access to the tensors; the files are closed at the end."""
+        reader = Reader(self)
+        try:
+            yield reader
+        except (OSError, SafetensorError) as error:
+            raise InvalidCheckpoint(f"{self.folder} could not be read: {error}") from error
+        finally:
+            reader.close()
+
+
+class Reader:
+    """Open safetensors files. Tensors are read into memory of their own, not mapped.
+
+    So the file may be replaced while the service runs, and the weights count as memory of this process from the start.
+    """
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self._files = files
+        self._open: dict[str, Any] = {}
+
+    def slice(self, name: str) -> Any:
+        """A lazy tensor: ``[...]`` reads all of it, ``[a:b]`` only those rows."""
+        file = self._files.tensors[name].file
+        if file not in self._open:
+            self._open[file] = safe_open(self._files.folder / file, framework="pt", device="cpu", backend="pread")
+        return self._open[file].get_slice(name)
+
+    def close(self) -> None:
+        for handle in self._open.values():
+            handle.__exit__(None, None, None)
+        self._open.clear()
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file, or `InvalidCheckpoint` with `advice` when it is absent or is not JSON."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"{path.parent} is not a checkpoint: it has no {path.name}. {advice}") from None
+    except (OSError, ValueError) as error:
+        raise InvalidCheckpoint(f"{path} is not readable JSON ({error}). Fetch or write it again.") from error
+    if not isinstance(value, dict):
+        raise InvalidCheckpoint(f"{path} should hold a JSON object, not a {type(value).__name__}. Write it again.")
+    return value
+
+
+def _find(model: str | Path) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise InvalidCheckpoint(f"{path} is a file. Name the folder that holds it, with its {CONFIG}.")
+    if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise NotFound(f"there is no directory {path}. Name a checkpoint's folder, or a model of the Hugging Face hub.")
+    try:
+        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise NotFound(
+            f"{model!r} is neither a directory nor a model that could be had from the Hugging Face hub "
+            f"({str(error).strip().splitlines()[0]}). Check the name, the network, and the access token (HF_TOKEN)."
+        ) from error
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file; empty when all of the weights are in one file."""
+    if (folder / SINGLE).is_file():
+        return {}
+    if not (folder / INDEX).is_file():
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        if pickled:
+            raise InvalidCheckpoint(
+                f"{folder} has its weights as pickle files ({', '.join(pickled[:3])}); only safetensors are loaded. "
+                "Convert them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), "
+                "and copy the tokenizer's files."
+            )
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        found = f" It has {', '.join(others[:3])}, which transformers does not load by itself." if others else ""
+        raise InvalidCheckpoint(
+            f"{folder} has no weights: expected {SINGLE}, or {INDEX} and its files.{found} "
+            "Fetch the checkpoint again, or write it with save_pretrained()."
+        )
+    index = read_json(folder / INDEX, "Fetch it again.").get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+        raise InvalidCheckpoint(f"{folder / INDEX} has no weight_map from tensor names to files. Fetch it again.")
+    missing = sorted({file for file in index.values() if not (folder / file).is_file()})
+    if missing:
+        raise InvalidCheckpoint(
+            f"{folder} lacks {len(missing)} of the files that {INDEX} names: {_few(missing)}. Fetch them again."
+        )
+    return index
+
+
+def _read_header(path: Path) -> dict[str, TensorHeader]:
+    """The tensors of one safetensors file, after checking that the file is as long as its header says."""
+    actual_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise InvalidCheckpoint(f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull`.")
+        header_bytes = int.from_bytes(start, "little")
+        if len(start) < 8 or header_bytes > min(_MAX_HEADER_BYTES, actual_bytes - 8):
+            raise InvalidCheckpoint(f"{path} ({actual_bytes} bytes) is not a whole safetensors file. Fetch it again.")
+        header = file.read(header_bytes)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: TensorHeader(path.name, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()
+        }
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise InvalidCheckpoint(f"{path} has a damaged safetensors header ({error}). Fetch it again.") from error
+    expected_bytes = 8 + header_bytes + max(ends, default=0)
+    if actual_bytes != expected_bytes:
+        fault = "truncated" if actual_bytes < expected_bytes else "too long"
+        raise InvalidCheckpoint(
+            f"{path} is {fault}: its header tells of {expected_bytes} bytes, the file has {actual_bytes}. "
+            "Fetch it again."
+        )
+    return tensors
+
+
+def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, TensorHeader]) -> None:
+    absent = sorted(index.keys() - tensors.keys())
+    if absent:
+        raise InvalidCheckpoint(
+            f"{folder / INDEX} and the files disagree: {len(absent)} tensors are not in the file the index names for "
+            f"them: {_few([f'{name} ({index[name]})' for name in absent])}. Fetch index and files of one version."
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

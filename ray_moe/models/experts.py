@@ -1,0 +1,141 @@
+"""The experts modules of a `transformers` model: finding them, taking some of their rows, answering for them.
+
+Works on every module of `transformers`' experts interface (`use_experts_implementation`), whatever the family. Loads
+nothing and knows no Ray: `models/huggingface.py` loads through it, `runtime/` installs its dispatcher with it.
+
+Shape legend: T tokens, D model width, K experts per token.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ray_moe.types import LayerPath
+
+IMPLEMENTATION = "ray_moe"
+"""Name under which `transformers` finds our experts function."""
+
+LOCAL_IMPLEMENTATION = "grouped_mm"
+"""What a shard computes with: `transformers`' own default, so that results can be compared bit by bit."""
+
+Handler = Callable[[LayerPath, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Answers for a layer's experts: (path, hidden [T, D], index [T, K], weight [T, K]) -> [T, D]."""
+
+_HANDLER = "_ray_moe_handler"
+_PATH = "_ray_moe_path"
+
+
+def experts_modules(model: nn.Module) -> dict[LayerPath, nn.Module]:
+    """The modules of `model` that hold routed experts, by module path, in model order."""
+    return {path: module for path, module in model.named_modules() if _is_experts(module)}
+
+
+def install(model: nn.Module, handler: Handler) -> None:
+    """Let `handler` answer for every experts module of `model`, and of no other model.
+
+    The modules' own weights are not used any more and may be absent. Gradients flow through whatever `handler` does.
+    """
+    for registry in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+        registry.register(IMPLEMENTATION, _ask_handler)
+    configs: dict[int, Any] = {}
+    for path, module in experts_modules(model).items():
+        # Not setattr: a handler that is a module itself must not become a submodule.
+        module.__dict__[_HANDLER] = handler
+        module.__dict__[_PATH] = path
+        # A config may be shared with other models, so these modules get their own copy (one per original).
+        original = module.config
+        config = configs.setdefault(id(original), copy.deepcopy(original))
+        config._experts_implementation_internal = IMPLEMENTATION
+        module.config = config
+
+
+def make_shard(experts: nn.Module, ids: Sequence[int]) -> nn.Module:
+    """A module of the same class that holds only the experts `ids`, row r being the r-th smallest id.
+
+    Parameters with one row per expert are row-selected (copied), the others are copied whole. Works on meta tensors.
+
+    Raises:
+        ValueError: `ids` is empty or names an expert that the module does not have.
+    """
+    source: Any = experts
+    rows = sorted(set(ids))
+    if not rows or rows[0] < 0 or rows[-1] >= source.num_experts:
+        raise ValueError(f"a shard needs experts of 0..{source.num_experts - 1}, got {list(ids)}")
+    shard = copy.copy(source)
+    for attached in (_HANDLER, _PATH):
+        shard.__dict__.pop(attached, None)
+    shard._parameters = {name: _rows(source, name, rows) for name in source._parameters}
+    shard._buffers = dict(source._buffers)
+    shard._modules = {name: copy.deepcopy(child) for name, child in source._modules.items()}
+    shard.num_experts = len(rows)
+    # The shard computes by itself, whatever its origin's model does.
+    shard.config = copy.deepcopy(source.config)
+    shard.config._experts_implementation_internal = LOCAL_IMPLEMENTATION
+    module: nn.Module = shard
+    return module.requires_grad_(False)
+
+
+def is_per_expert(experts: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` of an experts module has one row per expert."""
+    module: Any = experts
+    parameter = module._parameters.get(name)
+    return parameter is not None and parameter.ndim > 0 and len(parameter) == module.num_experts
+
+
+def drop_parameters(model: nn.Module) -> None:
+    """Take the routed experts' weights out of `model`: what is left is the backbone."""
+    for experts in experts_modules(model).values():
+        for module in experts.modules():
+            module._parameters.clear()
+            # Otherwise transformers would initialise the weights that are no longer there.
+            module._is_hf_initialized = True
+
+
+def moe_block(model: nn.Module, path: LayerPath) -> nn.Module | None:
+    """The block around the experts at `path` that holds their gate and can be called with hidden [1, T, D] alone.
+
+    It answers [1, T, D] or [T, D], in some families as the first of a tuple, and includes the shared experts.
+    None when there is no such block, because the gate belongs to a whole decoder layer (Gemma 4 ...).
+    """
+    block = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(block, GradientCheckpointingLayer):
+        return None
+    required = [
+        p
+        for p in inspect.signature(block.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    return block if len(required) == 1 else None
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether `use_experts_implementation` has decorated the module's class."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+
+
+def _rows(experts: Any, name: str, rows: list[int]) -> nn.Parameter | None:
+    parameter = experts._parameters[name]
+    if parameter is None:
+        return None
+    data = parameter.detach()
+    if is_per_expert(experts, name):
+        data = data[torch.tensor(rows, device=data.device)]
+    else:
+        data = data.clone()
+    return nn.Parameter(data, requires_grad=False)
+
+
+def _ask_handler(
+    experts: nn.Module, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+) -> torch.Tensor:
+    handler: Handler = experts.__dict__[_HANDLER]
+    return handler(experts.__dict__[_PATH], hidden_TD, index_TK, weight_TK)

@@ -1,0 +1,87 @@
+"""Filling a model with some of a checkpoint's tensors.
+
+The conversion (renaming, stacking, fusing, dequantising) is `transformers`' own: it is handed only the tensors that
+are wanted, lazily, and works on those. Called by `models/huggingface.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from ray_moe.errors import InvalidCheckpoint
+from ray_moe.models.lazy import LazyTensor
+from ray_moe.models.skeleton import Skeleton
+
+
+def fill(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str | torch.device) -> set[str]:
+    """Convert `tensors` (by name on disk) and set them as parameters of the skeleton's model, on `device`.
+
+    Returns the parameters of the model that they did not fill.
+
+    Raises:
+        InvalidCheckpoint: the tensors do not have the shapes that the configuration asks for.
+    """
+    with _no_progress_bars():
+        report, _ = convert_and_load_state_dict_in_model(
+            skeleton.model, dict(tensors), load_settings(skeleton, device), None
+        )
+    for target, reason in report.conversion_errors.items():
+        # transformers reports a traceback, then "Error: Operation on tensors destined for ...".
+        lines = [line for line in str(reason).splitlines() if line.strip() and not line.startswith(("Error", " "))]
+        raise InvalidCheckpoint(f"the tensors on disk do not make up {target} ({lines[-1]}). {_ADVICE}")
+    for target, found, expected in report.mismatched_keys:
+        raise InvalidCheckpoint(
+            f"{target} has shape {tuple(found)} on disk, but the configuration asks for {tuple(expected)}. {_ADVICE}"
+        )
+    missing: set[str] = report.missing_keys
+    return missing
+
+
+def finish(skeleton: Skeleton, missing: set[str], device: str | torch.device) -> Any:
+    """The model of a filled skeleton, ready to run: weights tied, buffers computed, in evaluation mode."""
+    model = skeleton.model
+    report = LoadStateDictInfo(
+        missing_keys=missing,
+        unexpected_keys=set(),
+        mismatched_keys=set(),
+        conversion_errors={},
+        error_msgs=[],
+        skipped_pp_keys=set(),
+    )
+    type(model)._finalize_model_loading(model, load_settings(skeleton, device), report)
+    if skeleton.quantizer is not None:
+        skeleton.quantizer.postprocess_model(model)
+    return model.eval()
+
+
+def load_settings(skeleton: Skeleton, device: str | torch.device) -> LoadStateDictConfig:
+    return LoadStateDictConfig(
+        device_map={"": torch.device(device)},
+        dtype=skeleton.dtype,
+        dtype_plan=skeleton.model._get_dtype_plan(skeleton.dtype),
+        hf_quantizer=skeleton.quantizer,
+        weight_mapping=skeleton.conversions,
+    )
+
+
+_ADVICE = "Fetch configuration and weights of one version."
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading goes in many small steps; who wants a bar passes `on_progress`."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,155 @@
+"""From a checkpoint's configuration to its model without weights, or to the reason why it cannot be served.
+
+Decides the class as `AutoModelForCausalLM` does, never runs code from the checkpoint, and reads no tensor. Called by
+`models/huggingface.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.generic import ContextManagers
+
+from ray_moe.errors import InvalidCheckpoint, UnsupportedModel
+from ray_moe.models.checkpoint import CONFIG, CheckpointFiles
+from ray_moe.models.experts import experts_modules
+from ray_moe.models.families import UNSUPPORTED, adapt, extra_conversions
+
+DEQUANTIZED = ("fp8", "mxfp4")
+"""Quantisation methods whose weights are turned into plain ones while loading."""
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model on the meta device, and how its weights on disk become its parameters."""
+
+    model: Any
+    dtype: torch.dtype
+    conversions: list[Any]
+    """`transformers`' weight transforms, in order; they keep a little state, so one skeleton is for one thread."""
+    quantizer: Any | None
+
+
+def read_config(files: CheckpointFiles) -> Any:
+    """The checkpoint's configuration, as `transformers` understands it.
+
+    Raises:
+        InvalidCheckpoint: a value in it is out of place.
+        UnsupportedModel: the family is unknown, or known not to work with its experts apart.
+    """
+    model_type = files.config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InvalidCheckpoint(f"{files.folder / CONFIG} names no model_type, so the family of the model is unknown.")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
+        hint = f" (the nearest it knows is {near[0]!r})" if near else ""
+        own_code = "auto_map" in files.config
+        code = " The checkpoint brings code of its own, which is never run here." if own_code else ""
+        raise UnsupportedModel(f"transformers knows no model_type {model_type!r}{hint}.{code}")
+    if model_type in UNSUPPORTED:
+        raise UnsupportedModel(f"{model_type} models cannot be served: {UNSUPPORTED[model_type]}")
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidCheckpoint(f"transformers refuses {files.folder / CONFIG}: {_one_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{model_type} is an encoder-decoder model; only decoder-only language models are served."
+        )
+    return config
+
+
+def build(config: Any, files: CheckpointFiles) -> Skeleton:
+    """The model of `config` on the meta device, its experts on `transformers`' experts interface.
+
+    Raises:
+        UnsupportedModel: it does not generate text, it cannot be built, it has no routed experts, or it is quantised
+            with a method that cannot be undone.
+    """
+    config = copy.deepcopy(config)
+    quantizer = _quantizer(config)
+    model_class, config = _resolve_class(config)
+    dtype = _dtype(config, files, quantizer)
+    try:
+        with ContextManagers(model_class.get_init_context(dtype, quantizer is not None, False, False)):
+            model = model_class(config)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"transformers cannot build this {config.model_type} model from its {CONFIG}: {_one_line(error)}"
+        ) from error
+    adapt(model)
+    if not experts_modules(model):
+        raise UnsupportedModel(
+            f"this {config.model_type} model is dense: it has no routed experts to put behind actors. "
+            "Serve it as it is, or upcycle it into a Mixture-of-Experts model first."
+        )
+    if quantizer is not None:
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+    conversions = extra_conversions(model) + get_model_conversion_mapping(model, None, quantizer)
+    return Skeleton(model, dtype, conversions, quantizer)
+
+
+def _resolve_class(config: Any) -> tuple[Any, Any]:
+    """The model class, and the part of the configuration it takes."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) not in mapping:
+            continue
+        model_class = mapping[type(config)]
+        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        if not model_class.can_generate():
+            break
+        if config.sub_configs.get("text_config") is model_class.config_class:
+            text_config = config.get_text_config()
+            text_config.dtype = text_config.dtype or config.dtype
+            return model_class, text_config
+        return model_class, config
+    raise UnsupportedModel(f"transformers has no model that generates text for {config.model_type!r}.")
+
+
+def _quantizer(config: Any) -> Any | None:
+    """What undoes the checkpoint's quantisation; None when there is none."""
+    settings = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    if not settings:
+        return None
+    if not isinstance(settings, Mapping):
+        settings = settings.to_dict()
+    method = settings.get("quant_method")
+    if method not in DEQUANTIZED:
+        raise UnsupportedModel(
+            f"the checkpoint is quantised with {method!r}, whose weights cannot be loaded one expert at a time. "
+            f"Use the checkpoint's unquantised version, or one quantised with {' or '.join(DEQUANTIZED)}."
+        )
+    return AutoHfQuantizer.from_config({**settings, "dequantize": True}, pre_quantized=True)
+
+
+def _dtype(config: Any, files: CheckpointFiles, quantizer: Any | None) -> torch.dtype:
+    """The dtype that `config` names, else that of the first plain tensor, as `transformers` chooses it."""
+    dtype = config.dtype
+    if not isinstance(dtype, torch.dtype):
+        on_disk = (_DTYPES.get(files.tensors[name].dtype) for name in sorted(files.tensors))
+        dtype = torch.bfloat16 if quantizer is not None else next(filter(None, on_disk), torch.float32)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    return dtype
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
