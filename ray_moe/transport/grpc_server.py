@@ -1,0 +1,171 @@
+"""The host's end of the gRPC transport: a server in the actor's event loop, one stream for each router.
+
+It checks who calls, decodes each call, hands it to `submit`, and sends the answers in the order in which they are
+ready. It computes nothing and knows no expert. A broken or hostile stream is ended alone; the others go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ray_moe.errors import InsufficientResources, RayMoEError, WireError
+from ray_moe.transport import codec, frames
+from ray_moe.transport.base import Submit
+from ray_moe.transport.grpc_options import (
+    HELLO_ID,
+    INCARNATION_KEY,
+    METHOD,
+    PROTOCOL_VERSION,
+    SERVICE,
+    TOKEN_KEY,
+    TOKEN_PREFIX,
+    VERSION_KEY,
+    grpc,
+    server_options,
+)
+from ray_moe.transport.settings import TransportSettings
+from ray_moe.wire import tensors
+from ray_moe.wire.tensors import Buffer
+
+_log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class HostServer:
+    """Receives the calls of every router, in the event loop that starts it.
+
+    `incarnation` is the one of the host's `HostAddress`: a router that looks for another life is turned away.
+    The tensors of a call may lie in memory shared with the router; they are valid until `submit` returns.
+    """
+
+    def __init__(
+        self,
+        submit: Submit,
+        token: str,
+        *,
+        incarnation: str = "",
+        settings: TransportSettings | None = None,
+    ) -> None:
+        self._submit = submit
+        self._token = token.encode()
+        self._incarnation = incarnation
+        self._settings = settings or TransportSettings()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host_ip: str = "127.0.0.1", port: int = 0) -> tuple[str, str]:
+        """Listen on `host_ip` (port 0 takes a free one) and on an abstract Unix socket.
+
+        Returns what belongs into `HostAddress.tcp` and `.unix`. Raises `InsufficientResources` when the port is taken.
+        """
+        server = grpc.aio.server(options=server_options(self._settings))
+        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        host = f"[{host_ip}]" if ":" in host_ip else host_ip
+        unix = f"unix-abstract:ray-moe-{uuid.uuid4().hex}"
+        try:
+            tcp = f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+        except RuntimeError as error:
+            raise InsufficientResources(f"cannot listen on {host}:{port}: is the port in use? ({error})") from None
+        try:
+            server.add_insecure_port(unix)
+        except RuntimeError:
+            unix = ""  # not Linux: TCP serves everybody
+        await server.start()
+        self._server = server
+        return tcp, unix
+
+    async def stop(self) -> None:
+        """End every stream (calls in flight are cancelled) and stop listening. Idempotent."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(None)
+
+    async def _exchange(self, _: AsyncIterator[bytes], context: Context) -> None:
+        metadata = dict(context.invocation_metadata() or ())
+        await self._admit(metadata, context)
+        stream = _Stream(context, self._submit, self._settings)
+        try:
+            await stream.serve()
+        except WireError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _admit(self, metadata: dict[str, Any], context: Context) -> None:
+        """Turn away (by raising) whoever has no business here."""
+        offered = str(metadata.get(TOKEN_KEY, "")).removeprefix(TOKEN_PREFIX).encode()
+        if not hmac.compare_digest(offered, self._token):
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "the token of the router is not the token of this host"
+            )
+        version = metadata.get(VERSION_KEY)
+        if version != str(PROTOCOL_VERSION):
+            await context.abort(
+                grpc.StatusCode.UNIMPLEMENTED,
+                f"this host speaks version {PROTOCOL_VERSION} of the protocol and the router {version}: "
+                "run the same version of ray_moe everywhere",
+            )
+        wanted = metadata.get(INCARNATION_KEY)
+        if self._incarnation and wanted and wanted != self._incarnation:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "another life of the host listens here now")
+
+
+class _Stream:
+    """One router's stream."""
+
+    def __init__(self, context: Context, submit: Submit, settings: TransportSettings) -> None:
+        self._context = context
+        self._submit = submit
+        self._settings = settings
+        self._writing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Read calls until the router goes away. Raises `WireError` when the frames make no sense."""
+        assembler = frames.Assembler(self._settings.max_message_bytes)
+        await self._send(HELLO_ID, tensors.encode_header((), ()), ())
+        try:
+            while isinstance(frame := await self._context.read(), bytes):
+                message = assembler.feed(frame)
+                if message is not None:
+                    task = asyncio.create_task(self._answer(*message))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _answer(self, message_id: int, message: memoryview) -> None:
+        try:
+            await self._compute(message_id, message)
+        except Exception as error:  # whatever it is, the router hears it
+            if not isinstance(error, RayMoEError):
+                _log.exception("a call failed in an unexpected way")
+            await self._send(message_id, tensors.encode_header(codec.failure_fields(error), ()), ())
+
+    async def _compute(self, message_id: int, message: memoryview) -> None:
+        fields, specs, region = tensors.decode_header(message)
+        reply = await self._submit(codec.read_call(fields, tensors.tensors_in(region, specs)))
+        try:
+            header = tensors.encode_header((), (tensors.spec_of(reply.rows),))
+            await self._send(message_id, header, tensors.region_of((reply.rows,)))
+        finally:
+            reply.release()
+
+    async def _send(self, message_id: int, header: bytes, region: Sequence[Buffer]) -> None:
+        buffers = (header, *region)
+        num_bytes = sum(len(buffer) for buffer in buffers)
+        if num_bytes <= self._settings.chunk_bytes:
+            await self._write(frames.frame(message_id, buffers, num_bytes))
+        else:
+            for frame in frames.cut(message_id, buffers, num_bytes, self._settings.chunk_bytes):
+                await self._write(frame)
+
+    async def _write(self, frame: bytes) -> None:
+        async with self._writing:  # one frame at a time; frames of other answers may come in between
+            await self._context.write(frame)
