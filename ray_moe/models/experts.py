@@ -86,9 +86,9 @@ def make_shard(experts: nn.Module, ids: Sequence[int]) -> nn.Module:
 
 def is_per_expert(experts: nn.Module, name: str) -> bool:
     """Whether the parameter `name` of an experts module has one row per expert."""
-    module: Any = experts
-    parameter = module._parameters.get(name)
-    return parameter is not None and parameter.ndim > 0 and len(parameter) == module.num_experts
+    parameter = experts._parameters.get(name)
+    num_experts: Any = experts.num_experts
+    return parameter is not None and parameter.ndim > 0 and len(parameter) == int(num_experts)
 
 
 def drop_parameters(model: nn.Module) -> None:
@@ -126,12 +126,8 @@ def _rows(experts: Any, name: str, rows: list[int]) -> nn.Parameter | None:
     parameter = experts._parameters[name]
     if parameter is None:
         return None
-    data = parameter.detach()
-    if is_per_expert(experts, name):
-        data = data[torch.tensor(rows, device=data.device)]
-    else:
-        data = data.clone()
-    return nn.Parameter(data, requires_grad=False)
+    index = torch.tensor(rows, device=parameter.device) if is_per_expert(experts, name) else ...
+    return nn.Parameter(parameter.detach()[index].clone(), requires_grad=False)
 
 
 def _ask_handler(
