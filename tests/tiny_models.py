@@ -1,4 +1,4 @@
-"""Tiny random Mixture-of-Experts models, one per family, and a byte-level tokenizer: test material that takes no time."""
+"""Tiny random Mixture-of-Experts models, one per family, and a byte-level tokenizer: test material in no time."""
 
 from __future__ import annotations
 

@@ -97,7 +97,8 @@ def drop_parameters(model: nn.Module) -> None:
         for module in experts.modules():
             module._parameters.clear()
             # Otherwise transformers would initialise the weights that are no longer there.
-            module._is_hf_initialized = True
+            marked: Any = module
+            marked._is_hf_initialized = True
 
 
 def moe_block(model: nn.Module, path: LayerPath) -> nn.Module | None:

@@ -75,7 +75,7 @@ class GatedExperts(nn.Module):
 # --- Llama 4: the gate's weight multiplies what goes into an expert, not what comes out ------------------------------
 def _adapt_llama4(block: Any, config: Any) -> None:
     with torch.device("meta"):
-        experts = _on_interface(type(block.experts), is_transposed=True)(config)
+        experts = _on_interface(block.experts.__class__, is_transposed=True)(config)
     experts._parameters = block.experts._parameters
     block.experts = experts
     block.forward = MethodType(_llama4_forward, block)
@@ -168,8 +168,8 @@ def _jetmoe_forward(block: Any, hidden: torch.Tensor) -> torch.Tensor:
     hidden_TD = hidden.reshape(-1, hidden.shape[-1])
     top_TK, index_TK = block.router.layer(hidden_TD).float().topk(block.router.top_k, dim=1)
     weight_TK = torch.softmax(top_TK, dim=1).type_as(hidden)
-    routed_TD: torch.Tensor = block.experts(hidden_TD, index_TK, weight_TK)
-    return routed_TD.view(hidden.shape) + block.bias
+    out: torch.Tensor = block.experts(hidden_TD, index_TK, weight_TK).view(hidden.shape) + block.bias
+    return out
 
 
 def _jetmoe_conversions(config: Any) -> list[Any]:
@@ -182,7 +182,7 @@ def _jetmoe_conversions(config: Any) -> list[Any]:
 # --- Step 3.7: the interface's own contract, only not declared ------------------------------------------------------
 def _adapt_step3p7(block: Any, config: Any) -> None:
     with torch.device("meta"):
-        experts = _on_interface(type(block.experts))(config, swiglu_limit=block.experts.limit)
+        experts = _on_interface(block.experts.__class__)(config, swiglu_limit=block.experts.limit)
     experts._parameters = block.experts._parameters
     block.experts = experts
 
