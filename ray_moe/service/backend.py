@@ -53,9 +53,9 @@ class Backend(Protocol):
         """One batch through one layer: [T, D] in, [T, D] out, T >= 1.
 
         With `routing`, (index [T, K] in 0..E where E is "no expert", weight [T, K]): the routed experts only. Without:
-        the model's own block. The arrays are C-contiguous and may be read-only (they are the bytes that came in). They
-        have the dtype of the wire, bfloat16 as the same numbers in float32. The layer computes in its own dtype; the
-        result may have any float dtype, and travels in the dtype in which `hidden` came.
+        the model's own block. The arrays are C-contiguous and the backend's to keep. They have the dtype of the wire,
+        bfloat16 as the same numbers in float32. The layer computes in its own dtype; the result may have any float
+        dtype, and travels in the dtype in which `hidden` came.
         """
         ...
 

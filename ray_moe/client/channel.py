@@ -1,0 +1,120 @@
+"""What both clients know about gRPC: the options of a channel, retries, and errors as ours.
+
+Retries are gRPC's own: a call that failed as UNAVAILABLE before any answer began is sent again, with back-off, up to
+five times in all and never past the call's deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, cast
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is loaded; its fork handlers crash children
+
+import grpc
+
+from ray_moe.errors import Cancelled, InvalidRequest, RayMoEError, Unavailable
+from ray_moe.wire.status import ERROR_KEY, from_status
+
+DEFAULT_TARGET: Final = "127.0.0.1:8476"
+DEFAULT_TIMEOUT_S: Final = 300.0
+
+CONNECT_TIMEOUT_S: Final = 5.0
+"""One attempt to connect; a host that does not even refuse is unavailable after it."""
+
+# grpc.health.v1 by hand, so that the client needs no further package: an empty HealthCheckRequest asks for the whole
+# server, and a response of SERVING is field 1 with value 1.
+HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
+HEALTH_REQUEST: Final = b""
+HEALTH_SERVING: Final = b"\x08\x01"
+READY_POLL_S: Final = 0.1
+
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": "ray_moe.v1.Inference"}, {"service": "ray_moe.v1.Admin"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.05s",  # 0.05 + 0.1 + 0.2 + 0.4: a refused connection fails within a second
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+OPTIONS: Final[list[tuple[str, int | str]]] = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # a request larger than this (256 KiB by default) is not retried
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_TIMEOUT_S * 1000)),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),  # http_proxy is not meant for a service inside the cluster
+    # A server that vanished without a word is noticed within 40 s, also while a stream is silent.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # the one that is honoured
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+@contextmanager
+def errors(target: str, timeout_s: float | None) -> Iterator[None]:
+    """Around the use of a call, also of an asyncio one: what gRPC raises becomes ours."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise to_error(error, target, timeout_s) from error
+    except (ValueError, grpc.aio.UsageError) as error:  # what the two kinds of channels raise
+        raise Cancelled(f"the client of {target} is closed: make another ({error})") from error
+
+
+def to_error(error: grpc.RpcError, target: str, timeout_s: float | None) -> RayMoEError:
+    """The error that a failed call raises: the service's own, or one of the way there, which names the target."""
+    call = cast(grpc.Call, error)  # the stubs leave RpcError without what it has
+    code, details = call.code(), call.details() or ""
+    for key, value in call.trailing_metadata() or ():
+        if key == ERROR_KEY:
+            return from_status(code, details, str(value))
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return InvalidRequest(f"{target} takes no message of this size ({details}): send fewer tokens at a time")
+    explain = {
+        grpc.StatusCode.UNAVAILABLE: f"no service can be reached at {target} (is it running there, as HOST:PORT?)",
+        grpc.StatusCode.DEADLINE_EXCEEDED: f"no answer from {target} within {timeout_s} s; give it more (timeout_s)",
+        grpc.StatusCode.UNIMPLEMENTED: f"what listens at {target} is not a ray_moe service of this version",
+        grpc.StatusCode.CANCELLED: f"the call to {target} was cancelled",
+    }
+    return from_status(code, f"{explain.get(code, f'the call to {target} failed')}: {details}", None)
+
+
+class ReadyPoll:
+    """Until when to ask whether the service is ready; the clients do the asking and the sleeping."""
+
+    def __init__(self, target: str, timeout_s: float) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._deadline_s = time.monotonic() + timeout_s
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def is_over(self, answer: bytes | grpc.RpcError) -> bool:
+        """Whether `answer` to a health check says ready.
+
+        Raises:
+            Unavailable: it does not, and the time is over.
+        """
+        if answer == HEALTH_SERVING:
+            return True
+        if self.remaining_s > READY_POLL_S:
+            return False
+        why = to_error(answer, self._target, self._timeout_s) if isinstance(answer, grpc.RpcError) else "it is starting"
+        raise Unavailable(f"{self._target} is not ready after {self._timeout_s} s: {why}")

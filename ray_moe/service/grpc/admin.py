@@ -1,0 +1,99 @@
+"""`ray_moe.v1.Admin` and the standard health service: what the service tells about itself.
+
+These calls are not counted against the limit of concurrent requests: one wants them most when it is reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from ray_moe.service.backend import Backend
+from ray_moe.service.grpc.guard import Context, Guard
+from ray_moe.wire import messages
+from ray_moe.wire.v1 import admin_pb2 as pb
+
+WATCH_INTERVAL_S = 0.2
+
+
+class AdminService:
+    """The handlers; one object per server."""
+
+    NAME = pb.DESCRIPTOR.services_by_name["Admin"].full_name
+
+    def __init__(self, backend: Backend, guard: Guard) -> None:
+        self._backend = backend
+        self._guard = guard
+
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+        return grpc.method_handlers_generic_handler(
+            self.NAME,
+            {
+                "Status": grpc.unary_unary_rpc_method_handler(self.status),
+                "Placement": grpc.unary_unary_rpc_method_handler(self.placement),
+            },
+        )
+
+    async def status(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.errors(context):
+            messages.parse(pb.StatusRequest, data)
+            return messages.status_to_proto(await self._backend.status()).SerializeToString()
+
+    async def placement(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.errors(context):
+            messages.parse(pb.PlacementRequest, data)
+            return messages.table_to_proto(await self._backend.placement()).SerializeToString()
+
+
+HealthContext = grpc.aio.ServicerContext[HealthCheckRequest, HealthCheckResponse]
+
+
+class HealthService:
+    """grpc.health.v1: SERVING while requests are admitted.
+
+    The servicer that grpcio-health-checking brings keeps a copy of the state, loses watchers when one of several for a
+    service leaves, and has watches that only the end of the grace period ends. This one looks at the state itself.
+    """
+
+    NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+    def __init__(self, guard: Guard, services: frozenset[str]) -> None:
+        self._guard = guard
+        self._services = services | {""}
+
+    def handler(self) -> grpc.GenericRpcHandler[HealthCheckRequest, HealthCheckResponse]:
+        read, write = HealthCheckRequest.FromString, HealthCheckResponse.SerializeToString
+        return grpc.method_handlers_generic_handler(
+            self.NAME,
+            {
+                "Check": grpc.unary_unary_rpc_method_handler(self.check, read, write),
+                "Watch": grpc.unary_stream_rpc_method_handler(self.watch, read, write),
+            },
+        )
+
+    async def check(self, request: HealthCheckRequest, context: HealthContext) -> HealthCheckResponse:
+        status = self._status(request.service)
+        if status == HealthCheckResponse.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"expected one of {sorted(self._services)}")
+        return HealthCheckResponse(status=status)
+
+    async def watch(self, request: HealthCheckRequest, context: HealthContext) -> None:
+        last = None
+        while True:
+            ends = self._guard.stopping
+            status = self._status(request.service)
+            if status != last:
+                await context.write(HealthCheckResponse(status=status))
+            if ends:
+                return
+            last = status
+            await asyncio.sleep(WATCH_INTERVAL_S)
+
+    def _status(self, service: str) -> Any:
+        if service not in self._services:
+            return HealthCheckResponse.SERVICE_UNKNOWN
+        return HealthCheckResponse.SERVING if self._guard.serving else HealthCheckResponse.NOT_SERVING

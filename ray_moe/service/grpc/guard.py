@@ -1,0 +1,73 @@
+"""What every call of the gRPC front door goes through: admission, and errors to statuses.
+
+An error of ours ends the call with its status; any other exception is a fault of the service: its traceback goes to the
+log under an id, and the client gets the id. Used by the servicers.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+
+from ray_moe.errors import Overloaded, RayMoEError, Unavailable
+from ray_moe.service.backend import Backend
+from ray_moe.wire.status import to_status
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """The state that the calls of one server share."""
+
+    def __init__(self, backend: Backend, max_concurrent_requests: int) -> None:
+        self.stopping = False
+        self._backend = backend
+        self._max_concurrent_requests = max_concurrent_requests
+        self._num_active = 0
+
+    @property
+    def serving(self) -> bool:
+        """Whether a request would be admitted, load apart."""
+        return self._backend.ready and not self.stopping
+
+    @asynccontextmanager
+    async def request(self, context: Context) -> AsyncIterator[None]:
+        """Around a call that makes the model work: admits it, counts it, maps its errors."""
+        async with self.errors(context):
+            if self.stopping:
+                raise Unavailable("the service is stopping: retry later or elsewhere")
+            if not self._backend.ready:
+                raise Unavailable("the service is not ready: retry, or wait until its health is SERVING")
+            if self._num_active >= self._max_concurrent_requests:
+                raise Overloaded(
+                    f"{self._num_active} requests are being served, which is the limit: retry later, or raise the limit"
+                )
+            self._num_active += 1
+            try:
+                yield
+            finally:
+                self._num_active -= 1
+
+    @asynccontextmanager
+    async def errors(self, context: Context) -> AsyncIterator[None]:
+        """Around any call: maps its errors. A cancelled call stays cancelled."""
+        try:
+            yield
+        except RayMoEError as error:
+            await _abort(context, error)
+        except Exception as error:
+            fault = secrets.token_hex(4)
+            logger.exception("fault %s of the service", fault)
+            name = type(error).__name__
+            await _abort(context, RayMoEError(f"fault {fault} of the service ({name}): its log has more under that id"))
+
+
+async def _abort(context: Context, error: RayMoEError) -> None:
+    status = to_status(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)

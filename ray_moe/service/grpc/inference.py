@@ -1,0 +1,119 @@
+"""`ray_moe.v1.Inference`: bytes to checked values, the backend's work, values to bytes.
+
+Messages are parsed here and not by gRPC, so that bytes which are no message get a proper error like any other bad
+input. Letters in shapes: T tokens, D width of the layer, K experts per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_moe.errors import InvalidRequest
+from ray_moe.service.backend import Backend, FloatArray
+from ray_moe.service.grpc.guard import Context, Guard
+from ray_moe.service.validation import check_gate, check_generate, check_hidden, check_routing, find_layer
+from ray_moe.types import LayerSpec
+from ray_moe.wire import arrays, messages
+from ray_moe.wire.v1 import inference_pb2 as pb
+
+INLINE_BYTES = 2**20
+"""Smaller messages are coded in the event loop (under a millisecond), larger ones in a thread."""
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """A ForwardRequest, checked."""
+
+    spec: LayerSpec
+    hidden: FloatArray
+    routing: tuple[NDArray[np.int64], FloatArray] | None
+    dtype: pb.DType.ValueType
+    request_id: str
+
+
+class InferenceService:
+    """The handlers; one object per server."""
+
+    NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
+    def __init__(self, backend: Backend, guard: Guard, max_forward_tokens: int) -> None:
+        self._backend = backend
+        self._guard = guard
+        self._max_forward_tokens = max_forward_tokens
+
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+        return grpc.method_handlers_generic_handler(
+            self.NAME,
+            {
+                "Forward": grpc.unary_unary_rpc_method_handler(self.forward),
+                "ForwardStream": grpc.stream_stream_rpc_method_handler(self.forward_stream),
+                "Generate": grpc.unary_stream_rpc_method_handler(self.generate),
+            },
+        )
+
+    async def forward(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.request(context):
+            return await self._forward(data)
+
+    async def forward_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        async with self._guard.request(context):
+            async for data in requests:
+                await context.write(await self._forward(data))
+
+    async def generate(self, data: bytes, context: Context) -> None:
+        """Writes, and does not yield: a cancelled `write` raises here and now, so the work ends with the call."""
+        async with self._guard.request(context):
+            request = messages.generate_request_from_proto(messages.parse(pb.GenerateRequest, data))
+            check_generate(self._backend, request)
+            async with aclosing(self._backend.generate(request)) as chunks:
+                async for chunk in chunks:
+                    await context.write(messages.chunk_to_proto(chunk).SerializeToString())
+
+    async def _forward(self, data: bytes) -> bytes:
+        asked = await _off_loop(len(data), self._read, data)
+        result: NDArray[Any]
+        if len(asked.hidden):
+            result = await self._backend.forward(asked.spec.path, asked.hidden, asked.routing)
+        else:
+            result = np.empty((0, asked.spec.output_size), np.float32)
+        return await _off_loop(result.nbytes, _write, asked, result)
+
+    def _read(self, data: bytes) -> _Forward:
+        message = messages.parse(pb.ForwardRequest, data)
+        which = message.WhichOneof("layer")
+        spec = find_layer(self._backend, None if which is None else getattr(message, which))
+        if not message.HasField("hidden"):
+            raise InvalidRequest(f"hidden is missing; layer {spec.path} expects [T, {spec.hidden_size}]")
+        hidden = arrays.decode(message.hidden, name="hidden")
+        check_hidden(spec, hidden, self._max_forward_tokens)
+        routing = None
+        if message.HasField("routing"):
+            index = arrays.decode(message.routing.index, name="index")
+            weight = arrays.decode(message.routing.weight, name="weight")
+            check_routing(spec, len(hidden), index, weight)
+            routing = (index.astype(np.int64, copy=False), weight)
+        else:
+            check_gate(self._backend, spec)
+        return _Forward(spec, hidden, routing, message.hidden.dtype, message.request_id)
+
+
+def _write(asked: _Forward, result: NDArray[Any]) -> bytes:
+    tensor = arrays.encode(result, asked.dtype, name="hidden")
+    return pb.ForwardResponse(hidden=tensor, request_id=asked.request_id).SerializeToString()
+
+
+async def _off_loop(num_bytes: int, work: Callable[..., R], *arguments: Any) -> R:
+    """Do `work` on about `num_bytes` where it holds nobody up."""
+    if num_bytes <= INLINE_BYTES:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)

@@ -1,0 +1,154 @@
+"""What a request may be, checked before the backend sees it; shared by every front door.
+
+Pure functions over a `Backend`'s facts. They raise `InvalidRequest`, `NotFound` or `UnsupportedModel`, and the message
+says what was wrong, what was expected and what to do. Letters in shapes: T tokens, D width of the layer, E experts of
+the layer, K experts per token.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_moe.errors import InvalidRequest, NotFound, UnsupportedModel
+from ray_moe.service.backend import Backend
+from ray_moe.types import GenerateRequest, LayerPath, LayerSpec
+
+MAX_NEW_TOKENS = 2**20
+"""For a model that has no bound of its own."""
+
+MIN_TEMPERATURE = 1e-4
+"""Logits divided by less leave float32."""
+
+_MAX_NAME = 200  # of a name that comes from outside and goes into a message
+
+
+# --- One layer -----------------------------------------------------------------------------------------------
+def find_layer(backend: Backend, layer: LayerPath | int | None) -> LayerSpec:
+    """The layer by path, or by number in the order of the model."""
+    paths = list(backend.layers)
+    some = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+    if layer is None:
+        raise InvalidRequest(f"no layer is named; expected layer_path (one of {some}) or layer_index")
+    if isinstance(layer, int):
+        if not 0 <= layer < len(paths):
+            raise NotFound(f"no MoE layer has index {layer}; the model has {len(paths)}: expected 0..{len(paths) - 1}")
+        return backend.layers[paths[layer]]
+    if layer not in backend.layers:
+        asked = layer[:_MAX_NAME]
+        nearest = "".join(f"did you mean {path}? " for path in difflib.get_close_matches(asked, paths, n=1))
+        raise NotFound(f"the model has no MoE layer {asked!r}: {nearest}It has {len(paths)}: {some}")
+    return backend.layers[layer]
+
+
+def check_hidden(spec: LayerSpec, hidden: NDArray[Any], max_tokens: int) -> None:
+    """Raise unless `hidden` is [T, D] with T <= `max_tokens`, of floats, all finite."""
+    if hidden.dtype.kind != "f":
+        raise InvalidRequest(f"hidden has dtype {hidden.dtype}; expected a float dtype (F64, F32, F16 or BF16)")
+    if hidden.ndim != 2 or hidden.shape[1] != spec.hidden_size:
+        raise InvalidRequest(
+            f"hidden has shape {list(hidden.shape)}; layer {spec.path} expects [T, {spec.hidden_size}], a row per token"
+        )
+    if len(hidden) > max_tokens:
+        raise InvalidRequest(f"hidden has {len(hidden):,} tokens; at most {max_tokens:,} go in one call: split it")
+    _check_finite("hidden", hidden)
+
+
+def check_routing(spec: LayerSpec, num_tokens: int, index: NDArray[Any], weight: NDArray[Any]) -> None:
+    """Raise unless `index` and `weight` are both [T, K], in range and finite."""
+    if index.dtype.kind != "i":
+        raise InvalidRequest(f"index has dtype {index.dtype}; expected integers (I64 or I32): convert it")
+    if weight.dtype.kind != "f":
+        raise InvalidRequest(f"weight has dtype {weight.dtype}; expected a float dtype (F64, F32, F16 or BF16)")
+    for name, array in (("index", index), ("weight", weight)):
+        if array.ndim != 2 or array.shape[0] != num_tokens:
+            raise InvalidRequest(
+                f"{name} has shape {list(array.shape)}; expected [{num_tokens}, K]: one row for each row of hidden"
+            )
+    if index.shape != weight.shape:
+        raise InvalidRequest(
+            f"index has shape {list(index.shape)} and weight {list(weight.shape)}; expected the same [T, K] for both"
+        )
+    if not 1 <= index.shape[1] <= spec.num_experts:
+        raise InvalidRequest(
+            f"index has {index.shape[1]} experts per token; layer {spec.path} expects 1..{spec.num_experts}"
+        )
+    wrong = np.argwhere((index < 0) | (index > spec.num_experts))
+    if len(wrong):
+        row, column = wrong[0]
+        raise InvalidRequest(
+            f"index[{row}, {column}] is {index[row, column]}; layer {spec.path} has experts 0..{spec.num_experts - 1}, "
+            f"and {spec.num_experts} means no expert ({len(wrong):,} such entries)"
+        )
+    _check_finite("weight", weight)
+
+
+def check_gate(backend: Backend, spec: LayerSpec) -> None:
+    """Raise unless the layer's own block can be called."""
+    if spec.path not in backend.layers_with_gate:
+        raise UnsupportedModel(
+            f"the gate of layer {spec.path} cannot be called on its own in this model: give routing (index and weight)"
+        )
+
+
+def _check_finite(name: str, array: NDArray[Any]) -> None:
+    # The extremes tell, without another array of this size: a NaN anywhere makes both NaN.
+    if not array.size or (math.isfinite(array.min()) and math.isfinite(array.max())):
+        return
+    wrong = np.argwhere(~np.isfinite(array))
+    row, column = wrong[0]
+    raise InvalidRequest(
+        f"{name}[{row}, {column}] is {array[row, column]}; expected finite numbers ({len(wrong):,} are not): "
+        "mask or drop those tokens"
+    )
+
+
+# --- Generation ----------------------------------------------------------------------------------------------
+def check_generate(backend: Backend, request: GenerateRequest) -> None:
+    """Raise for what can be told without the tokenizer; the backend does the rest (see `Backend.generate`)."""
+    if (request.prompt is None) == (request.token_ids is None):
+        raise InvalidRequest("expected exactly one of prompt (text) and token_ids")
+    if request.prompt is not None and not backend.has_tokenizer:
+        raise InvalidRequest("this model has no tokenizer: send token_ids instead of prompt")
+    if not (request.prompt or request.token_ids):
+        raise InvalidRequest("the prompt is empty; expected at least one token (the model's start token will do)")
+    _check_token_ids(backend, request.token_ids or ())
+    _check_length(backend, request)
+    if not (request.temperature == 0 or MIN_TEMPERATURE <= request.temperature < math.inf):
+        raise InvalidRequest(
+            f"temperature is {request.temperature}; expected 0 (greedy) or a number from {MIN_TEMPERATURE} on"
+        )
+    if not 0 < request.top_p <= 1:
+        raise InvalidRequest(f"top_p is {request.top_p}; expected 0 < top_p <= 1 (1 keeps every token)")
+
+
+def _check_token_ids(backend: Backend, token_ids: tuple[int, ...]) -> None:
+    vocab_size = backend.vocab_size
+    for position, token in enumerate(token_ids):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"token_ids[{position}] is {token}; the vocabulary has 0..{vocab_size - 1}: "
+                "is the tokenizer another model's?"
+            )
+
+
+def _check_length(backend: Backend, request: GenerateRequest) -> None:
+    wanted = request.max_new_tokens
+    if wanted < 1:
+        raise InvalidRequest(f"max_new_tokens is {wanted}; expected at least 1")
+    bound = backend.max_positions
+    if bound is None:
+        if wanted > MAX_NEW_TOKENS:
+            raise InvalidRequest(f"max_new_tokens is {wanted:,}; expected at most {MAX_NEW_TOKENS:,}")
+        return
+    num_prompt = 1 if request.token_ids is None else len(request.token_ids)  # text: at least one token
+    if num_prompt + wanted > bound:
+        at_least = "at least " if request.token_ids is None else ""
+        raise InvalidRequest(
+            f"the prompt has {at_least}{num_prompt:,} tokens and max_new_tokens is {wanted:,}, together more than the "
+            f"model's {bound:,} positions: shorten the prompt or ask for fewer tokens"
+        )

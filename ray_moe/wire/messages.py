@@ -1,0 +1,124 @@
+"""The messages of the public API to the values of `types.py` and back. Pure; used by the servicers and the client.
+
+Field names of the messages and the values are the same, so most of a conversion is naming the class. What a value may
+be is not judged here (`service/validation.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from ray_moe.errors import InvalidRequest, WireError
+from ray_moe.types import (
+    GenerateChunk,
+    GenerateRequest,
+    HostAddress,
+    HostStatus,
+    Placement,
+    RouterStatus,
+    RoutingTable,
+    ServiceStatus,
+)
+from ray_moe.wire.v1 import admin_pb2, inference_pb2
+
+M = TypeVar("M", bound=Message)
+V = TypeVar("V")
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """A message from its bytes.
+
+    Raises:
+        WireError: they are not such a message.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError as exc:
+        raise WireError(
+            f"these {len(data):,} bytes are not a {kind.__name__} ({exc}): "
+            "send the message of protos/ray_moe/v1, its text in UTF-8"
+        ) from exc
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _value(cls: type[V], message: Message, **others: Any) -> V:
+    """A value of `cls` with the fields of `message`, but for `others`."""
+    names = (field.name for field in fields(cls) if field.name not in others)  # type: ignore[arg-type]
+    return cls(**{name: getattr(message, name) for name in names}, **others)
+
+
+# --- Generation ----------------------------------------------------------------------------------------------
+def generate_request_to_proto(request: GenerateRequest) -> inference_pb2.GenerateRequest:
+    """Raises `InvalidRequest` for what the message cannot even hold (both or neither prompt, huge numbers)."""
+    if (request.prompt is None) == (request.token_ids is None):
+        raise InvalidRequest("expected exactly one of prompt (text) and token_ids")
+    given = _fields(request)
+    try:
+        if request.token_ids is not None:
+            given["token_ids"] = inference_pb2.TokenIds(ids=request.token_ids)
+        return inference_pb2.GenerateRequest(**given)
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequest(f"the request cannot be sent: {exc}") from exc
+
+
+def generate_request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateRequest:
+    """Absent fields get the defaults of `GenerateRequest`."""
+    given: dict[str, Any] = {"temperature": message.temperature, "ignore_eos": message.ignore_eos}
+    if message.HasField("token_ids"):
+        given["token_ids"] = tuple(message.token_ids.ids)
+    for name in ("prompt", "max_new_tokens", "top_p", "seed"):
+        if message.HasField(name):
+            given[name] = getattr(message, name)
+    return GenerateRequest(**given)
+
+
+def chunk_to_proto(chunk: GenerateChunk) -> inference_pb2.GenerateResponse:
+    return inference_pb2.GenerateResponse(**_fields(chunk))
+
+
+def chunk_from_proto(message: inference_pb2.GenerateResponse) -> GenerateChunk:
+    return _value(GenerateChunk, message, token_ids=tuple(message.token_ids))
+
+
+# --- Status and placement ------------------------------------------------------------------------------------
+def status_to_proto(status: ServiceStatus) -> admin_pb2.StatusResponse:
+    tokens = status.tokens_per_expert.items()
+    return admin_pb2.StatusResponse(
+        **_fields(status)
+        | {
+            "router": admin_pb2.RouterStatus(**_fields(status.router)),
+            "hosts": [admin_pb2.HostStatus(**_fields(host)) for host in status.hosts],
+            "tokens_per_expert": [admin_pb2.LayerTokens(layer=layer, tokens=counts) for layer, counts in tokens],
+        }
+    )
+
+
+def status_from_proto(message: admin_pb2.StatusResponse) -> ServiceStatus:
+    return _value(
+        ServiceStatus,
+        message,
+        router=_value(RouterStatus, message.router),
+        hosts=tuple(_value(HostStatus, host) for host in message.hosts),
+        tokens_per_expert={entry.layer: tuple(entry.tokens) for entry in message.tokens_per_expert},
+    )
+
+
+def table_to_proto(table: RoutingTable) -> admin_pb2.PlacementResponse:
+    layers = [
+        admin_pb2.LayerPlacement(layer=layer, experts=[admin_pb2.ExpertHosts(host_ids=hosts) for hosts in experts])
+        for layer, experts in table.placement.hosts_of.items()
+    ]
+    addresses = [admin_pb2.HostAddress(**_fields(address)) for address in table.addresses.values()]
+    return admin_pb2.PlacementResponse(epoch=table.epoch, layers=layers, addresses=addresses)
+
+
+def table_from_proto(message: admin_pb2.PlacementResponse) -> RoutingTable:
+    hosts_of = {entry.layer: tuple(tuple(hosts.host_ids) for hosts in entry.experts) for entry in message.layers}
+    addresses = {address.host_id: _value(HostAddress, address) for address in message.addresses}
+    return RoutingTable(message.epoch, Placement(hosts_of), addresses)
