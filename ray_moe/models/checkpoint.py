@@ -80,10 +80,7 @@ class CheckpointFiles:
 
 
 class Reader:
-    """Open safetensors files. Tensors are read into memory of their own, not mapped.
-
-    So the file may be replaced while the service runs, and the weights count as memory of this process from the start.
-    """
+    """Open safetensors files, mapped into memory: what is read is a view of the file until it is copied."""
 
     def __init__(self, files: CheckpointFiles) -> None:
         self._files = files
@@ -93,7 +90,7 @@ class Reader:
         """A lazy tensor: ``[...]`` reads all of it, ``[a:b]`` only those rows."""
         file = self._files.tensors[name].file
         if file not in self._open:
-            self._open[file] = safe_open(self._files.folder / file, framework="pt", device="cpu", backend="pread")
+            self._open[file] = safe_open(self._files.folder / file, framework="pt", device="cpu", backend="mmap")
         return self._open[file].get_slice(name)
 
     def close(self) -> None:

@@ -20,8 +20,8 @@ from ray_moe.errors import InvalidCheckpoint, NotFound
 from ray_moe.models.checkpoint import CheckpointFiles
 from ray_moe.models.experts import drop_parameters, experts_modules, is_per_expert, make_shard
 from ray_moe.models.layout import classify
-from ray_moe.models.lazy import BlankTensors, TensorSource
-from ray_moe.models.loading import fill, finish
+from ray_moe.models.lazy import BlankTensors, OwnTensor, TensorSource
+from ray_moe.models.loading import fill, finish, return_free_memory
 from ray_moe.models.skeleton import build, read_config
 from ray_moe.types import LayerPath, LayerSpec
 
@@ -123,13 +123,14 @@ class Checkpoint:
         places: dict[str, torch.Tensor] = skeleton.model.state_dict()
         missing = set(places)
         loaded_bytes = 0
-        with self._files.reader() as reader:
-            for names in self._layout.backbone:
-                left = fill(skeleton, {name: reader.slice(name) for name in names}, device)
-                step_bytes = sum(places[name].nbytes for name in missing - left)
-                missing &= left
-                loaded_bytes += step_bytes
-                _tell(on_progress, step_bytes)
+        for names in self._layout.backbone:
+            with self._files.reader() as reader:
+                left = fill(skeleton, {name: OwnTensor(reader.slice(name)) for name in names}, device)
+            step_bytes = sum(places[name].nbytes for name in missing - left)
+            missing &= left
+            loaded_bytes += step_bytes
+            return_free_memory()
+            _tell(on_progress, step_bytes)
         model: nn.Module = finish(skeleton, missing, device)
         self._set_generation_config(model)
         _tell(on_progress, self.backbone_bytes - loaded_bytes)
@@ -151,10 +152,12 @@ class Checkpoint:
             InvalidCheckpoint: the files have changed since `open`.
         """
         shards: dict[LayerPath, nn.Module] = {}
-        with self._files.reader() as reader:
-            for path, ids in self._checked(plan).items():
+        for path, ids in self._checked(plan).items():
+            # A file is open, and its pages count as this process's memory, no longer than its layer needs it.
+            with self._files.reader() as reader:
                 shards[path] = self._load_layer(path, ids, reader, device)
-                _tell(on_progress, _nbytes(shards[path]))
+            return_free_memory()
+            _tell(on_progress, _nbytes(shards[path]))
         return shards
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:

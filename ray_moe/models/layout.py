@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from ray_moe.errors import InvalidCheckpoint
 from ray_moe.models.checkpoint import TensorHeader
 from ray_moe.models.experts import experts_modules, is_per_expert
-from ray_moe.models.lazy import ExpertRows, LazyTensor, TensorSource
+from ray_moe.models.lazy import ExpertRows, LazyTensor, OwnTensor, TensorSource
 from ray_moe.models.skeleton import Skeleton
 from ray_moe.types import LayerPath
 
@@ -40,7 +40,7 @@ class LayerTensors:
         for name, rows in self.stacked.items():
             chosen[name] = ExpertRows(source.slice(name), ids, rows)
         for name in self.shared:
-            chosen[name] = source.slice(name)
+            chosen[name] = OwnTensor(source.slice(name))
         return chosen
 
 
@@ -105,15 +105,15 @@ def _assign(
     """Give the tensors that make up `target`, in natural order, to the experts of a layer."""
     num_experts: int = experts.num_experts
     shapes = {tensors[name].shape for name in names}
+    rows = tensors[names[0]].shape[:1]
+    if len(names) == 1 and rows and rows[0] % num_experts == 0:
+        layer.stacked[names[0]] = rows[0] // num_experts
+        return
     if len(names) == num_experts and len(shapes) == 1:
-        # transformers stacks them in natural order: the position is the expert.
+        # transformers stacks them in natural order (a copy): the position is the expert.
         layer.single.update({name: expert for expert, name in enumerate(names)})
         return
     if len(names) == 1:
-        rows = shapes.pop()[:1]
-        if rows and rows[0] % num_experts == 0:
-            layer.stacked[names[0]] = rows[0] // num_experts
-            return
         found = f"{names[0]} has {rows[0] if rows else 0} rows, which cannot be shared out equally"
     elif len(shapes) > 1:
         found = f"{names[0]} and its siblings have different shapes {sorted(shapes)}"

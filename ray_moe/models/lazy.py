@@ -1,7 +1,7 @@
 """Tensors on disk that are not read until they are asked for, in the form `transformers`' conversion takes them.
 
-Beside the real thing (a safetensors slice) there are two stand-ins: the rows of a few experts out of a tensor that
-holds them all, and a tensor with a shape and no data, for trying a conversion without reading anything.
+Around the real thing (a safetensors slice, which reads views of the mapped file) there are a copy of it and the rows
+of a few experts; a tensor with a shape and no data stands in for it when a conversion is only tried.
 """
 
 from __future__ import annotations
@@ -34,8 +34,24 @@ class TensorSource(Protocol):
     def slice(self, name: str) -> LazyTensor: ...
 
 
+class OwnTensor:
+    """A tensor that is copied when it is read, so that the file may be replaced afterwards."""
+
+    def __init__(self, tensor: LazyTensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> Sequence[int]:
+        return self._tensor.get_shape()
+
+    def get_dtype(self) -> str:
+        return self._tensor.get_dtype()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor[index].clone()
+
+
 class ExpertRows:
-    """The rows of the experts `ids` (ascending) out of a tensor that holds all experts one after the other."""
+    """The rows of the experts `ids` (ascending) out of a tensor that holds all experts one after the other. A copy."""
 
     def __init__(self, tensor: LazyTensor, ids: Sequence[int], rows_per_expert: int) -> None:
         self._tensor = tensor

@@ -6,6 +6,7 @@ are wanted, lazily, and works on those. Called by `models/huggingface.py`.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,16 @@ def finish(skeleton: Skeleton, missing: set[str], device: str | torch.device) ->
     if skeleton.quantizer is not None:
         skeleton.quantizer.postprocess_model(model)
     return model.eval()
+
+
+def return_free_memory() -> None:
+    """Give the memory that a conversion has freed back to the system, where the C library can (glibc).
+
+    Fusing leaves holes of some megabytes between the weights of successive layers: a third of the result, uncalled for.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def load_settings(skeleton: Skeleton, device: str | torch.device) -> LoadStateDictConfig:
