@@ -67,9 +67,7 @@ class GatedExperts(nn.Module):
         self.down_proj = down_EDF
         self.act_fn = act_fn
 
-    def forward(self, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        out_TD: torch.Tensor = grouped_mm_experts_forward(self, hidden_TD, index_TK, weight_TK)
-        return out_TD
+    forward = grouped_mm_experts_forward
 
 
 # --- Llama 4: the gate's weight multiplies what goes into an expert, not what comes out ------------------------------
@@ -189,8 +187,9 @@ def _adapt_step3p7(block: Any, config: Any) -> None:
 
 @cache
 def _on_interface(experts_class: Any, is_transposed: bool = False) -> Any:
-    """A subclass that answers through the experts interface."""
-    subclass = type(experts_class.__name__, (experts_class,), {"__module__": __name__})
+    """A subclass that answers through the experts interface, and by itself with the interface's usual formula."""
+    members = {"__module__": __name__, "forward": grouped_mm_experts_forward}
+    subclass = type(experts_class.__name__, (experts_class,), members)
     return use_experts_implementation(subclass, is_transposed=is_transposed)
 
 
