@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from ray_moe.errors import InvalidCheckpoint, NotFound
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # Other layouts of the same weights that some repositories carry along.
-_NOT_DOWNLOADED = ["*/*", "consolidated*"]
+_OTHER_LAYOUTS = ["*/*", "consolidated*"]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
@@ -40,32 +41,49 @@ class TensorHeader:
 
 
 class CheckpointFiles:
-    """A checkpoint's folder, whose safetensors files are whole and agree with their index."""
+    """The folder of a checkpoint: its configuration at once, its tensors when they are first asked for."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> None:
+    def __init__(self, folder: Path, hub_name: str | None = None) -> None:
+        """For `open`. With `hub_name`, the folder's weights are still to be downloaded."""
         self.folder = folder
-        self.config = config
+        self.config = read_json(folder / CONFIG, "Name the folder that save_pretrained() wrote.")
         """`config.json` as it is."""
-        self.tensors = tensors
-        """Every tensor of the checkpoint, by its name on disk."""
+        self._hub_name = hub_name
 
     @classmethod
     def open(cls, model: str | Path) -> CheckpointFiles:
-        """Find and check the checkpoint `model`: a directory, or a name on the Hugging Face hub.
+        """Find the checkpoint `model`: a directory, or a name on the Hugging Face hub.
 
         Raises:
             NotFound: there is no such directory, and no such name on the hub or in its local cache.
-            InvalidCheckpoint: a file is missing, damaged or contradicts another; the message names it.
+            InvalidCheckpoint: its configuration is missing or damaged.
         """
-        folder = _find(model)
-        config = read_json(folder / CONFIG, "Name the folder that save_pretrained() wrote.")
-        index = _read_index(folder)
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return cls(path.resolve())
+        if path.exists():
+            raise InvalidCheckpoint(f"{path} is a file. Name the folder that holds it, with its {CONFIG}.")
+        if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise NotFound(f"there is no directory {path}. Name a checkpoint's folder, or a model of the hub.")
+        return cls(_download(model, _SMALL_FILES), model)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorHeader]:
+        """Every tensor of the checkpoint, by its name on disk; asking for it fetches and checks the weight files.
+
+        Raises:
+            InvalidCheckpoint: a file is missing, damaged, or not what the index says; the message names it.
+        """
+        if self._hub_name is not None:
+            # A snapshot's folder is named after its commit: configuration and weights are of one version.
+            _download(self._hub_name, [*_SMALL_FILES, "*.safetensors"], revision=self.folder.name)
+        index = _read_index(self.folder)
         tensors: dict[str, TensorHeader] = {}
         for file in sorted(set(index.values())) if index else [SINGLE]:
-            held = _read_header(folder / file)
+            held = _read_header(self.folder / file)
             tensors.update({name: header for name, header in held.items() if index.get(name, file) == file})
-        _check_index(folder, index, tensors)
-        return cls(folder, config, tensors)
+        _check_index(self.folder, index, tensors)
+        return tensors
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -112,21 +130,16 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     return value
 
 
-def _find(model: str | Path) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        raise InvalidCheckpoint(f"{path} is a file. Name the folder that holds it, with its {CONFIG}.")
-    if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise NotFound(f"there is no directory {path}. Name a checkpoint's folder, or a model of the Hugging Face hub.")
+def _download(name: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The local snapshot of a model of the hub, with the files that match `patterns`."""
     try:
-        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED))
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise NotFound(
-            f"{model!r} is neither a directory nor a model that could be had from the Hugging Face hub "
-            f"({str(error).strip().splitlines()[0]}). Check the name, the network, and the access token (HF_TOKEN)."
+            f"{name!r} is neither a directory nor a model that could be had from the Hugging Face hub "
+            f"({' '.join(str(error).split())[:300]}). Check the name, the network, and the access token (HF_TOKEN)."
         ) from error
+    return Path(folder)
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -145,7 +158,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         found = f" It has {', '.join(others[:3])}, which transformers does not load by itself." if others else ""
         raise InvalidCheckpoint(
             f"{folder} has no weights: expected {SINGLE}, or {INDEX} and its files.{found} "
-            "Fetch the checkpoint again, or write it with save_pretrained()."
+            "Fetch the checkpoint again, or write it with save_pretrained(), which writes safetensors."
         )
     index = read_json(folder / INDEX, "Fetch it again.").get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
@@ -175,17 +188,18 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
         tensors = {
             name: TensorHeader(path.name, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()
         }
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        expected_bytes = 8 + header_bytes + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if actual_bytes != expected_bytes:
+            fault = "truncated" if actual_bytes < expected_bytes else "too long"
+            raise InvalidCheckpoint(
+                f"{path} is {fault}: its header tells of {expected_bytes} bytes, the file has {actual_bytes}. "
+                "Fetch it again."
+            )
+        # The library's own check: every tensor as long as its shape and dtype say, none over another.
+        with safe_open(path, framework="pt"):
+            return tensors
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, SafetensorError) as error:
         raise InvalidCheckpoint(f"{path} has a damaged safetensors header ({error}). Fetch it again.") from error
-    expected_bytes = 8 + header_bytes + max(ends, default=0)
-    if actual_bytes != expected_bytes:
-        fault = "truncated" if actual_bytes < expected_bytes else "too long"
-        raise InvalidCheckpoint(
-            f"{path} is {fault}: its header tells of {expected_bytes} bytes, the file has {actual_bytes}. "
-            "Fetch it again."
-        )
-    return tensors
 
 
 def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, TensorHeader]) -> None:

@@ -21,6 +21,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward, use_expert
 
 UNSUPPORTED: dict[str, str] = {
     "nllb-moe": "in transformers 5.23 only the first two experts of a layer ever act.",
+    "diffusion_gemma": "they are no autoregressive models, and their encoder and decoder share the experts.",
     "doge": "their experts are single neurons picked by a product key, too small to sit behind an actor.",
     "longcat_flash": "their gate also picks identity experts, which the experts interface has no place for.",
     "ernie4_5_vl_moe": "on disk, text and vision experts are in one list, which cannot be loaded one expert at a time.",

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ray_moe.errors import InvalidCheckpoint
 from ray_moe.models.checkpoint import TensorHeader
 
 
@@ -81,7 +82,10 @@ class BlankTensor:
         return self._header.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return torch.empty(self._header.shape, dtype=_TORCH_DTYPES[self._header.dtype], device="meta")[index]
+        dtype = _TORCH_DTYPES.get(self._header.dtype)
+        if dtype is None:
+            raise InvalidCheckpoint(f"{self._header.file} has a tensor of dtype {self._header.dtype}, unknown here.")
+        return torch.empty(self._header.shape, dtype=dtype, device="meta")[index]
 
 
 class BlankTensors:
