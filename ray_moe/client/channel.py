@@ -86,7 +86,7 @@ def to_error(error: grpc.RpcError, target: str, timeout_s: float | None) -> RayM
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return InvalidRequest(f"{target} takes no message of this size ({details}): send fewer tokens at a time")
     explain = {
-        grpc.StatusCode.UNAVAILABLE: f"no service can be reached at {target} (is it running there, as HOST:PORT?)",
+        grpc.StatusCode.UNAVAILABLE: f"the service at {target} cannot be reached, or broke off (is it running there?)",
         grpc.StatusCode.DEADLINE_EXCEEDED: f"no answer from {target} within {timeout_s} s; give it more (timeout_s)",
         grpc.StatusCode.UNIMPLEMENTED: f"what listens at {target} is not a ray_moe service of this version",
         grpc.StatusCode.CANCELLED: f"the call to {target} was cancelled",

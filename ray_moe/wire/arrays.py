@@ -56,8 +56,8 @@ def encode(array: NDArray[Any], dtype: pb.DType.ValueType | None = None, *, name
     if dtype == _BF16:
         array = array.view(np.uint16) if own == _BF16 else _round_to_bf16(array)
     with np.errstate(over="ignore"):  # a number that float16 cannot hold becomes infinite, as in any other cast
-        array = np.ascontiguousarray(array, stored)
-    return pb.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
+        data = array.astype(stored, copy=False).tobytes()
+    return pb.Tensor(dtype=dtype, shape=array.shape, data=data)
 
 
 def decode(tensor: pb.Tensor, *, name: str = "tensor") -> NDArray[Any]:
@@ -91,7 +91,7 @@ def decode(tensor: pb.Tensor, *, name: str = "tensor") -> NDArray[Any]:
 def _round_to_bf16(array: NDArray[Any]) -> NDArray[np.uint16]:
     """The upper halves of float32 numbers, rounded to nearest, ties to even."""
     with np.errstate(over="ignore"):
-        bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+        bits = array.astype(np.float32, copy=False).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
     # A NaN may not be rounded: it could become infinite.
     nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)

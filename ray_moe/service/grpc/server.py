@@ -104,7 +104,8 @@ def _options(max_request_bytes: int) -> list[tuple[str, int]]:
 def _why_not(host: str, port: int) -> str:
     """The system's own words; gRPC says only that it failed."""
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, port))
     except OSError as exc:
         return (exc.strerror or str(exc)).lower()
     return "the address cannot be bound"
