@@ -115,6 +115,18 @@ TINY: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2, "hidden_size": 32},
     },
+    "gemma4_text": {
+        **_COMMON,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8,
+    },
     "jetmoe": {
         **_MIXTRAL_LIKE,
         "num_key_value_heads": 4,

@@ -1,4 +1,4 @@
-"""What is not a checkpoint, or cannot be served, is refused before anything is loaded, with the reason and a way out."""
+"""What is not a checkpoint, or cannot be served, is refused before it is loaded, with the reason and a way out."""
 
 from __future__ import annotations
 
@@ -114,9 +114,7 @@ def test_an_unknown_model_type_names_the_nearest(folder: Path) -> None:
 
 def test_code_of_the_checkpoint_is_never_run(folder: Path) -> None:
     (folder / "configuration_mine.py").write_text("raise SystemExit('this must not run')")
-    change_json(
-        folder / "config.json", model_type="zzz_mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"}
-    )
+    change_json(folder / "config.json", model_type="zzz_mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"})
     assert "never run" in refusal(folder, UnsupportedModel)
 
 
