@@ -76,6 +76,12 @@ class RoutingTable:
     placement: Placement
     addresses: Mapping[HostId, HostAddress] = field(default_factory=dict)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert has a host that is there."""
+        wanted = {hosts[0] for experts in self.placement.hosts_of.values() for hosts in experts}
+        return bool(wanted) and wanted <= set(self.addresses)
+
 
 # --- What the service tells about itself ---------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)

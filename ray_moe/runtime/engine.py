@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ray_moe.errors import ExpertFailed, NotFound, Overloaded, RayMoEError, Unavailable
+from ray_moe.errors import ExpertFailed, InvalidRequest, NotFound, Overloaded, RayMoEError, Unavailable
 from ray_moe.models.experts import install, moe_block
 from ray_moe.runtime.detokenizer import Detokenizer
 from ray_moe.runtime.moe_layer import ExpertDispatcher
@@ -44,6 +44,7 @@ class Engine:
         tokenizer: Any | None,
         layers: Mapping[LayerPath, LayerSpec],
         dispatcher: ExpertDispatcher,
+        max_positions: int | None = None,
         max_concurrent_requests: int = 8,
         max_queued_requests: int = 256,
     ) -> None:
@@ -57,6 +58,7 @@ class Engine:
         self._model: Any = model
         self._tokenizer = tokenizer
         self._dispatcher = dispatcher
+        self._max_positions = max_positions
         self._max_accepted = max_concurrent_requests + max_queued_requests
         self._generators = ThreadPoolExecutor(max_concurrent_requests, thread_name_prefix="generate")
         self._forwards = ThreadPoolExecutor(FORWARD_THREADS, thread_name_prefix="forward")
@@ -67,6 +69,10 @@ class Engine:
         self._device = next(model.parameters()).device
         install(model, dispatcher.forward)
         self.layers_with_gate = frozenset(path for path in self.layers if moe_block(model, path) is not None)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
 
     # --- one layer -------------------------------------------------------------------------------------------
     async def forward(self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None) -> Array:
@@ -89,7 +95,7 @@ class Engine:
         if spec is None:
             raise NotFound(f"no layer {layer!r}; the model has {list(self.layers)}")
         with torch.inference_mode():
-            tokens = torch.from_numpy(np.ascontiguousarray(hidden)).to(self._device, getattr(torch, spec.dtype))
+            tokens = torch.tensor(hidden).to(self._device, getattr(torch, spec.dtype))
             if not len(tokens):
                 out = tokens
             elif routing is not None:
@@ -105,7 +111,7 @@ class Engine:
             return np.asarray((out if out.dtype is torch.float64 else out.float()).numpy())
 
     # --- generation ------------------------------------------------------------------------------------------
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
         """Continue one prompt, token by token. Closing the iterator stops the work at the next token.
 
         Raises: `Overloaded` when the queue is full, `Unavailable` when the engine is closing or experts did not
@@ -163,31 +169,42 @@ class Engine:
                 self.active_requests -= 1
 
     def _run_generate(self, request: GenerateRequest, put: Any, stop: threading.Event) -> None:
-        if request.token_ids is not None:
-            prompt = list(request.token_ids)
-        else:
-            tokenizer = self._tokenizer
-            if tokenizer is None:
-                raise NotFound("this checkpoint has no tokenizer; send token ids")
-            prompt = tokenizer(request.prompt)["input_ids"]
+        prompt = self._tokenize(request)
         base: GenerationConfig = self._model.generation_config
         config = copy.deepcopy(base)
         config.update(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1, max_length=None)
         config.update(max_new_tokens=request.max_new_tokens, return_dict_in_generate=False)
         end_tokens = set() if request.ignore_eos else _as_set(base.eos_token_id)
-        config.eos_token_id = sorted(end_tokens) or None
+        config.eos_token_id = sorted(end_tokens)  # empty, not None: generate would fill None in from the model
         if config.pad_token_id is None:  # one sequence: never used, but its absence is warned about
             config.pad_token_id = min(end_tokens, default=0)
         inputs = torch.tensor([prompt], device=self._device)
+        streamer = _Streamer(self, request, len(prompt), end_tokens, put)
         with torch.inference_mode():
             self._model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,
-                streamer=_Streamer(self, request, len(prompt), end_tokens, put),
+                streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
                 logits_processor=_sampler(request),
             )
+
+    def _tokenize(self, request: GenerateRequest) -> list[int]:
+        if request.token_ids is not None:
+            tokens = list(request.token_ids)
+        elif self._tokenizer is None:
+            raise InvalidRequest("this checkpoint has no tokenizer; send token_ids instead of a prompt")
+        else:
+            tokens = list(self._tokenizer(request.prompt)["input_ids"])
+        if not tokens:
+            raise InvalidRequest("the prompt has no tokens; give at least one")
+        if self._max_positions is not None and len(tokens) + request.max_new_tokens > self._max_positions:
+            raise InvalidRequest(
+                f"the prompt has {len(tokens)} tokens and max_new_tokens is {request.max_new_tokens}, but the model "
+                f"has positions for {self._max_positions} in all; shorten one of them"
+            )
+        return tokens
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Accept nothing more, give running generations `grace_s` to end, then stop them at their next token."""
@@ -213,6 +230,7 @@ class _Streamer(BaseStreamer):
         self._end_tokens = end_tokens
         self._put = put
         self._seen_prompt = False
+        self._finished = False
         self._num_tokens = 0
         self._text = Detokenizer(engine._tokenizer)
 
@@ -229,11 +247,13 @@ class _Streamer(BaseStreamer):
             reason = "length"
         with self._engine._lock:
             self._engine.num_generated_tokens += len(tokens)
-        text = self._text.add(tokens, last=bool(reason))
+        self._finished = bool(reason)
+        text = self._text.add(tokens, last=self._finished)
         self._put(GenerateChunk(tokens, text, reason, self._num_prompt_tokens))
 
     def end(self) -> None:
-        pass
+        if not self._finished:  # a stopping rule of the checkpoint's own, or nobody listens any more
+            self._put(GenerateChunk((), self._text.add((), last=True), "stop", self._num_prompt_tokens))
 
 
 class _Stopped(StoppingCriteria):
