@@ -33,7 +33,8 @@ def generate(out: Path) -> None:
             f"--proto_path={PROTOS}",
             f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
             f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
-            *(f"--{kind}_out={scratch}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")),
+            *(f"--{kind}_out={scratch}" for kind in ("python", "grpc_python")),
+            *(f"--{kind}_out=quiet:{scratch}" for kind in ("mypy", "mypy_grpc")),
             *(str(path) for path in sorted((PROTOS / PACKAGE).glob("*.proto"))),
         ]
     )

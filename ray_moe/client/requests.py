@@ -101,14 +101,14 @@ class ForwardCodec:
         hidden = _array("hidden", request.hidden)
         if (request.index is None) != (request.weight is None):
             raise InvalidRequest("index and weight go together: give both, or neither for the model's own gate")
-        message = pb.ForwardRequest(hidden=arrays.encode(hidden, name="hidden"))
+        message = pb.ForwardRequest()
+        arrays.encode(hidden, into=message.hidden, name="hidden")
         if request.index is not None and request.weight is not None:
             index, weight = _array("index", request.index), _array("weight", request.weight)
             if index.dtype.kind not in "iu" or not np.can_cast(index.dtype, np.int64):
                 raise InvalidRequest(f"index has dtype {index.dtype}; expected integers that fit int64: convert it")
-            index = index.astype(np.int64, copy=False)
-            message.routing.index.CopyFrom(arrays.encode(index, name="index"))
-            message.routing.weight.CopyFrom(arrays.encode(weight, name="weight"))
+            arrays.encode(index.astype(np.int64, copy=False), into=message.routing.index, name="index")
+            arrays.encode(weight, into=message.routing.weight, name="weight")
         try:
             if isinstance(request.layer, str):
                 message.layer_path = request.layer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ MAX_NEW_TOKENS = 2**20
 
 MIN_TEMPERATURE = 1e-4
 """Logits divided by less leave float32."""
+
+_F64 = sys.float_info.max
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 
 _MAX_NAME = 200  # of a name that comes from outside and goes into a message
 
@@ -46,7 +50,7 @@ def find_layer(backend: Backend, layer: LayerPath | int | None) -> LayerSpec:
 
 
 def check_hidden(spec: LayerSpec, hidden: NDArray[Any], max_tokens: int) -> None:
-    """Raise unless `hidden` is [T, D] with T <= `max_tokens`, of floats, all finite."""
+    """Raise unless `hidden` is [T, D] with T <= `max_tokens`, of floats, all finite, also in the layer's dtype."""
     if hidden.dtype.kind != "f":
         raise InvalidRequest(f"hidden has dtype {hidden.dtype}; expected a float dtype (F64, F32, F16 or BF16)")
     if hidden.ndim != 2 or hidden.shape[1] != spec.hidden_size:
@@ -55,7 +59,7 @@ def check_hidden(spec: LayerSpec, hidden: NDArray[Any], max_tokens: int) -> None
         )
     if len(hidden) > max_tokens:
         raise InvalidRequest(f"hidden has {len(hidden):,} tokens; at most {max_tokens:,} go in one call: split it")
-    _check_finite("hidden", hidden)
+    _check_numbers("hidden", hidden, _LARGEST.get(spec.dtype, _F64), spec.dtype)
 
 
 def check_routing(spec: LayerSpec, num_tokens: int, index: NDArray[Any], weight: NDArray[Any]) -> None:
@@ -77,14 +81,13 @@ def check_routing(spec: LayerSpec, num_tokens: int, index: NDArray[Any], weight:
         raise InvalidRequest(
             f"index has {index.shape[1]} experts per token; layer {spec.path} expects 1..{spec.num_experts}"
         )
-    wrong = np.argwhere((index < 0) | (index > spec.num_experts))
-    if len(wrong):
-        row, column = wrong[0]
+    row, column, num_wrong = _first((index < 0) | (index > spec.num_experts))
+    if num_wrong:
         raise InvalidRequest(
             f"index[{row}, {column}] is {index[row, column]}; layer {spec.path} has experts 0..{spec.num_experts - 1}, "
-            f"and {spec.num_experts} means no expert ({len(wrong):,} such entries)"
+            f"and {spec.num_experts} means no expert ({num_wrong:,} such entries)"
         )
-    _check_finite("weight", weight)
+    _check_numbers("weight", weight)
 
 
 def check_gate(backend: Backend, spec: LayerSpec) -> None:
@@ -95,16 +98,24 @@ def check_gate(backend: Backend, spec: LayerSpec) -> None:
         )
 
 
-def _check_finite(name: str, array: NDArray[Any]) -> None:
+def _check_numbers(name: str, array: NDArray[Any], largest: float = _F64, dtype: str = "") -> None:
     # The extremes tell, without another array of this size: a NaN anywhere makes both NaN.
-    if not array.size or (math.isfinite(array.min()) and math.isfinite(array.max())):
+    if not array.size or all(abs(float(extreme)) <= largest for extreme in (array.min(), array.max())):
         return
-    wrong = np.argwhere(~np.isfinite(array))
-    row, column = wrong[0]
+    bound = array.dtype.type(min(largest, float(np.finfo(array.dtype).max)))
+    row, column, num_wrong = _first(~(np.abs(array) <= bound))
+    holds = f", and {dtype}, the layer's dtype, holds up to {largest:.4g}" if dtype else ""
     raise InvalidRequest(
-        f"{name}[{row}, {column}] is {array[row, column]}; expected finite numbers ({len(wrong):,} are not): "
+        f"{name}[{row}, {column}] is {array[row, column]}; expected finite numbers{holds} ({num_wrong:,} are not): "
         "mask or drop those tokens"
     )
+
+
+def _first(wrong: NDArray[np.bool_]) -> tuple[int, int, int]:
+    """Row and column of the first True of a matrix, and how many there are."""
+    num_wrong = int(np.count_nonzero(wrong))
+    row, column = divmod(int(wrong.argmax()), wrong.shape[1]) if num_wrong else (0, 0)
+    return row, column, num_wrong
 
 
 # --- Generation ----------------------------------------------------------------------------------------------

@@ -38,11 +38,21 @@ _FROM_NAME: dict[str, pb.DType.ValueType] = {
 _MAX_RANK = 8
 
 
-def encode(array: NDArray[Any], dtype: pb.DType.ValueType | None = None, *, name: str = "array") -> pb.Tensor:
+def encode(
+    array: NDArray[Any],
+    dtype: pb.DType.ValueType | None = None,
+    *,
+    into: pb.Tensor | None = None,
+    name: str = "array",
+) -> pb.Tensor:
     """`array` as a message, in the wire type `dtype` (its own when None).
 
+    Args:
+        into: an empty field to fill, which spares protobuf one copy of a large tensor; returned.
+        name: what to call the array in an error.
+
     Raises:
-        InvalidRequest: a dtype that does not exist on the wire, or too large for one message. `name` is for the text.
+        InvalidRequest: a dtype that does not exist on the wire, or too large for one message.
     """
     own = _FROM_NAME.get(array.dtype.name)
     if own is None:
@@ -57,7 +67,10 @@ def encode(array: NDArray[Any], dtype: pb.DType.ValueType | None = None, *, name
         array = array.view(np.uint16) if own == _BF16 else _round_to_bf16(array)
     with np.errstate(over="ignore"):  # a number that float16 cannot hold becomes infinite, as in any other cast
         data = array.astype(stored, copy=False).tobytes()
-    return pb.Tensor(dtype=dtype, shape=array.shape, data=data)
+    tensor = pb.Tensor() if into is None else into
+    tensor.dtype, tensor.data = dtype, data
+    tensor.shape.extend(array.shape)
+    return tensor
 
 
 def decode(tensor: pb.Tensor, *, name: str = "tensor") -> NDArray[Any]:

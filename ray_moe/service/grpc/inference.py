@@ -108,8 +108,9 @@ class InferenceService:
 
 
 def _write(asked: _Forward, result: NDArray[Any]) -> bytes:
-    tensor = arrays.encode(result, asked.dtype, name="hidden")
-    return pb.ForwardResponse(hidden=tensor, request_id=asked.request_id).SerializeToString()
+    response = pb.ForwardResponse(request_id=asked.request_id)
+    arrays.encode(result, asked.dtype, into=response.hidden, name="hidden")
+    return response.SerializeToString()
 
 
 async def _off_loop(num_bytes: int, work: Callable[..., R], *arguments: Any) -> R:

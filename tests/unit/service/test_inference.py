@@ -180,6 +180,11 @@ BAD_FORWARDS: dict[str, tuple[pb.ForwardRequest, grpc.StatusCode, str]] = {
         C.INVALID_ARGUMENT,
         r"hidden\[1, 2\] is -inf",
     ),
+    "beyond the layer's dtype": (
+        forward(hidden_with(-1e39, "float64")),
+        C.INVALID_ARGUMENT,
+        r"hidden\[1, 2\] is -1e\+39; .*float32, the layer's dtype, holds up to 3.403e\+38",
+    ),
     "no gate": (forward(layer=GATELESS), C.UNIMPLEMENTED, "gate of layer .*2.mlp.*give routing"),
     "empty routing": (forward(routing=pb.Routing()), C.INVALID_ARGUMENT, "index has dtype number 0"),
     "no weight": (
