@@ -163,7 +163,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     index = read_json(folder / INDEX, "Fetch it again.").get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
         raise InvalidCheckpoint(f"{folder / INDEX} has no weight_map from tensor names to files. Fetch it again.")
-    missing = sorted({file for file in index.values() if not (folder / file).is_file()})
+    missing = sorted(file for file in set(index.values()) if not (folder / file).is_file())
     if missing:
         raise InvalidCheckpoint(
             f"{folder} lacks {len(missing)} of the files that {INDEX} names: {_few(missing)}. Fetch them again."

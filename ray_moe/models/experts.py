@@ -46,16 +46,17 @@ def install(model: nn.Module, handler: Handler) -> None:
     """
     for registry in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
         registry.register(IMPLEMENTATION, _ask_handler)
-    configs: dict[int, Any] = {}
-    for path, module in experts_modules(model).items():
+    modules: dict[LayerPath, Any] = dict(experts_modules(model))
+    # A config may be shared with other models, so these modules get their own copy of it (one for all of them).
+    originals = {id(module.config): module.config for module in modules.values()}
+    copies = {number: copy.deepcopy(original) for number, original in originals.items()}
+    for config in copies.values():
+        config._experts_implementation_internal = IMPLEMENTATION
+    for path, module in modules.items():
         # Not setattr: a handler that is a module itself must not become a submodule.
         module.__dict__[_HANDLER] = handler
         module.__dict__[_PATH] = path
-        # A config may be shared with other models, so these modules get their own copy (one per original).
-        original = module.config
-        config = configs.setdefault(id(original), copy.deepcopy(original))
-        config._experts_implementation_internal = IMPLEMENTATION
-        module.config = config
+        module.config = copies[id(module.config)]
 
 
 def make_shard(experts: nn.Module, ids: Sequence[int]) -> nn.Module:

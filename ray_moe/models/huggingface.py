@@ -6,9 +6,9 @@ more onto it. Called by the router (backbone) and by every expert host (its expe
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +18,39 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from ray_moe.errors import InvalidCheckpoint, NotFound
 from ray_moe.models.checkpoint import CheckpointFiles
-from ray_moe.models.experts import drop_parameters, experts_modules, is_per_expert, make_shard
-from ray_moe.models.layout import classify
-from ray_moe.models.lazy import BlankTensors, OwnTensor, TensorSource
-from ray_moe.models.loading import fill, finish, return_free_memory
-from ray_moe.models.skeleton import build, read_config
+from ray_moe.models.experts import drop_parameters
+from ray_moe.models.layout import Layout, classify
+from ray_moe.models.lazy import OwnTensor
+from ray_moe.models.loading import fill, fill_experts, finish, return_free_memory
+from ray_moe.models.skeleton import Skeleton, build, read_config
+from ray_moe.models.trial import num_bytes, try_backbone, try_experts
 from ray_moe.types import LayerPath, LayerSpec
 
 OnProgress = Callable[[int], None]
 """Told the bytes loaded since it was last told."""
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "*.tiktoken",
-)
+_TOKENIZER_FILES = ("tokenizer*.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint:
-    """A checkpoint that can be served: checked whole, nothing loaded yet. Thread-safe."""
+    """A checkpoint that can be served: checked whole, nothing loaded yet. Made by `open`. Thread-safe."""
 
-    def __init__(self, name: str, files: CheckpointFiles) -> None:
-        """For `open`, which says what can go wrong."""
-        self.name = name
-        self.config: Any = read_config(files)
-        self._files = files
-        self._skeleton = build(self.config, files)
-        self._experts = experts_modules(self._skeleton.model)
-        self._layout = classify(self._skeleton, files.tensors)
-        # Loading experts puts the new modules into the skeleton for a moment.
-        self._lock = threading.Lock()
-
-        blank = BlankTensors(files.tensors)
-        self.backbone_bytes = self._try_backbone(blank)
-        """Bytes of all weights but the routed experts', once loaded."""
-        samples = {path: self._load_layer(path, [0], blank, "meta") for path in self._experts}
-        self.layers: dict[LayerPath, LayerSpec] = {
-            path: _spec(path, self._experts[path], sample) for path, sample in samples.items()
-        }
-        """The groups of routed experts, in model order."""
-        self._shared_bytes = {path: _nbytes(samples[path]) - spec.expert_bytes for path, spec in self.layers.items()}
+    name: str
+    """As it was given to `open`."""
+    config: Any
+    """The checkpoint's configuration, of `transformers`."""
+    layers: dict[LayerPath, LayerSpec]
+    """The groups of routed experts, in model order."""
+    backbone_bytes: int
+    """Bytes of all weights but the routed experts', once loaded."""
+    _files: CheckpointFiles
+    _skeleton: Skeleton
+    _layout: Layout
+    _shared_bytes: dict[LayerPath, int]
+    """What a shard of a layer holds beside its experts."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while experts are loaded through the skeleton."""
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
@@ -71,7 +61,22 @@ class Checkpoint:
             InvalidCheckpoint: a file is missing, damaged or contradicts another.
             UnsupportedModel: the checkpoint is sound, but its experts cannot be served apart.
         """
-        return cls(str(model), CheckpointFiles.open(model))
+        files = CheckpointFiles.open(model)
+        config = read_config(files)
+        skeleton = build(config, files)
+        layout = classify(skeleton, files.tensors)
+        backbone_bytes = try_backbone(skeleton, layout, files.tensors)
+        layers, shared_bytes = try_experts(skeleton, layout, files.tensors)
+        return cls(
+            name=str(model),
+            config=config,
+            layers=layers,
+            backbone_bytes=backbone_bytes,
+            _files=files,
+            _skeleton=skeleton,
+            _layout=layout,
+            _shared_bytes=shared_bytes,
+        )
 
     @property
     def model_type(self) -> str:
@@ -154,10 +159,11 @@ class Checkpoint:
         shards: dict[LayerPath, nn.Module] = {}
         for path, ids in self._checked(plan).items():
             # A file is open, and its pages count as this process's memory, no longer than its layer needs it.
-            with self._files.reader() as reader:
-                shards[path] = self._load_layer(path, ids, reader, device)
+            with self._lock, self._files.reader() as reader:
+                layer = self._layout.experts[path]
+                shards[path] = fill_experts(self._skeleton, path, layer, ids, reader, device)
             return_free_memory()
-            _tell(on_progress, _nbytes(shards[path]))
+            _tell(on_progress, num_bytes(shards[path]))
         return shards
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -182,53 +188,12 @@ class Checkpoint:
     def _checked(self, plan: Mapping[LayerPath, Sequence[int]]) -> dict[LayerPath, list[int]]:
         """The plan in model order, ids ascending, layers without ids left out."""
         for path, ids in plan.items():
-            if path not in self._experts:
-                raise NotFound(f"{self.name} has no experts at {path!r}. It has them at: {', '.join(self._experts)}.")
+            if path not in self.layers:
+                raise NotFound(f"{self.name} has no experts at {path!r}. It has them at: {', '.join(self.layers)}.")
             last = self.layers[path].num_experts - 1
             if any(not 0 <= expert <= last for expert in ids):
                 raise NotFound(f"{path} of {self.name} has the experts 0 to {last}, not all of {list(ids)}.")
-        return {path: sorted(set(plan[path])) for path in self._experts if plan.get(path)}
-
-    def _load_layer(
-        self, path: LayerPath, ids: Sequence[int], source: TensorSource, device: str | torch.device
-    ) -> nn.Module:
-        """Load some experts of one layer, in the place of the skeleton's own, where the conversion looks for them."""
-        shard = make_shard(self._experts[path], ids)
-        with self._lock:
-            self._skeleton.model.set_submodule(path, shard)
-            try:
-                missing = fill(self._skeleton, self._layout.experts[path].select(ids, source), device)
-            finally:
-                self._skeleton.model.set_submodule(path, self._experts[path])
-        _refuse_missing(sorted(missing & {f"{path}.{name}" for name in shard.state_dict()}))
-        return shard.requires_grad_(False)
-
-    def _try_backbone(self, source: TensorSource) -> int:
-        """Try the backbone's conversion without data, and say how many bytes it makes.
-
-        Raises:
-            InvalidCheckpoint: tensors are missing or have the wrong shape.
-        """
-        model = self._skeleton.model
-        names = [name for group in self._layout.backbone for name in group]
-        missing = fill(self._skeleton, {name: source.slice(name) for name in names}, "meta")
-        tied: dict[str, str] = model.all_tied_weights_keys
-        for target, origin in tied.items():
-            if target not in missing or origin not in missing:
-                missing -= {target, origin}
-        optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-        inside_experts = tuple(f"{path}." for path in self._experts)
-        _refuse_missing(
-            sorted(
-                name
-                for name in missing
-                if not name.startswith(inside_experts) and not any(pattern.search(name) for pattern in optional)
-            )
-        )
-        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return sum(
-            tensor.nbytes for name, tensor in held.items() if name not in tied and not name.startswith(inside_experts)
-        )
+        return {path: sorted(set(plan[path])) for path in self.layers if plan.get(path)}
 
     def _set_generation_config(self, model: Any) -> None:
         path = self._files.folder / "generation_config.json"
@@ -238,34 +203,6 @@ class Checkpoint:
             model.generation_config = GenerationConfig.from_pretrained(self._files.folder)
         except (OSError, ValueError, TypeError) as error:
             raise InvalidCheckpoint(f"{path} cannot be read: {error}. Repair or remove it.") from error
-
-
-def _spec(path: LayerPath, experts: Any, sample: Any) -> LayerSpec:
-    """What a layer's experts are, from the whole module and a shard of it with one expert."""
-    up = sample._parameters["gate_up_proj" if sample.has_gate else "up_proj"]
-    down = sample._parameters["down_proj"]
-    # [1, out, in], or [1, in, out] when transposed.
-    into, out = (1, 2) if sample.is_transposed else (2, 1)
-    return LayerSpec(
-        path=path,
-        num_experts=experts.num_experts,
-        hidden_size=up.shape[into],
-        output_size=down.shape[out],
-        dtype=str(down.dtype).removeprefix("torch."),
-        expert_bytes=sum(p.nbytes for name, p in sample._parameters.items() if is_per_expert(sample, name)),
-    )
-
-
-def _refuse_missing(names: list[str]) -> None:
-    if names:
-        raise InvalidCheckpoint(
-            f"the checkpoint lacks {len(names)} tensors that the model needs: {', '.join(names[:3])}"
-            f"{' ...' if len(names) > 3 else ''}. Fetch configuration and weights of one version."
-        )
-
-
-def _nbytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _tell(on_progress: OnProgress | None, num_bytes: int) -> None:

@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ray_moe.errors import InvalidCheckpoint
 from ray_moe.models.checkpoint import TensorHeader
-from ray_moe.models.experts import experts_modules, is_per_expert
+from ray_moe.models.experts import is_per_expert
 from ray_moe.models.lazy import ExpertRows, LazyTensor, OwnTensor, TensorSource
 from ray_moe.models.skeleton import Skeleton
 from ray_moe.types import LayerPath
@@ -59,7 +59,7 @@ def classify(skeleton: Skeleton, tensors: Mapping[str, TensorHeader]) -> Layout:
     Raises:
         InvalidCheckpoint: a layer has another number of experts on disk than its configuration says.
     """
-    modules = experts_modules(skeleton.model)
+    modules = skeleton.experts
     renamed = _Renaming(skeleton)
     backbone: dict[str, list[str]] = defaultdict(list)
     experts = {path: LayerTensors() for path in modules}

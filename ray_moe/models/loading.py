@@ -7,19 +7,23 @@ are wanted, lazily, and works on those. Called by `models/huggingface.py`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ray_moe.errors import InvalidCheckpoint
-from ray_moe.models.lazy import LazyTensor
+from ray_moe.models.experts import make_shard
+from ray_moe.models.layout import LayerTensors
+from ray_moe.models.lazy import LazyTensor, TensorSource
 from ray_moe.models.skeleton import Skeleton
+from ray_moe.types import LayerPath
 
 
 def fill(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str | torch.device) -> set[str]:
@@ -32,7 +36,7 @@ def fill(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str | to
     """
     with _no_progress_bars():
         report, _ = convert_and_load_state_dict_in_model(
-            skeleton.model, dict(tensors), load_settings(skeleton, device), None
+            skeleton.model, dict(tensors), _settings(skeleton, device), None
         )
     for target, reason in report.conversion_errors.items():
         # transformers reports a traceback, then "Error: Operation on tensors destined for ...".
@@ -46,6 +50,41 @@ def fill(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str | to
     return missing
 
 
+def fill_experts(
+    skeleton: Skeleton,
+    path: LayerPath,
+    layer: LayerTensors,
+    ids: Sequence[int],
+    source: TensorSource,
+    device: str | torch.device,
+) -> nn.Module:
+    """Load the experts `ids` (ascending) of the layer at `path` into a module of their own.
+
+    Not thread-safe: for a moment the module takes the place of the skeleton's, where the conversion looks for it.
+
+    Raises:
+        InvalidCheckpoint: tensors are missing, or have the wrong shape.
+    """
+    shard = make_shard(skeleton.experts[path], ids)
+    skeleton.model.set_submodule(path, shard)
+    try:
+        missing = fill(skeleton, layer.select(ids, source), device)
+    finally:
+        skeleton.model.set_submodule(path, skeleton.experts[path])
+    refuse_missing(missing & {f"{path}.{name}" for name in shard.state_dict()})
+    return shard.requires_grad_(False)
+
+
+def refuse_missing(names: set[str]) -> None:
+    """Raise `InvalidCheckpoint` if there are any `names`."""
+    if names:
+        few = ", ".join(sorted(names)[:3])
+        raise InvalidCheckpoint(
+            f"the checkpoint lacks {len(names)} tensors that the model needs: {few}{' ...' if len(names) > 3 else ''}. "
+            f"{_ADVICE}"
+        )
+
+
 def finish(skeleton: Skeleton, missing: set[str], device: str | torch.device) -> Any:
     """The model of a filled skeleton, ready to run: weights tied, buffers computed, in evaluation mode."""
     model = skeleton.model
@@ -57,7 +96,7 @@ def finish(skeleton: Skeleton, missing: set[str], device: str | torch.device) ->
         error_msgs=[],
         skipped_pp_keys=set(),
     )
-    type(model)._finalize_model_loading(model, load_settings(skeleton, device), report)
+    type(model)._finalize_model_loading(model, _settings(skeleton, device), report)
     if skeleton.quantizer is not None:
         skeleton.quantizer.postprocess_model(model)
     return model.eval()
@@ -73,7 +112,7 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def load_settings(skeleton: Skeleton, device: str | torch.device) -> LoadStateDictConfig:
+def _settings(skeleton: Skeleton, device: str | torch.device) -> LoadStateDictConfig:
     return LoadStateDictConfig(
         device_map={"": torch.device(device)},
         dtype=skeleton.dtype,

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
-from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.generic import ContextManagers
 
 from ray_moe.errors import InvalidCheckpoint, UnsupportedModel
 from ray_moe.models.checkpoint import CONFIG, CheckpointFiles
 from ray_moe.models.experts import experts_modules
 from ray_moe.models.families import UNSUPPORTED, adapt, extra_conversions
-
-DEQUANTIZED = ("fp8", "mxfp4")
-"""Quantisation methods whose weights are turned into plain ones while loading."""
+from ray_moe.models.quantization import dequantizer
+from ray_moe.types import LayerPath
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -39,7 +37,10 @@ class Skeleton:
     """A model on the meta device, and how its weights on disk become its parameters."""
 
     model: Any
+    experts: dict[LayerPath, nn.Module]
+    """Its experts modules, by path, in model order."""
     dtype: torch.dtype
+    """What its weights are once loaded (a few may have to stay in float32)."""
     conversions: list[Any]
     """`transformers`' weight transforms, in order; they keep a little state, so one skeleton is for one thread."""
     quantizer: Any | None
@@ -82,7 +83,7 @@ def build(config: Any, files: CheckpointFiles) -> Skeleton:
             with a method that cannot be undone.
     """
     config = copy.deepcopy(config)
-    quantizer = _quantizer(config)
+    quantizer = dequantizer(config)
     model_class, config = _resolve_class(config)
     dtype = _dtype(config, files, quantizer)
     try:
@@ -93,7 +94,8 @@ def build(config: Any, files: CheckpointFiles) -> Skeleton:
             f"transformers cannot build this {config.model_type} model from its {CONFIG}: {_one_line(error)}"
         ) from error
     adapt(model)
-    if not experts_modules(model):
+    experts = experts_modules(model)
+    if not experts:
         raise UnsupportedModel(
             f"this {config.model_type} model is dense: it has no routed experts to put behind actors. "
             "Serve it as it is, or upcycle it into a Mixture-of-Experts model first."
@@ -101,7 +103,7 @@ def build(config: Any, files: CheckpointFiles) -> Skeleton:
     if quantizer is not None:
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
     conversions = extra_conversions(model) + get_model_conversion_mapping(model, None, quantizer)
-    return Skeleton(model, dtype, conversions, quantizer)
+    return Skeleton(model, experts, dtype, conversions, quantizer)
 
 
 def _resolve_class(config: Any) -> tuple[Any, Any]:
@@ -119,24 +121,6 @@ def _resolve_class(config: Any) -> tuple[Any, Any]:
             return model_class, text_config
         return model_class, config
     raise UnsupportedModel(f"transformers has no model that generates text for {config.model_type!r}.")
-
-
-def _quantizer(config: Any) -> Any | None:
-    """What undoes the checkpoint's quantisation; None when there is none."""
-    settings = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(decoder=True), "quantization_config", None
-    )
-    if not settings:
-        return None
-    if not isinstance(settings, Mapping):
-        settings = settings.to_dict()
-    method = settings.get("quant_method")
-    if method not in DEQUANTIZED:
-        raise UnsupportedModel(
-            f"the checkpoint is quantised with {method!r}, whose weights cannot be loaded one expert at a time. "
-            f"Use the checkpoint's unquantised version, or one quantised with {' or '.join(DEQUANTIZED)}."
-        )
-    return AutoHfQuantizer.from_config({**settings, "dequantize": True}, pre_quantized=True)
 
 
 def _dtype(config: Any, files: CheckpointFiles, quantizer: Any | None) -> torch.dtype:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from ray_moe.models.experts import experts_modules, make_shard
 from ray_moe.models.huggingface import Checkpoint
+from ray_moe.models.quantization import RaggedFp8Dequantize, dequantizer
 from tests import tiny_models
 
 BLOCK = 8
@@ -107,3 +108,35 @@ def test_sizes_are_those_after_dequantising(folder: Path) -> None:
     assert {spec.dtype for spec in checkpoint.layers.values()} == {"bfloat16"}
     weights = sum(p.nbytes for experts in loaded.values() for p in experts.parameters())
     assert weights == checkpoint.experts_bytes(plan) == sum(progress)
+
+
+@pytest.mark.parametrize("shape", [(20, 32), (32, 12), (12, 12), (16, 32)])
+def test_blocks_at_the_edge_may_be_cut_off(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    grid = (-(-rows // BLOCK), -(-columns // BLOCK))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scales = torch.rand(grid, generator=torch.Generator().manual_seed(1)) + 0.5
+    config = tiny_models.config("qwen3_moe")
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    operation = RaggedFp8Dequantize(dequantizer(config))
+
+    out = operation.convert({"weight": [weight], "weight_scale_inv": [scales]})["weight"]
+
+    for row in range(rows):
+        for column in range(columns):
+            expected = weight[row, column].float() * scales[row // BLOCK, column // BLOCK]
+            assert out[row, column] == expected
+
+
+def test_a_checkpoint_with_cut_off_blocks_loads(tmp_path: Path) -> None:
+    # 20 rows of kv_a_proj_with_mqa are two and a half blocks.
+    tiny_models.save("deepseek_v3", tmp_path, torch.bfloat16, kv_lora_rank=12)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    assert tensors[name].shape == (20, 32)
+    weight, scales = tensors[name].to(torch.float8_e4m3fn), torch.full((3, 4), 0.5)
+    settings = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    rewrite(tmp_path, {**tensors, name: weight, f"{name}_scale_inv": scales}, settings)
+
+    loaded = Checkpoint.open(str(tmp_path)).load_backbone().get_parameter(name)
+    assert torch.equal(loaded, (weight.float() * 0.5).bfloat16())
