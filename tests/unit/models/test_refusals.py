@@ -272,12 +272,24 @@ def test_another_number_of_experts_than_configured(folder: Path) -> None:
     assert "6 experts" in message
 
 
-def test_another_number_of_stacked_experts_than_configured(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("configured", "found"), [(4, "6 rows"), (3, "the configuration asks for (3,)"), (12, "6 rows")]
+)
+def test_another_number_of_stacked_experts_than_configured(tmp_path: Path, configured: int, found: str) -> None:
     tiny_models.save("gpt_oss", tmp_path)
-    change_json(tmp_path / "config.json", num_local_experts=4)
-    message = refusal(tmp_path, InvalidCheckpoint)
-    assert "4 experts" in message
-    assert "6 rows" in message
+    change_json(tmp_path / "config.json", num_local_experts=configured)
+    assert found in refusal(tmp_path, InvalidCheckpoint)
+
+
+def test_projections_of_one_expert_that_do_not_fit_together(folder: Path) -> None:
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".layers.1." in name and ".w3." in name]:
+            tensors[name] = tensors[name][:, :-1].contiguous()
+
+    change_tensors(folder, narrow)
+    message = refusal(folder, InvalidCheckpoint)
+    assert "do not make up model.layers.1.mlp.experts.gate_up_proj" in message
+    assert "Traceback" not in message
 
 
 def test_one_expert_of_another_shape(folder: Path) -> None:
