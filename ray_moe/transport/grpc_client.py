@@ -22,6 +22,7 @@ from ray_moe.errors import HostLost, RayMoEError, Unauthenticated, WireError
 from ray_moe.transport import codec, frames
 from ray_moe.transport.base import ExpertCall, ExpertReply
 from ray_moe.transport.grpc_options import (
+    ARENA_KEY,
     HELLO_ID,
     INCARNATION_KEY,
     METHOD,
@@ -34,20 +35,19 @@ from ray_moe.transport.grpc_options import (
     grpc,
 )
 from ray_moe.transport.settings import TransportSettings
+from ray_moe.transport.shared_memory import Arena, Slot
 from ray_moe.types import HostAddress
 from ray_moe.wire import tensors
-from ray_moe.wire.tensors import TensorSpec
 
 _log = logging.getLogger(__name__)
-
-OnLost = Callable[[HostAddress], None]
 
 
 class GrpcTransport:
     """Makes gRPC connections to hosts. Thread-safe.
 
-    `node_id` is the router's own node: hosts on it are reached by Unix socket. `on_lost` is called once, from a thread
-    of the connection, when an open stream breaks by itself (not by `close`); it must not block.
+    `node_id` is the router's own node: hosts on it are reached by Unix socket and share memory with it. `on_lost` is
+    called once, from a thread of the connection and after its calls have failed, when an open stream breaks by itself
+    (not by `close`); it must not block.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class GrpcTransport:
         *,
         node_id: str = "",
         settings: TransportSettings | None = None,
-        on_lost: OnLost | None = None,
+        on_lost: Callable[[HostAddress], None] | None = None,
     ) -> None:
         self._token = token
         self._node_id = node_id
@@ -71,14 +71,13 @@ class GrpcTransport:
         Raises `HostLost` when it cannot be reached or another life of the host listens there, `Unauthenticated` when it
         does not accept the token, `WireError` when it speaks another version of the protocol.
         """
-        targets = [address.tcp]
-        if address.unix and address.node_id == self._node_id:
-            targets.insert(0, address.unix)
+        same_node = self._node_id != "" and address.node_id == self._node_id
+        targets = [target for target in (address.unix if same_node else "", address.tcp) if target]
         deadline = time.monotonic() + self._settings.connect_timeout_s
         failures = []
         for position, target in enumerate(targets):
             timeout_s = (deadline - time.monotonic()) / (len(targets) - position)
-            connection = GrpcConnection(address, target, self._settings, self._lost)
+            connection = GrpcConnection(address, target, self._settings, same_node, self._ended)
             try:
                 connection.start(self._token, timeout_s)
             except HostLost as error:
@@ -86,8 +85,10 @@ class GrpcTransport:
                 continue
             with self._lock:
                 self._open.add(connection)
+            if connection.is_lost:  # it ended before it was in the set
+                self._ended(connection, by_itself=False)
             return connection
-        raise HostLost(f"host {address.host_id} cannot be reached ({'; '.join(failures)})")
+        raise HostLost(f"host {address.host_id} cannot be reached ({'; '.join(failures) or 'it has no address'})")
 
     def close(self) -> None:
         """Close every connection that is still open. Idempotent."""
@@ -96,7 +97,7 @@ class GrpcTransport:
         for connection in closing:
             connection.close()
 
-    def _lost(self, connection: GrpcConnection, by_itself: bool) -> None:
+    def _ended(self, connection: GrpcConnection, by_itself: bool) -> None:
         with self._lock:
             self._open.discard(connection)
         if by_itself and self._on_lost is not None:
@@ -105,10 +106,12 @@ class GrpcTransport:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A call that was sent and has not been answered."""
+    """A call that was sent and has not been answered. Its slot stays taken until then, even when nobody waits any
+    more: the host may still write there."""
 
     future: Future[ExpertReply]
-    expected: TensorSpec
+    num_rows: int
+    slot: Slot | None
 
 
 class GrpcConnection:
@@ -119,6 +122,7 @@ class GrpcConnection:
         address: HostAddress,
         target: str,
         settings: TransportSettings,
+        share_memory: bool,
         on_end: Callable[[GrpcConnection, bool], None],
     ) -> None:
         self.address = address
@@ -131,19 +135,21 @@ class GrpcConnection:
         self._lock = threading.Lock()
         self._in_flight: dict[int, _InFlight] = {}
         self._end: HostLost | None = None  # guarded by _lock, like _in_flight
+        self._arena = _make_arena(settings.arena_bytes) if share_memory else None
         self._channel = grpc.insecure_channel(target, client_options(settings))
 
     def start(self, token: str, timeout_s: float) -> None:
         """Open the stream and wait for the host's first message. On any error the connection is closed."""
-        metadata = (
+        metadata: tuple[tuple[str, str | bytes], ...] = (
             (TOKEN_KEY, TOKEN_PREFIX + token),
             (VERSION_KEY, str(PROTOCOL_VERSION)),
             (INCARNATION_KEY, self.address.incarnation),
         )
+        if self._arena is not None:
+            metadata += ((ARENA_KEY, self._arena.offer),)
         exchange = self._channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)  # no serializer: bytes
         self._stream = exchange(self._requests(), metadata=metadata)
-        name = f"replies-{self.address.host_id}"
-        self._reader = threading.Thread(target=self._read, name=name, daemon=True)
+        self._reader = threading.Thread(target=self._read, name=f"replies-{self.address.host_id}", daemon=True)
         self._reader.start()
         try:
             self._hello.result(max(timeout_s, 0.0))
@@ -151,41 +157,71 @@ class GrpcConnection:
             self.close()
             raise HostLost(f"no answer within {timeout_s:.1f} s") from None
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether large payloads lie in memory shared with the host."""
+        return self._arena is not None
+
+    @property
+    def is_lost(self) -> bool:
+        return self._end is not None
+
     def submit(self, call: ExpertCall) -> Future[ExpertReply]:
         """Send `call`. Its tensors must not change until the future is done."""
         future: Future[ExpertReply] = Future()
         message_id = next(self._ids)
+        num_rows = codec.num_reply_rows(call)
         try:
-            message = self._encode(message_id, call)
+            slot = self._take_slot(call, num_rows)
+            message = self._encode(message_id, call, slot)
         except WireError as error:
             future.set_exception(error)
             return future
         with self._lock:
             end = self._end
             if end is None:
-                self._in_flight[message_id] = _InFlight(future, codec.reply_spec(call))
+                self._in_flight[message_id] = _InFlight(future, num_rows, slot)
                 self._outbox.put(message)
         if end is not None:
             future.set_exception(end)
         return future
 
     def close(self) -> None:
-        self._finish("the connection was closed", by_itself=False)
+        self._finish("it was closed here", by_itself=False)
         if threading.current_thread() is not self._reader:
             self._reader.join()
 
     # --- Sending ---------------------------------------------------------------------------------------------
-    def _encode(self, message_id: int, call: ExpertCall) -> bytes | Iterator[bytes]:
-        specs = codec.call_specs(call)
-        header = tensors.encode_header(codec.call_fields(call), specs)
-        buffers = [header, *tensors.region_of(codec.call_tensors(call))]
-        num_bytes = len(header) + tensors.region_bytes(specs)
+    def _take_slot(self, call: ExpertCall, num_reply_rows: int) -> Slot | None:
+        """Shared memory for what is large of `call` and its reply; None to send it inline."""
+        arena = self._arena
+        if arena is None:
+            return None
+        inline_bytes = self._settings.inline_bytes
+        row_bytes = call.hidden.shape[-1] * call.hidden.itemsize
+        room_bytes = num_reply_rows * row_bytes
+        request_bytes = (call.num_tokens + (0 if call.grad is None else call.num_rows)) * row_bytes
+        if request_bytes < inline_bytes and room_bytes < inline_bytes:
+            return None
+        return arena.allocate(
+            tensors.region_bytes(codec.call_specs(call)) if request_bytes >= inline_bytes else 0,
+            room_bytes if room_bytes >= inline_bytes else 0,
+        )
+
+    def _encode(self, message_id: int, call: ExpertCall, slot: Slot | None) -> bytes | Iterator[bytes]:
+        fields = (codec.call_fields(call), None if slot is None else slot.placement)
+        if slot is not None and slot.request:
+            specs = codec.call_specs(call)
+            codec.write_call(call, tensors.tensors_in(slot.request, specs))
+            header = tensors.encode_header(fields, specs)
+            return frames.frame(message_id, (header,), len(header))
+        buffers, num_bytes = tensors.encode(fields, codec.call_tensors(call))
         if num_bytes <= self._settings.chunk_bytes:
             return frames.frame(message_id, buffers, num_bytes)
         return frames.cut(message_id, buffers, num_bytes, self._settings.chunk_bytes)
 
     def _requests(self) -> Iterator[bytes]:
-        """What grpc sends, in the order it asks; long messages take turns, frame by frame, and short ones pass them."""
+        """What grpc sends, when it asks; long messages take turns, frame by frame, and short ones pass them."""
         long: deque[Iterator[bytes]] = deque()
         while True:
             try:
@@ -208,7 +244,7 @@ class GrpcConnection:
     # --- Receiving -------------------------------------------------------------------------------------------
     def _read(self) -> None:
         assembler = frames.Assembler(self._settings.max_message_bytes)
-        reason = "the host closed the stream"
+        reason = "the host ended it"
         try:
             for frame in self._stream:
                 message = assembler.feed(frame)
@@ -223,25 +259,34 @@ class GrpcConnection:
 
     def _received(self, message_id: int, message: memoryview) -> None:
         if message_id == HELLO_ID:
-            self._hello.set_result(None)
+            self._welcome(message)
             return
-        with self._lock:
-            call = self._in_flight.pop(message_id, None)
-        if call is None or not call.future.set_running_or_notify_cancel():
+        call = self._in_flight.pop(message_id, None)
+        if call is None:
             return
         try:
-            call.future.set_result(self._reply(call, message))
+            reply = _read_reply(message, call.num_rows, call.slot)
         except RayMoEError as error:
-            call.future.set_exception(error)
+            if call.future.set_running_or_notify_cancel():
+                call.future.set_exception(error)
+        else:
+            if call.future.set_running_or_notify_cancel():
+                call.future.set_result(reply)
+            else:
+                reply.release()
 
-    def _reply(self, call: _InFlight, message: memoryview) -> ExpertReply:
-        fields, specs, region = tensors.decode_header(message)
-        if fields:
-            raise codec.read_failure(fields)
-        return ExpertReply(codec.read_reply(tensors.tensors_in(region, specs), call.expected))
+    def _welcome(self, hello: memoryview) -> None:
+        fields, _, _ = tensors.decode(hello)
+        if self._hello.done() or len(fields) != 1:
+            raise WireError("a host says hello once, and whether it shares memory")
+        if self._arena is not None:
+            self._arena.close_file()
+            if not fields[0]:
+                self._arena = None
+        self._hello.set_result(None)
 
     def _explain(self, error: grpc.RpcError) -> str:
-        """Why the stream ended. An error that the host gave on purpose, before its hello, is kept for `start`."""
+        """Why the stream ended. What the host said on purpose, instead of hello, becomes the error of `start`."""
         code, details = error.code(), error.details()
         if not self._hello.done():
             if code is grpc.StatusCode.UNAUTHENTICATED:
@@ -263,7 +308,37 @@ class GrpcConnection:
         self._outbox.put(None)
         self._stream.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs forgot
         self._channel.close()
-        established = self._hello.done() and self._hello.exception() is None
+        if self._arena is not None:
+            self._arena.close_file()
+            self._arena = None
+        was_open = self._hello.done() and self._hello.exception() is None
         if not self._hello.done():
             self._hello.set_exception(end)
-        self._on_end(self, by_itself and established)
+        self._on_end(self, by_itself and was_open)
+
+
+def _make_arena(num_bytes: int) -> Arena | None:
+    if num_bytes <= 0:
+        return None
+    try:
+        return Arena(num_bytes)
+    except (OSError, AttributeError) as error:  # no memory, or not Linux: everything travels inline
+        _log.warning("no shared memory for payloads: %s", error)
+        return None
+
+
+def _read_reply(message: memoryview, num_rows: int, slot: Slot | None) -> ExpertReply:
+    """The reply, which owns the slot from now on. Raises what the host answered instead; then the slot is free."""
+    try:
+        fields, specs, region = tensors.decode(message)
+        spec, in_room = codec.read_reply(fields, specs, num_rows)
+        if not in_room:
+            reply = ExpertReply(tensors.tensor_in(region, spec))
+        elif slot is None:
+            raise WireError("the host answered in shared memory where none was offered")
+        else:
+            reply, slot = ExpertReply(slot.rows(spec), slot.free), None
+        return reply
+    finally:
+        if slot is not None:
+            slot.free()

@@ -1,8 +1,8 @@
-"""What both ends of the gRPC transport must agree on; and the one place of this package that imports grpc first.
+"""What both ends of the gRPC transport must agree on, and the environment in which grpc is loaded.
 
 `grpc` must come from here (``from ray_moe.transport.grpc_options import grpc``): it reads its environment once, when
 it is loaded, and its fork handlers must be off. With them on, a child forked beside a live channel crashes now and
-then (grpc issue 43055), and `ray.init` forks.
+then (grpc issue 43055), and `ray.init` forks. A process that loads grpc before this package sets the same itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from typing import Final
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # that a peer went away is ours to tell
 
 import grpc
 

@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ray_moe.errors import InsufficientResources, RayMoEError, WireError
-from ray_moe.transport import codec, frames
+from ray_moe.transport import codec, frames, shared_memory
 from ray_moe.transport.base import Submit
 from ray_moe.transport.grpc_options import (
+    ARENA_KEY,
     HELLO_ID,
     INCARNATION_KEY,
     METHOD,
@@ -30,7 +31,6 @@ from ray_moe.transport.grpc_options import (
 )
 from ray_moe.transport.settings import TransportSettings
 from ray_moe.wire import tensors
-from ray_moe.wire.tensors import Buffer
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +40,9 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 class HostServer:
     """Receives the calls of every router, in the event loop that starts it.
 
-    `incarnation` is the one of the host's `HostAddress`: a router that looks for another life is turned away.
-    The tensors of a call may lie in memory shared with the router; they are valid until `submit` returns.
+    `incarnation` is the one of the host's `HostAddress`: a router that looks for another life is turned away. The
+    tensors of a call may lie in memory that the router reuses once it has the answer: they are valid until `submit`
+    returns, and must not be kept or written to.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class HostServer:
         self._incarnation = incarnation
         self._settings = settings or TransportSettings()
         self._server: grpc.aio.Server | None = None
+        self._streams: set[asyncio.Task[None]] = set()
 
     async def start(self, host_ip: str = "127.0.0.1", port: int = 0) -> tuple[str, str]:
         """Listen on `host_ip` (port 0 takes a free one) and on an abstract Unix socket.
@@ -83,17 +85,29 @@ class HostServer:
     async def stop(self) -> None:
         """End every stream (calls in flight are cancelled) and stop listening. Idempotent."""
         server, self._server = self._server, None
-        if server is not None:
-            await server.stop(None)
+        if server is None:
+            return
+        # Streams end by themselves first: grpc would print a traceback for each that it had to cancel.
+        for stream in self._streams:
+            stream.cancel()
+        await asyncio.gather(*self._streams, return_exceptions=True)
+        await server.stop(None)
 
     async def _exchange(self, _: AsyncIterator[bytes], context: Context) -> None:
         metadata = dict(context.invocation_metadata() or ())
         await self._admit(metadata, context)
-        stream = _Stream(context, self._submit, self._settings)
+        stream = _Stream(context, self._submit, self._settings, shared_memory.attach(metadata.get(ARENA_KEY)))
+        task = asyncio.create_task(stream.serve())
+        self._streams.add(task)
+        task.add_done_callback(self._streams.discard)
         try:
-            await stream.serve()
+            await task
         except WireError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except asyncio.CancelledError:
+            if self._server is not None:
+                raise  # the router went away
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the host is stopping")
 
     async def _admit(self, metadata: dict[str, Any], context: Context) -> None:
         """Turn away (by raising) whoever has no business here."""
@@ -115,19 +129,22 @@ class HostServer:
 
 
 class _Stream:
-    """One router's stream."""
+    """One router's stream, and the memory shared with that router, if any."""
 
-    def __init__(self, context: Context, submit: Submit, settings: TransportSettings) -> None:
+    def __init__(
+        self, context: Context, submit: Submit, settings: TransportSettings, shared: memoryview | None
+    ) -> None:
         self._context = context
         self._submit = submit
         self._settings = settings
+        self._shared = shared
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
         """Read calls until the router goes away. Raises `WireError` when the frames make no sense."""
         assembler = frames.Assembler(self._settings.max_message_bytes)
-        await self._send(HELLO_ID, tensors.encode_header((), ()), ())
+        await self._send(HELLO_ID, (self._shared is not None,), ())
         try:
             while isinstance(frame := await self._context.read(), bytes):
                 message = assembler.feed(frame)
@@ -146,20 +163,41 @@ class _Stream:
         except Exception as error:  # whatever it is, the router hears it
             if not isinstance(error, RayMoEError):
                 _log.exception("a call failed in an unexpected way")
-            await self._send(message_id, tensors.encode_header(codec.failure_fields(error), ()), ())
+            await self._send(message_id, codec.failure_fields(error), ())
 
     async def _compute(self, message_id: int, message: memoryview) -> None:
-        fields, specs, region = tensors.decode_header(message)
-        reply = await self._submit(codec.read_call(fields, tensors.tensors_in(region, specs)))
+        fields, specs, region = tensors.decode(message)
+        if len(fields) != 2 or type(fields[0]) is not list:
+            raise WireError("a call has a list of fields, and its place in shared memory or nil")
+        call_fields, placement = fields
+        room = None
+        if placement is not None:
+            region, room = self._find(placement, region)
+        reply = await self._submit(codec.read_call(call_fields, specs, tensors.tensors_in(region, specs)))
         try:
-            header = tensors.encode_header((), (tensors.spec_of(reply.rows),))
-            await self._send(message_id, header, tensors.region_of((reply.rows,)))
+            rows = reply.rows
+            if room is not None and rows.nbytes <= len(room):
+                spec = tensors.make_spec(rows.dtype, tuple(rows.shape))
+                tensors.tensor_at(room, 0, spec).copy_(rows.detach())
+                header = tensors.encode_header((codec.ROWS_IN_ROOM,), (spec,))
+                await self._write(frames.frame(message_id, (header,), len(header)))
+            else:
+                await self._send(message_id, (codec.ROWS_FOLLOW,), (rows,))
         finally:
             reply.release()
 
-    async def _send(self, message_id: int, header: bytes, region: Sequence[Buffer]) -> None:
-        buffers = (header, *region)
-        num_bytes = sum(len(buffer) for buffer in buffers)
+    def _find(self, placement: object, inline: memoryview) -> tuple[memoryview, memoryview]:
+        """Where the request lies and where the reply may go, as the router says; `inline` is what its message holds."""
+        if type(placement) is not list or [type(number) for number in placement] != [int, int, int]:
+            raise WireError("a place in shared memory is its offset, the request's bytes and the reply's bytes")
+        offset, request_bytes, room_bytes = placement
+        middle, end = offset + request_bytes, offset + request_bytes + room_bytes
+        if self._shared is None or not 0 <= offset <= middle <= end <= len(self._shared):
+            raise WireError(f"no shared memory reaches from byte {offset} to {end}")
+        return self._shared[offset:middle] if request_bytes else inline, self._shared[middle:end]
+
+    async def _send(self, message_id: int, fields: Sequence[Any], contents: codec.Tensors) -> None:
+        buffers, num_bytes = tensors.encode(fields, contents)
         if num_bytes <= self._settings.chunk_bytes:
             await self._write(frames.frame(message_id, buffers, num_bytes))
         else:

@@ -1,11 +1,12 @@
 """Tensors as bytes: a msgpack header that says what they are, and their raw memory behind it.
 
 A message is ``u32 length of the header | header | zeros to a multiple of 64 | region``. A *region* is a stretch of
-memory in which tensors lie one after the other, each on a multiple of 64 bytes; it is the tail of a message, a slot
-of shared memory, or one array of a Ray call. Numbers are little-endian, as on every machine torch runs on. No pickle.
+memory in which tensors lie one after the other, each on a multiple of 64 bytes: the tail of a message, or a slot of
+shared memory. Numbers are little-endian, as on every machine torch runs on. No pickle.
 
-Decoding trusts nothing: bad bytes raise `WireError` and nothing else, and no byte is allocated that was not received.
-What the header means is the caller's business (`transport/codec.py`).
+Decoding trusts nothing: bad bytes raise `WireError` and nothing else, and no memory is taken for bytes that did not
+come. What a header means is the caller's business (`transport/codec.py`). All of this runs several times for each
+token and layer, on cold caches, so it makes few objects and few calls.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgpack
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ray_moe.errors import WireError
 
@@ -27,23 +30,25 @@ _MAX_DIMENSIONS: Final = 8
 _MAX_DIMENSION: Final = 1 << 40
 _PADDING: Final = bytes(ALIGNMENT)
 
-_DTYPES: Final[dict[str, torch.dtype]] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e4m3fnuz,
-        torch.float8_e5m2,
-        torch.float8_e5m2fnuz,
-        torch.float8_e8m0fnu,
-        torch.int64,
-        torch.int32,
-    )
+# Each dtype, and the numpy dtype in which its bytes are carried (numpy has no bfloat16 and no 8-bit floats).
+_CARRIERS: Final[dict[torch.dtype, Any]] = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.bfloat16: np.int16,
+    torch.float8_e4m3fn: np.int8,
+    torch.float8_e4m3fnuz: np.int8,
+    torch.float8_e5m2: np.int8,
+    torch.float8_e5m2fnuz: np.int8,
+    torch.float8_e8m0fnu: np.int8,
 }
-_NAMES: Final[dict[torch.dtype, str]] = {dtype: name for name, dtype in _DTYPES.items()}
+_DISGUISES: Final = {torch.bfloat16: torch.int16} | {
+    dtype: torch.int8 for dtype, carrier in _CARRIERS.items() if carrier is np.int8
+}
+_NAMES: Final = {dtype: str(dtype).removeprefix("torch.") for dtype in _CARRIERS}
+_DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()}
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """One-dimensional memory of single bytes."""
@@ -54,91 +59,79 @@ class TensorSpec(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.dtype.itemsize * prod(self.shape)
+    num_bytes: int
 
 
 Specs: TypeAlias = Sequence[TensorSpec | None]
 """The tensors of a message in order; None stands for one that is absent."""
 
 
-def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(tensor.dtype, tuple(tensor.shape))
+def make_spec(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
+    return TensorSpec(dtype, shape, dtype.itemsize * prod(shape))
 
 
 def aligned(num_bytes: int) -> int:
     """`num_bytes` rounded up to the alignment."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    return (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 def region_bytes(specs: Specs) -> int:
     """Size of the region in which these tensors lie."""
-    return sum(aligned(spec.num_bytes) for spec in specs if spec is not None)
+    return sum([aligned(spec.num_bytes) for spec in specs if spec is not None])
 
 
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of `tensor`: its own memory when it is contiguous on the CPU, a copy otherwise."""
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+# --- Writing -------------------------------------------------------------------------------------------------
+def encode(fields: Sequence[Any], tensors: Sequence[torch.Tensor | None]) -> tuple[list[Buffer], int]:
+    """A message with its tensors inside, as the buffers to be joined (or sent one by one) and their length together.
 
-
-def region_of(tensors: Sequence[torch.Tensor | None]) -> list[Buffer]:
-    """The region of `tensors` as a list of buffers to be joined or sent one by one."""
-    buffers: list[Buffer] = []
-    for tensor in tensors:
-        if tensor is not None:
-            array = raw(tensor)
-            buffers.append(array)
-            if remainder := len(array) % ALIGNMENT:
-                buffers.append(_PADDING[remainder:])
-    return buffers
-
-
-def tensor_at(region: Buffer, offset: int, spec: TensorSpec) -> torch.Tensor:
-    """The tensor that lies at `offset` of the writable `region`, sharing (and keeping alive) its memory."""
-    count = prod(spec.shape)
-    if count == 0:
-        return _empty(spec)
-    return torch.frombuffer(region, dtype=spec.dtype, count=count, offset=offset).view(spec.shape)
-
-
-def tensors_in(region: Buffer, specs: Specs) -> list[torch.Tensor | None]:
-    """Cut `region` into the tensors that lie in it. Writable memory is shared, read-only memory is copied once.
-
-    Raises `WireError` when the region is not exactly as long as the tensors need.
+    The tensors' own memory is used, not copied, where they are contiguous and on the CPU. Raises `WireError` for a
+    dtype that has no name on the wire.
     """
-    needed = region_bytes(specs)
-    if len(region) != needed:
-        raise WireError(f"the tensors of this message need {needed} bytes, {len(region)} came: send it again whole")
-    if memoryview(region).readonly:
-        region = bytearray(region)  # torch must not see memory that Python promised never changes
-    tensors: list[torch.Tensor | None] = []
-    offset = 0
-    for spec in specs:
-        if spec is None:
-            tensors.append(None)
-        else:
-            tensors.append(tensor_at(region, offset, spec))
-            offset += aligned(spec.num_bytes)
-    return tensors
+    region: list[Buffer] = []
+    num_bytes = 0
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            region.append(raw(tensor))
+            if excess := tensor.nbytes % ALIGNMENT:
+                region.append(_PADDING[excess:])
+            num_bytes += aligned(tensor.nbytes)
+    specs = [None if tensor is None else (_name(tensor.dtype), *tensor.shape) for tensor in tensors]
+    header = _header(fields, specs)
+    return [header, *region], len(header) + num_bytes
 
 
 def encode_header(fields: Sequence[Any], specs: Specs) -> bytes:
-    """Everything of a message but its region. Raises `WireError` for a dtype that has no name on the wire."""
-    try:
-        wire_specs = [None if spec is None else (_NAMES[spec.dtype], *spec.shape) for spec in specs]
-    except KeyError as error:
-        raise WireError(f"tensors of {error.args[0]} cannot be sent; these can: {', '.join(_DTYPES)}") from None
-    packed: bytes = msgpack.packb((fields, wire_specs))
+    """A message whose tensors lie elsewhere; its fields say where."""
+    return _header(fields, [None if spec is None else (_name(spec.dtype), *spec.shape) for spec in specs])
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of `tensor` (not empty), in its own memory when it is contiguous and on the CPU."""
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
+        tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype in _DISGUISES:
+        tensor = tensor.view(_DISGUISES[tensor.dtype])
+    return tensor.numpy().data.cast("B")
+
+
+def _header(fields: Sequence[Any], specs: Sequence[tuple[Any, ...] | None]) -> bytes:
+    packed: bytes = msgpack.packb((fields, specs))
     length = _HEADER_LENGTH.size + len(packed)
     return b"".join((_HEADER_LENGTH.pack(len(packed)), packed, _PADDING[: aligned(length) - length]))
 
 
-def decode_header(message: Buffer) -> tuple[list[Any], list[TensorSpec | None], memoryview]:
-    """Split a message into its fields, the specs of its tensors, and its region (possibly empty).
+def _name(dtype: torch.dtype) -> str:
+    name = _NAMES.get(dtype)
+    if name is None:
+        raise WireError(f"tensors of {dtype} cannot be sent; these can: {', '.join(_DTYPES)}")
+    return name
 
-    The specs are valid by themselves; whether the region holds them is checked by `tensors_in`.
+
+# --- Reading -------------------------------------------------------------------------------------------------
+def decode(message: Buffer) -> tuple[list[Any], list[TensorSpec | None], memoryview]:
+    """Split a message into its fields, the specs of its tensors, and its region (empty when they lie elsewhere).
+
+    The specs are valid by themselves; whether a region holds them is checked by `tensors_in`.
     """
     view = memoryview(message)
     start = _HEADER_LENGTH.size
@@ -151,25 +144,63 @@ def decode_header(message: Buffer) -> tuple[list[Any], list[TensorSpec | None], 
         fields, wire_specs = msgpack.unpackb(view[start:end])
     except Exception as error:  # msgpack documents no closed set of errors for malformed input
         raise WireError(f"the header of this message is not msgpack of (fields, tensors): {error}") from None
-    if not isinstance(fields, list) or not isinstance(wire_specs, list):
+    if type(fields) is not list or type(wire_specs) is not list:
         raise WireError("the header of this message must hold two lists, of fields and of tensors")
     return fields, [None if spec is None else _read_spec(spec) for spec in wire_specs], view[aligned(end) :]
 
 
+def tensors_in(region: Buffer, specs: Specs) -> list[torch.Tensor | None]:
+    """Cut `region` into the tensors that lie in it. They share it and keep it alive; read-only memory is copied first.
+
+    Raises `WireError` when the region is not exactly as long as the tensors need.
+    """
+    region = _writable(region, region_bytes(specs))
+    tensors: list[torch.Tensor | None] = []
+    offset = 0
+    for spec in specs:
+        if spec is None:
+            tensors.append(None)
+        else:
+            tensors.append(tensor_at(region, offset, spec))
+            offset += aligned(spec.num_bytes)
+    return tensors
+
+
+def tensor_in(region: Buffer, spec: TensorSpec) -> torch.Tensor:
+    """`tensors_in` for a single tensor."""
+    return tensor_at(_writable(region, aligned(spec.num_bytes)), 0, spec)
+
+
+def tensor_at(region: Buffer, offset: int, spec: TensorSpec) -> torch.Tensor:
+    """The tensor that lies at `offset` of the writable `region`; it must not reach beyond it."""
+    dtype, shape, num_bytes = spec
+    try:
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        array: NDArray[Any] = np.ndarray(shape, _CARRIERS[dtype], region, offset)
+    except (RuntimeError, TypeError, ValueError) as error:  # more numbers than any memory holds
+        raise WireError(f"no tensor of shape {shape} fits here: {error}") from None
+    tensor = torch.from_numpy(array)
+    return tensor.view(dtype) if dtype in _DISGUISES else tensor
+
+
+def _writable(region: Buffer, num_bytes: int) -> Buffer:
+    if len(region) != num_bytes:
+        raise WireError(f"the tensors of this message need {num_bytes} bytes, {len(region)} came: send it again whole")
+    # torch must not see memory that Python promised never changes.
+    return bytearray(region) if memoryview(region).readonly else region
+
+
 def _read_spec(wire: object) -> TensorSpec:
-    if not isinstance(wire, list) or not 1 <= len(wire) <= 1 + _MAX_DIMENSIONS:
+    if type(wire) is not list or not 1 <= len(wire) <= 1 + _MAX_DIMENSIONS:
         raise WireError(f"a tensor is described by its dtype and up to {_MAX_DIMENSIONS} dimensions")
     name, *shape = wire
-    dtype = _DTYPES.get(name) if isinstance(name, str) else None
+    dtype = _DTYPES.get(name) if type(name) is str else None
     if dtype is None:
         raise WireError(f"dtype {str(name)[:40]!r} is not one of {', '.join(_DTYPES)}")
-    if not all(type(dim) is int and 0 <= dim <= _MAX_DIMENSION for dim in shape):
-        raise WireError(f"dimensions must be integers from 0 to {_MAX_DIMENSION}")
-    return TensorSpec(dtype, tuple(shape))
-
-
-def _empty(spec: TensorSpec) -> torch.Tensor:
-    try:
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    except RuntimeError:
-        raise WireError(f"no tensor has the shape {spec.shape}") from None
+    num_bytes = dtype.itemsize
+    for dim in shape:
+        if type(dim) is not int or not 0 <= dim <= _MAX_DIMENSION:
+            raise WireError(f"dimensions are integers from 0 to {_MAX_DIMENSION}")
+        num_bytes *= dim
+    return TensorSpec(dtype, tuple(shape), num_bytes)
