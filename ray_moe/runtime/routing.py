@@ -7,7 +7,6 @@ tables, and lets callers wait for a newer table. Never decides a placement. Call
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ import numpy as np
 from ray_moe.errors import HostLost, NotFound
 from ray_moe.ops.dispatch import NOWHERE, Ints
 from ray_moe.transport.base import Connection, Transport
-from ray_moe.types import HostAddress, HostId, LayerPath, Placement, RoutingTable
+from ray_moe.types import HostId, LayerPath, Placement, RoutingTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,7 @@ class Routes:
         self._transport = transport
         self._changed = threading.Condition()
         self._connections: dict[HostId, Connection] = {}
+        self._dialing: dict[HostId, threading.Lock] = {}
         self.view = View(RoutingTable(epoch=0, placement=Placement({})))
 
     def update(self, table: RoutingTable) -> None:
@@ -73,16 +73,21 @@ class Routes:
         connection = self._connections.get(host_id)
         if connection is not None:
             return connection
-        with self._changed:
+        with self._dialing.setdefault(host_id, threading.Lock()):  # one dials; tables and other hosts do not wait
             connection = self._connections.get(host_id)
             address = self.view.table.addresses.get(host_id)
             if connection is not None or address is None:
                 return connection
             try:
-                connection = self._connections[host_id] = self._transport.connect(address)
+                connection = self._transport.connect(address)
             except HostLost:
                 return None
-            return connection
+            with self._changed:
+                if self.view.table.addresses.get(host_id) == address:
+                    self._connections[host_id] = connection
+                    return connection
+        connection.close()  # the table moved on meanwhile
+        return None
 
     def lose(self, connection: Connection) -> bool:
         """Close a line that failed. True for the first caller to report this very line."""
@@ -95,14 +100,8 @@ class Routes:
 
     def wait_newer(self, epoch: int, timeout_s: float) -> bool:
         """Wait until the table is newer than `epoch`; False when `timeout_s` passed first."""
-        until = time.monotonic() + timeout_s
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self.view.table.epoch > epoch, timeout=max(0.0, until - time.monotonic())
-            )
-
-    def addresses(self) -> Mapping[HostId, HostAddress]:
-        return self.view.table.addresses
+            return self._changed.wait_for(lambda: self.view.table.epoch > epoch, timeout_s)
 
     def close(self) -> None:
         with self._changed:

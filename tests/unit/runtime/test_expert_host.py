@@ -1,3 +1,6 @@
+import asyncio
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,8 +13,7 @@ from tests.toy import LAYER, ToyExperts
 
 
 def call(rows, experts, counts, **changes):
-    given = dict(layer=LAYER, epoch=3, hidden=rows, gather=None, token=None, experts=experts, counts=counts)
-    return ExpertCall(**given | changes)
+    return replace(ExpertCall(LAYER, 3, rows, None, None, experts, counts), **changes)
 
 
 @pytest.fixture
@@ -67,9 +69,12 @@ async def test_the_loop_batches_what_arrives_while_it_computes(host):
     loop = HostLoop(host, inline_flops=0)
     sizes = []
     run = host.run
-    host.run = lambda calls: (sizes.append(len(calls)), run(calls))[1]
-    import asyncio
 
+    def counting_run(calls):
+        sizes.append(len(calls))
+        return run(calls)
+
+    host.run = counting_run
     rows = [torch.randn(2, 8) for _ in range(6)]
     replies = await asyncio.gather(*(loop.submit(call(part, [1], [2])) for part in rows))
     for part, reply in zip(rows, replies, strict=True):

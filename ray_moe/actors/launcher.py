@@ -1,0 +1,82 @@
+"""Starts the actors of a service and owns them.
+
+Ray ends an actor when the process that created it ends. This actor does nothing else, so it outlives the controller
+(which may be restarted) and ends with the driver: nothing of a service stays behind when the driver is gone, however
+it went. Only here are actor options made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from ray_moe.actors.expert import ExpertActor
+from ray_moe.actors.router import Router
+from ray_moe.actors.spec import ServiceSpec
+from ray_moe.types import HostId
+
+CONTROL_CPUS = 0.001
+"""The launcher and the controller only think now and then; this keeps them off nodes without CPUs to give."""
+
+
+def worker_env(num_threads: int) -> dict[str, str]:
+    """Environment of an actor that computes with `num_threads` threads."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        # With grpcio's fork handlers children of a process with a live channel crash now and then.
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
+        # Progress is shown by the driver, from what the actors report.
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+class Launcher:
+    """An actor without state of its own: asking twice for an actor gives the same one."""
+
+    def __init__(self, spec: ServiceSpec) -> None:
+        self._spec = spec
+        self._started: dict[str, Any] = {}
+
+    async def start_host(self, host_id: HostId) -> Any:
+        """The handle of the expert actor `host_id`, started if it does not live."""
+        experts = self._spec.config.experts
+        return self._start(
+            host_id,
+            ExpertActor,
+            (host_id, self._spec),
+            num_cpus=experts.num_cpus,
+            num_gpus=experts.num_gpus,
+            resources=experts.resources or None,
+            label_selector=experts.label_selector or None,
+            max_restarts=experts.max_restarts,
+            runtime_env={"env_vars": worker_env(experts.num_threads)},
+        )
+
+    async def start_router(self) -> Any:
+        """The handle of the router, started if it does not live."""
+        router = self._spec.config.router
+        return self._start(
+            "router",
+            Router,
+            (self._spec,),
+            num_cpus=router.num_cpus,
+            num_gpus=router.num_gpus,
+            max_restarts=-1,
+            runtime_env={"env_vars": worker_env(router.num_threads)},
+        )
+
+    def _start(self, role: str, actor_class: type, arguments: tuple[Any, ...], **options: Any) -> Any:
+        self._started[role] = (
+            ray.remote(actor_class)
+            .options(name=self._spec.actor_name(role), get_if_exists=True, max_concurrency=1000, **options)
+            .remote(*arguments)
+        )
+        return self._started[role]
+
+    async def end(self) -> None:
+        """Kill every actor this one started."""
+        for handle in self._started.values():
+            ray.kill(handle)
+        self._started.clear()

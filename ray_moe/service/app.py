@@ -1,0 +1,213 @@
+"""The composition root: from a configuration to a running service, and back to nothing.
+
+The only place that names concrete classes to each other. It opens the checkpoint and checks it and the machine before
+anything starts, joins or starts Ray, starts the launcher and the controller, and waits for them. `ray-moe serve`, the
+demo and the tests all start the service through `Service`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ray_moe import __version__, errors
+from ray_moe.actors.controller import Controller
+from ray_moe.actors.launcher import CONTROL_CPUS, Launcher, worker_env
+from ray_moe.actors.spec import ClusterStatus, FrontDoor, ServiceSpec
+from ray_moe.config import Config, ServerConfig
+from ray_moe.errors import RayMoEError, Unavailable
+from ray_moe.models.huggingface import Checkpoint
+from ray_moe.policy.placement import choose_num_hosts, place_by_index
+from ray_moe.service import cluster, preflight
+from ray_moe.service.backend import Backend
+from ray_moe.service.grpc.server import FrontDoor as GrpcFrontDoor
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceProgress:
+    """How far the start has come."""
+
+    stage: str
+    done_bytes: int = 0
+    """Expert weights loaded by all actors."""
+    total_bytes: int = 0
+    detail: str = ""
+
+
+def open_front_door(backend: Backend, server: ServerConfig) -> FrontDoor:
+    """The gRPC front door of a router."""
+    return GrpcFrontDoor(
+        backend,
+        server.host,
+        server.port,
+        max_request_bytes=server.max_request_bytes,
+        max_forward_tokens=server.max_forward_tokens,
+    )
+
+
+class Service:
+    """One model, served. Start it once, stop it once; also a context manager."""
+
+    def __init__(self, config: Config, on_progress: Callable[[ServiceProgress], None] = lambda progress: None) -> None:
+        self.config = config
+        self._on_progress = on_progress
+        self._joined = cluster.Joined.NOT_YET
+        self._launcher: Any = None
+        self._controller: Any = None
+        self._port = 0
+        self._stopped = threading.Event()
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the gRPC front door."""
+        host = "127.0.0.1" if self.config.server.host in ("0.0.0.0", "::") else self.config.server.host
+        return f"{host}:{self._port}"
+
+    def start(self) -> None:
+        """Start everything and return when clients can be answered.
+
+        Raises: `NotFound`, `InvalidCheckpoint`, `UnsupportedModel` before anything is started; `InvalidConfig`,
+        `InsufficientResources`, `Unavailable` (too slow) with everything stopped again.
+        """
+        self._on_progress(ServiceProgress("checkpoint", detail=self.config.model))
+        checkpoint = Checkpoint.open(self.config.model)
+        try:
+            self._on_progress(ServiceProgress("ray", detail=self.config.ray.address))
+            self._joined = cluster.join(self.config.ray)
+            spec = self._specify(checkpoint)
+            self._on_progress(ServiceProgress("actors", detail=f"{len(spec.hosts)} expert actors"))
+            self._launch(spec)
+            self._await_ready(spec)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _specify(self, checkpoint: Checkpoint) -> ServiceSpec:
+        experts = self.config.experts
+        num_hosts = choose_num_hosts(
+            checkpoint.num_experts,
+            experts.num_actors,
+            experts.experts_per_actor,
+            preflight.actor_slots(self.config, cluster.total_resources()),
+        )
+        hosts = tuple(f"expert-{number}" for number in range(num_hosts))
+        standbys = tuple(f"expert-{num_hosts + number}" for number in range(experts.standby_actors))
+        layers = tuple(checkpoint.layers.values())
+        spec = ServiceSpec(
+            config=self.config,
+            version=__version__,
+            model_type=checkpoint.model_type,
+            layers=layers,
+            placement=place_by_index({layer.path: layer.num_experts for layer in layers}, hosts),
+            hosts=hosts,
+            standbys=standbys,
+            token=secrets.token_urlsafe(32),
+            open_door=open_front_door,
+        )
+        preflight.check(spec, checkpoint.backbone_bytes, cluster.total_resources(), cluster.node_memory_bytes())
+        return spec
+
+    def _launch(self, spec: ServiceSpec) -> None:
+        control = {
+            "num_cpus": CONTROL_CPUS,
+            "max_concurrency": 1000,
+            "runtime_env": {"env_vars": worker_env(1)},
+        }
+        try:
+            self._launcher = ray.remote(Launcher).options(name=spec.actor_name("launcher"), **control).remote(spec)
+            self._controller = (
+                ray.remote(Controller)
+                .options(name=spec.actor_name("controller"), max_restarts=-1, **control)
+                .remote(spec)
+            )
+        except ValueError as error:  # the name is taken
+            raise errors.InvalidConfig(
+                f"a service named {self.config.service_name!r} runs on this cluster already; stop it, or set another "
+                "service_name"
+            ) from error
+
+    def _await_ready(self, spec: ServiceSpec) -> None:
+        total_bytes = sum(layer.expert_bytes * layer.num_experts for layer in spec.layers)
+        give_up_at = time.monotonic() + self.config.experts.start_timeout_s
+        while True:
+            status = self._ask()
+            if status is not None:
+                if status.state == "failed":
+                    error_class: type[RayMoEError] = getattr(errors, status.failure_class, RayMoEError)
+                    raise error_class(status.failure)
+                self._port = status.router_port
+                ready = sum(host.state in ("ready", "standby") for host in status.hosts)
+                self._on_progress(
+                    ServiceProgress(
+                        "loading" if status.state == "starting" else status.state,
+                        done_bytes=min(total_bytes, sum(host.loaded_bytes for host in status.hosts)),
+                        total_bytes=total_bytes,
+                        detail=f"{ready} of {len(status.hosts)} expert actors ready",
+                    )
+                )
+                if status.state == "ready":
+                    return
+            if time.monotonic() > give_up_at:
+                waiting = [] if status is None else [f"{h.host_id} {h.state}" for h in status.hosts]
+                raise Unavailable(
+                    f"the service did not start in {self.config.experts.start_timeout_s:g} s ({', '.join(waiting)}); "
+                    "if the cluster lacks resources add nodes, else raise experts.start_timeout_s"
+                )
+            time.sleep(POLL_S)
+
+    def _ask(self) -> ClusterStatus | None:
+        """The controller's status; None while it is being restarted."""
+        try:
+            status: ClusterStatus = ray.get(self._controller.status.remote(), timeout=10)
+        except (RayError, TimeoutError):
+            return None
+        return status
+
+    def wait(self) -> None:
+        """Block until SIGINT, SIGTERM or `stop` from another thread. Call it in the main thread."""
+        previous = {
+            number: signal.signal(number, lambda *_: self._stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            while not self._stopped.wait(0.5):
+                pass
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def stop(self) -> None:
+        """Finish what was accepted within the configured grace, end every actor, and leave the cluster. Idempotent."""
+        self._stopped.set()
+        controller, self._controller = self._controller, None
+        launcher, self._launcher = self._launcher, None
+        if ray.is_initialized():
+            if controller is not None:
+                try:
+                    ray.get(controller.stop.remote(), timeout=self.config.server.grace_s + 10)
+                except (RayError, TimeoutError):
+                    self._on_progress(ServiceProgress("stopping", detail="the controller does not answer; killing"))
+            for actor in (controller, launcher):
+                if actor is not None:
+                    ray.kill(actor)
+        cluster.leave(self._joined)
+        self._joined = cluster.Joined.NOT_YET
+
+    def __enter__(self) -> Service:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,94 @@
+"""Joining a Ray cluster, or starting one on this machine, and leaving it as it was. Called by `service/app.py`."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+
+import psutil
+import ray
+
+from ray_moe.config import RayConfig
+from ray_moe.errors import Unavailable
+
+NAMESPACE = "ray_moe"
+
+QUICK_FAILURE_DETECTION = {
+    # A caller of a restartable actor hears of its death after 50 ms instead of 1.5-1.9 s (measured, Ray 2.60).
+    "RAY_timeout_ms_task_wait_for_death_info": "20",
+    "RAY_core_worker_internal_heartbeat_ms": "100",
+}
+
+
+class Joined(enum.Enum):
+    """How this process came to Ray, and so how it leaves."""
+
+    NOT_YET = "not yet"
+    STARTED = "started it"
+    CONNECTED = "connected to a running one"
+    FOUND = "was connected already"
+
+
+def join(config: RayConfig) -> Joined:
+    """Connect to the configured cluster, starting one for ``local``. A connection this process has is used as it is.
+
+    Raises: `Unavailable` when the cluster does not answer.
+    """
+    if ray.is_initialized():
+        return Joined.FOUND
+    local = config.address == "local"
+    # Ray 2.60 uses the token of ~/.ray/auth_token for a local cluster and for address="auto", but not for HOST:PORT
+    # (20 s, then a bare ConnectionError); and it reads RAY_AUTH_MODE when it is imported, so only "disabled", what it
+    # falls back to, can be set here.
+    if config.auth == "disabled":
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+    try:
+        if local:
+            for name, value in QUICK_FAILURE_DETECTION.items():
+                os.environ.setdefault(name, value)
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                object_store_memory=config.object_store_bytes,
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+            )
+        else:
+            if config.address != "auto":
+                os.environ["RAY_ADDRESS"] = config.address
+            ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Unavailable(
+            f"cannot {'start' if local else 'reach'} Ray at {config.address!r}: {error}; "
+            + (
+                "see /tmp/ray/session_latest/logs"
+                if local
+                else "check the address, and the cluster's token (RAY_AUTH_TOKEN)"
+            )
+        ) from error
+    return Joined.STARTED if local else Joined.CONNECTED
+
+
+def leave(joined: Joined) -> None:
+    """Undo `join`."""
+    if joined in (Joined.STARTED, Joined.CONNECTED) and ray.is_initialized():
+        ray.shutdown()
+
+
+def total_resources() -> Mapping[str, float]:
+    """What all living nodes offer, by resource name (CPU, GPU, memory in bytes, custom ones)."""
+    resources: Mapping[str, float] = ray.cluster_resources()
+    return resources
+
+
+def node_memory_bytes() -> list[int]:
+    """Memory that is free for actors on each living node; for this machine what the system says is available."""
+    here = ray.get_runtime_context().get_node_id()
+    return [
+        psutil.virtual_memory().available if node["NodeID"] == here else int(node["Resources"].get("memory", 0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

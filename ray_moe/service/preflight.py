@@ -1,0 +1,86 @@
+"""Can this cluster hold this model? Asked before anything is loaded, answered with both numbers.
+
+Pure arithmetic over what the cluster says it has. Called by `service/app.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ray_moe.actors.spec import ServiceSpec
+from ray_moe.config import Config
+from ray_moe.errors import InsufficientResources
+
+PROCESS_BYTES = 350 * 2**20
+"""An actor that has imported torch and transformers, before any weights (RSS, of which half is shared code)."""
+
+
+def actor_slots(config: Config, resources: Mapping[str, float]) -> float:
+    """How many expert actors fit beside the router, by CPUs, GPUs and custom resources."""
+    wanted = _per_actor(config)
+    router = {"CPU": config.router.num_cpus, "GPU": config.router.num_gpus}
+    slots = [
+        (resources.get(name, 0.0) - router.get(name, 0.0) + 1e-6) // amount for name, amount in wanted.items() if amount
+    ]
+    return max(0.0, min(slots, default=float("inf")) - config.experts.standby_actors)
+
+
+def check(
+    spec: ServiceSpec, backbone_bytes: int, resources: Mapping[str, float], node_memory_bytes: Sequence[int]
+) -> None:
+    """Refuse what cannot be placed.
+
+    Raises: `InsufficientResources`, with what is needed and what there is.
+    """
+    config = spec.config
+    num_actors = len(spec.hosts) + len(spec.standbys)
+    needed = {"CPU": config.router.num_cpus, "GPU": config.router.num_gpus}
+    for name, amount in _per_actor(config).items():
+        needed[name] = needed.get(name, 0.0) + amount * num_actors
+    for name, amount in needed.items():
+        there = resources.get(name, 0.0)
+        if amount > there + 1e-6:
+            raise InsufficientResources(
+                f"{num_actors} expert actors and the router need {amount:g} {name}, and the cluster has {there:g}; "
+                f"{_advice(name)}"
+            )
+    _check_memory(spec, backbone_bytes, node_memory_bytes)
+
+
+def _check_memory(spec: ServiceSpec, backbone_bytes: int, node_memory_bytes: Sequence[int]) -> None:
+    config = spec.config
+    on_cpu = not config.experts.num_gpus
+    shares = [spec.bytes_of(spec.placement.experts_on(host)) if on_cpu else 0 for host in spec.hosts]
+    if on_cpu and config.experts.standby_preload:
+        shares += [spec.bytes_of(spec.all_experts)] * len(spec.standbys)
+    router = 0 if config.router.num_gpus else backbone_bytes
+    processes = (1 + len(spec.hosts) + len(spec.standbys)) * PROCESS_BYTES
+    needed, there = sum(shares) + router + processes, sum(node_memory_bytes)
+    if needed > there:
+        raise InsufficientResources(
+            f"this model needs about {_size(needed)} of memory ({_size(sum(shares))} of experts, {_size(router)} of "
+            f"other weights, {_size(processes)} for {1 + len(spec.hosts) + len(spec.standbys)} processes), and "
+            f"{_size(there)} is available; add nodes, free memory, or start fewer actors (experts.num_actors)"
+        )
+    largest, roomiest = max([*shares, router]), max(node_memory_bytes, default=0)
+    if largest > roomiest:
+        raise InsufficientResources(
+            f"one actor must hold {_size(largest)} and no node has more than {_size(roomiest)} available; "
+            "spread the experts over more actors (experts.num_actors)"
+        )
+
+
+def _per_actor(config: Config) -> dict[str, float]:
+    return {"CPU": config.experts.num_cpus, "GPU": config.experts.num_gpus, **config.experts.resources}
+
+
+def _advice(name: str) -> str:
+    if name == "GPU":
+        return "set experts.num_gpus and router.num_gpus to 0 to compute on CPUs, or join a cluster that has GPUs"
+    if name == "CPU":
+        return "start fewer actors (experts.num_actors), reserve less for each (experts.num_cpus=0.5), or add nodes"
+    return f"start Ray with that resource (ray start --resources), or remove {name} from experts.resources"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
