@@ -1,0 +1,151 @@
+"""The commands of `ray-moe` and their options. What a command does is in the module of its name, imported when it runs:
+`ray-moe --help` loads neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import ray_moe
+from ray_moe.cli.terminal import told
+from ray_moe.config import ENV_PREFIX, LoadedConfig, load_config, show_config
+from ray_moe.errors import InvalidConfig
+
+commands = typer.Typer(
+    name="ray-moe",
+    help="Mixture-of-Experts models with every expert in its own Ray actor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. server.port=9000; may be repeated."),
+]
+Server = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the service is.")]
+Timeout = Annotated[float, typer.Option(min=0.001, metavar="SECONDS", help="Give up after this.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+DEFAULT_SERVER = "127.0.0.1:8476"
+
+
+@commands.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(ray_moe.__version__)
+        raise typer.Exit
+
+
+@commands.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint: a directory, or a name on the hub.")] = None,
+    config: ConfigFile = None,
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster: local (a new one), auto (running here) or HOST:PORT.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port to listen on; 0 takes a free one.")] = None,
+    actors: Annotated[int | None, typer.Option(help="Expert actors to start.")] = None,
+    settings: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a model until Ctrl-C or SIGTERM."""
+    with told(debug):
+        flags = {
+            "model": (model, "MODEL"),
+            "ray.address": (address, "--address"),
+            "server.port": (port, "--port"),
+            "experts.num_actors": (actors, "--actors"),
+        }
+        given = [(key, value, flag) for key, (value, flag) in flags.items() if value is not None]
+        loaded = _load(config, settings, given)
+        if not loaded.config.model:
+            raise InvalidConfig("no model to serve: name a checkpoint, as in `ray-moe serve DIRECTORY`")
+        from ray_moe.cli.serve import run
+
+        run(loaded.config)
+
+
+@commands.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    server: Server = DEFAULT_SERVER,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="Prompt and output are token numbers.")] = False,
+    timeout: Timeout = 300.0,
+    debug: Debug = False,
+) -> None:
+    """Continue a text, written as it is made."""
+    with told(debug):
+        from ray_moe.cli.generate import run
+
+        run(
+            server,
+            prompt,
+            token_ids,
+            timeout,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+
+
+@commands.command()
+def status(
+    server: Server = DEFAULT_SERVER,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    timeout: Timeout = 10.0,
+    debug: Debug = False,
+) -> None:
+    """Hosts, placement, tokens per expert, memory and restarts of a running service."""
+    with told(debug):
+        from ray_moe.cli.status import run
+
+        run(server, as_json, timeout)
+
+
+@commands.command()
+def config(
+    show: Annotated[bool, typer.Option("--show", help="Print the settings in force (the default).")] = True,
+    file: ConfigFile = None,
+    settings: Set = None,
+    debug: Debug = False,
+) -> None:
+    """The settings in force as YAML; a comment tells where each given one came from."""
+    with told(debug):
+        typer.echo(show_config(_load(file, settings)), nl=False)
+
+
+@commands.command()
+def demo(
+    train_seconds: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long to train the model.")] = 115,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where the trained model is kept.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a small model, serve it with its experts in actors, kill one of them, and check every token."""
+    with told(debug):
+        from ray_moe.cli.demo import run
+
+        if not run(train_seconds, cache_dir):
+            raise typer.Exit(1)
+
+
+def _load(file: Path | None, settings: list[str] | None, flags: Sequence[tuple[str, object, str]] = ()) -> LoadedConfig:
+    pairs = []
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InvalidConfig(f"--set takes KEY=VALUE, such as server.port=9000, not {setting!r}")
+        pairs.append((key.strip(), value.strip(), "--set"))
+    environ = {name: value for name, value in os.environ.items() if name.startswith(ENV_PREFIX)}
+    return load_config(file, environ, [*pairs, *flags])

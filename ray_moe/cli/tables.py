@@ -1,0 +1,138 @@
+"""What a service reports, as tables for a terminal. Used by `ray-moe status` and `ray-moe demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ray_moe.cli.terminal import format_bytes
+from ray_moe.types import HostStatus, LayerPath, RoutingTable, ServiceStatus
+
+HEAT = " ▁▂▃▄▅▆▇█"
+MAX_LAYER_ROWS = 24
+"""A model with more layers than this shows the average of several in each row."""
+_STATE_STYLES = {"ready": "green", "standby": "cyan", "lost": "bold red", "degraded": "bold yellow"}
+
+
+def service(status: ServiceStatus, table: RoutingTable | None, width: int) -> Iterator[RenderableType]:
+    """All of it, part by part."""
+    yield summary(status)
+    yield hosts(status.hosts, table)
+    if any(map(sum, status.tokens_per_expert.values())):
+        yield tokens_per_expert(status.tokens_per_expert, width)
+
+
+def summary(status: ServiceStatus) -> Text:
+    """The service and its router in three lines."""
+    router = status.router
+    state = (status.state, _STATE_STYLES.get(status.state, "yellow"))
+    return Text.assemble(
+        (status.model, "bold"),
+        f" ({status.model_type})  ",
+        state,
+        f" for {_duration(status.uptime_s)}, routing epoch {status.epoch}, ray_moe {status.version}\n",
+        f"router: pid {router.pid}, memory {format_bytes(router.rss_bytes)} "
+        f"(weights {format_bytes(router.backbone_bytes)})\n",
+        f"requests: {router.active_requests} active, {router.queued_requests} queued; "
+        f"{router.generated_tokens} tokens generated, {router.retried_calls} expert calls sent again",
+    )
+
+
+def hosts(statuses: Sequence[HostStatus], table: RoutingTable | None = None) -> Table:
+    """A row for each expert host: what it is, what it holds, what it did."""
+    out = Table(title="expert hosts", title_justify="left", header_style="bold")
+    for name in ("host", "state", "node", "pid"):
+        out.add_column(name)
+    for name in ("experts", "weights", "memory", "calls", "rows", "restarts"):
+        out.add_column(name, justify="right")
+    for host in statuses:
+        loaded = "" if host.loaded_bytes >= host.weight_bytes else f"{format_bytes(host.loaded_bytes)} of "
+        out.add_row(
+            host.host_id,
+            Text(host.state, _STATE_STYLES.get(host.state, "yellow")),
+            host.node_id[:8],
+            str(host.pid or ""),
+            _experts_of(host, table),
+            loaded + format_bytes(host.weight_bytes),
+            format_bytes(host.rss_bytes),
+            str(host.num_calls),
+            str(host.num_rows),
+            Text(str(host.restarts), "bold yellow" if host.restarts else ""),
+        )
+    return out
+
+
+def tokens_per_expert(counts: Mapping[LayerPath, Sequence[int]], width: int) -> Table:
+    """A heat row for each layer, or for several: taller is busier, within the row."""
+    out = Table(title="tokens per expert", title_justify="left", header_style="bold")
+    out.add_column("layer")
+    out.add_column("experts 0 …", no_wrap=True)
+    out.add_column("busiest", justify="right")
+    out.add_column("tokens", justify="right")
+    out.add_column("balance", justify="right")
+    layers = [(path, row) for path, row in counts.items() if row]
+    group = -(-len(layers) // MAX_LAYER_ROWS) or 1
+    for start in range(0, len(layers), group):
+        rows = layers[start : start + group]
+        num_experts = max(len(row) for _, row in rows)
+        sums = [sum(row[expert] for _, row in rows if expert < len(row)) for expert in range(num_experts)]
+        busiest = max(range(num_experts), key=sums.__getitem__)
+        total = sum(sums)
+        name = _short(rows[0][0]) + (f" … {_short(rows[-1][0])}" if len(rows) > 1 else "")
+        out.add_row(
+            name,
+            heat(sums, max(8, min(128, width - 60))),
+            f"{busiest} ({100 * sums[busiest] / total:.0f}%)" if total else "",
+            str(total),
+            f"{total / num_experts / sums[busiest]:.2f}" if total else "",
+        )
+    out.caption = "balance is mean / busiest over the service's life: 1 is even"
+    out.caption_justify = "left"
+    return out
+
+
+def heat(counts: Sequence[int], max_cells: int) -> Text:
+    """One cell for each expert, or for several when they are more than `max_cells`."""
+    group = -(-len(counts) // max_cells)
+    sums = [sum(counts[start : start + group]) for start in range(0, len(counts), group)]
+    top = max(sums)
+    text = Text()
+    for value in sums:
+        level = -(-value * (len(HEAT) - 1) // top) if top else 0  # rounded up: a used expert is never blank
+        text.append(HEAT[level], "red" if level == len(HEAT) - 1 else "yellow" if level > len(HEAT) // 2 else "green")
+    return text
+
+
+def _experts_of(host: HostStatus, table: RoutingTable | None) -> str:
+    """`0-1 of 4 layers`, or only the number when the placement is not known."""
+    held = {} if table is None else table.placement.experts_on(host.host_id)
+    if not held:
+        return str(host.num_experts)
+    each = sorted({tuple(experts) for experts in held.values()})
+    indices = _ranges(each[0]) if len(each) == 1 else f"{sum(map(len, held.values()))} in all"
+    return f"{indices} × {len(held)} layers"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> `0-2,5`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ",".join("-".join(map(str, span)) for span in spans)
+
+
+def _short(path: LayerPath) -> str:
+    """`model.layers.3.mlp.experts` -> `layers.3.mlp`."""
+    return path.removeprefix("model.").removesuffix(".experts")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
