@@ -1,7 +1,7 @@
 """Grouping the tokens of a batch by the host that will compute them, and putting the results together.
 
 Pure array mathematics on the CPU: no Ray, no transport, no retry (that is `runtime/moe_layer.py`, which calls this
-once per layer and batch, so it is on the hot path: numpy, no Python loop over tokens or rows).
+once per layer and batch, so it is on the hot path: numpy, no Python loop over more than a handful of rows).
 
 Shape legend: T tokens, K experts per token, N = T*K slots (slot s is choice s % K of token s // K), E experts,
 D model width, t tokens and n rows of one host.
@@ -17,6 +17,9 @@ import torch
 
 NOWHERE = -1
 """Owner of an index that goes nowhere: the sentinel ("no expert")."""
+
+FEW_SLOTS = 32
+"""Up to here a Python loop groups the slots faster than numpy does (5 against 21 microseconds for one)."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -50,6 +53,8 @@ def split_by_host(index: Ints, owner: Ints, top_k: int, slot: Ints | None = None
 
     Returns: one share per host that gets rows, in host order. Slots that go nowhere are in none of them.
     """
+    if len(index) <= FEW_SLOTS:
+        return _split_few(index, owner, top_k, slot)
     num_keys = len(owner)
     num_tokens = len(index) // top_k if slot is None else None
     host = owner[index]
@@ -89,11 +94,40 @@ def split_by_host(index: Ints, owner: Ints, top_k: int, slot: Ints | None = None
     return shares
 
 
+def _split_few(index: Ints, owner: Ints, top_k: int, slot: Ints | None) -> list[HostShare]:
+    """The same for a handful of slots (decoding), where one numpy call costs more than the loop."""
+    num_tokens = len(index) // top_k if slot is None else None
+    expert_of = index.tolist()
+    host_of = owner[index].tolist()
+    slot_of = range(len(expert_of)) if slot is None else slot.tolist()
+    rows_of: dict[int, list[tuple[int, int]]] = {}
+    for host, expert, number in sorted(zip(host_of, expert_of, slot_of, strict=True)):
+        if host != NOWHERE:
+            rows_of.setdefault(host, []).append((expert, number))
+    shares = []
+    for host, rows in rows_of.items():
+        counts: dict[int, int] = {}
+        for expert, _ in rows:
+            counts[expert] = counts.get(expert, 0) + 1
+        token = [number // top_k for _, number in rows]
+        distinct = sorted(set(token))
+        position = {number: place for place, number in enumerate(distinct)}
+        shares.append(
+            HostShare(
+                host=host,
+                slot=np.array([number for _, number in rows]),
+                gather=None if len(distinct) == num_tokens else np.array(distinct),
+                token=None if token == distinct else np.array([position[number] for number in token], dtype=np.int32),
+                experts=list(counts),
+                counts=list(counts.values()),
+            )
+        )
+    return shares
+
+
 def _tokens_once(token: Ints, num_tokens: int | None) -> tuple[Ints | None, npt.NDArray[np.int32] | None]:
     """From the token of each row [n]: the distinct tokens (None: all `num_tokens`) and each row's place among them."""
     num_rows = len(token)
-    if num_rows == 1:
-        return (None if num_tokens == 1 else token), None
     last = int(token.max())
     present = np.zeros(last + 1, dtype=bool)
     present[token] = True

@@ -1,8 +1,10 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_moe.ops import dispatch
 from ray_moe.ops.dispatch import NOWHERE, combine, split_by_host
 
 
@@ -11,7 +13,7 @@ def batches(draw):
     num_experts = draw(st.integers(1, 40))
     num_hosts = draw(st.integers(1, 5))
     top_k = draw(st.integers(1, min(4, num_experts)))
-    num_tokens = draw(st.integers(0, 30))
+    num_tokens = draw(st.one_of(st.integers(0, 8), st.integers(0, 40)))
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     index = rng.integers(0, num_experts + 1, size=num_tokens * top_k)
@@ -63,6 +65,17 @@ def test_many_hosts_and_experts_do_not_overflow_the_sort_key():
     index = np.random.default_rng(0).permutation(300)
     placed = np.concatenate([share.slot for share in split_by_host(index, owner, 1)])
     assert sorted(placed.tolist()) == list(range(300))
+
+
+@given(batches())
+def test_few_slots_are_grouped_as_many_are(batch):
+    index, owner, top_k = batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "FEW_SLOTS", 0)
+        many = split_by_host(index, owner, top_k)
+        patch.setattr(dispatch, "FEW_SLOTS", 10**9)
+        few = split_by_host(index, owner, top_k)
+    assert [repr(share) for share in many] == [repr(share) for share in few]
 
 
 @given(batches())
