@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several tests' processes share two cores
@@ -13,6 +14,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in [name for name in os.environ if name.startswith(("RAY_MOE__", "RAY_ADDRESS"))]:
     del os.environ[_name]  # the user's own settings are no part of a test
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # no test fails on a timing
+hypothesis.settings.load_profile("shared machine")
 
 _UNIT = Path(__file__).parent / "unit"
 
