@@ -30,7 +30,7 @@ def cut(message_id: int, buffers: Iterable[Buffer], num_bytes: int, chunk_bytes:
     parts: list[bytes | memoryview] = [prefix]
     room = chunk_bytes
     for buffer in buffers:
-        rest = memoryview(buffer)
+        rest = memoryview(buffer).cast("B")
         while rest:
             part, rest = rest[:room], rest[room:]
             parts.append(part)

@@ -139,7 +139,7 @@ class _Stream:
         self._settings = settings
         self._shared = shared
         self._writing = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def serve(self) -> None:
         """Read calls until the router goes away. Raises `WireError` when the frames make no sense."""
@@ -149,13 +149,12 @@ class _Stream:
             while isinstance(frame := await self._context.read(), bytes):
                 message = assembler.feed(frame)
                 if message is not None:
-                    task = asyncio.create_task(self._answer(*message))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._tasks[message[0]] = asyncio.create_task(self._answer(*message))
         finally:
-            for task in self._tasks:
+            tasks = list(self._tasks.values())
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, message_id: int, message: memoryview) -> None:
         try:
@@ -164,6 +163,8 @@ class _Stream:
             if not isinstance(error, RayMoEError):
                 _log.exception("a call failed in an unexpected way")
             await self._send(message_id, codec.failure_fields(error), ())
+        finally:
+            self._tasks.pop(message_id, None)
 
     async def _compute(self, message_id: int, message: memoryview) -> None:
         fields, specs, region = tensors.decode(message)

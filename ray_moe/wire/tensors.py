@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias
 
 import msgpack
 import numpy as np
@@ -87,44 +88,52 @@ def encode(fields: Sequence[Any], tensors: Sequence[torch.Tensor | None]) -> tup
     The tensors' own memory is used, not copied, where they are contiguous and on the CPU. Raises `WireError` for a
     dtype that has no name on the wire.
     """
-    region: list[Buffer] = []
+    specs: list[tuple[Any, ...] | None] = []
+    buffers: list[Buffer] = [b""]
     num_bytes = 0
     for tensor in tensors:
-        if tensor is not None and tensor.numel():
-            region.append(raw(tensor))
-            if excess := tensor.nbytes % ALIGNMENT:
-                region.append(_PADDING[excess:])
-            num_bytes += aligned(tensor.nbytes)
-    specs = [None if tensor is None else (_name(tensor.dtype), *tensor.shape) for tensor in tensors]
-    header = _header(fields, specs)
-    return [header, *region], len(header) + num_bytes
+        if tensor is None:
+            specs.append(None)
+            continue
+        specs.append((_NAMES.get(tensor.dtype) or _refuse(tensor.dtype), *tensor.shape))
+        length = tensor.nbytes
+        if length:
+            buffers.append(raw(tensor))
+            num_bytes += length
+            if excess := length % ALIGNMENT:
+                buffers.append(_PADDING[excess:])
+                num_bytes += ALIGNMENT - excess
+    buffers[0] = header = _header(fields, specs)
+    return buffers, len(header) + num_bytes
 
 
 def encode_header(fields: Sequence[Any], specs: Specs) -> bytes:
     """A message whose tensors lie elsewhere; its fields say where."""
-    return _header(fields, [None if spec is None else (_name(spec.dtype), *spec.shape) for spec in specs])
+    return _header(
+        fields,
+        [None if spec is None else (_NAMES.get(spec.dtype) or _refuse(spec.dtype), *spec.shape) for spec in specs],
+    )
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of `tensor` (not empty), in its own memory when it is contiguous and on the CPU."""
+    """The memory of `tensor` (not empty), or of a copy when it is not contiguous or not on the CPU."""
     if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
         tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype in _DISGUISES:
         tensor = tensor.view(_DISGUISES[tensor.dtype])
-    return tensor.numpy().data.cast("B")
+    return tensor.numpy().data
 
 
 def _header(fields: Sequence[Any], specs: Sequence[tuple[Any, ...] | None]) -> bytes:
     packed: bytes = msgpack.packb((fields, specs))
-    length = _HEADER_LENGTH.size + len(packed)
-    return b"".join((_HEADER_LENGTH.pack(len(packed)), packed, _PADDING[: aligned(length) - length]))
+    length = len(packed)
+    return b"".join(
+        (_HEADER_LENGTH.pack(length), packed, _PADDING[(_HEADER_LENGTH.size + length - 1) % ALIGNMENT + 1 :])
+    )
 
 
-def _name(dtype: torch.dtype) -> str:
-    name = _NAMES.get(dtype)
-    if name is None:
-        raise WireError(f"tensors of {dtype} cannot be sent; these can: {', '.join(_DTYPES)}")
-    return name
+def _refuse(dtype: torch.dtype) -> NoReturn:
+    raise WireError(f"tensors of {dtype} cannot be sent; these can: {', '.join(_DTYPES)}")
 
 
 # --- Reading -------------------------------------------------------------------------------------------------
@@ -138,15 +147,19 @@ def decode(message: Buffer) -> tuple[list[Any], list[TensorSpec | None], memoryv
     if len(view) < start:
         raise WireError(f"a message has at least {start} bytes, {len(view)} came")
     end = start + _HEADER_LENGTH.unpack_from(view)[0]
-    if len(view) < aligned(end):
-        raise WireError(f"the header of this message ends at byte {aligned(end)}, but only {len(view)} bytes came")
+    region_start = aligned(end)
+    if len(view) < region_start:
+        raise WireError(f"the header of this message ends at byte {region_start}, but only {len(view)} bytes came")
     try:
         fields, wire_specs = msgpack.unpackb(view[start:end])
+        specs = [None if spec is None else _read_spec(*spec) for spec in wire_specs]
+    except WireError:
+        raise
     except Exception as error:  # msgpack documents no closed set of errors for malformed input
         raise WireError(f"the header of this message is not msgpack of (fields, tensors): {error}") from None
-    if type(fields) is not list or type(wire_specs) is not list:
-        raise WireError("the header of this message must hold two lists, of fields and of tensors")
-    return fields, [None if spec is None else _read_spec(spec) for spec in wire_specs], view[aligned(end) :]
+    if type(fields) is not list:
+        raise WireError("the header of this message must begin with the list of its fields")
+    return fields, specs, view[region_start:]
 
 
 def tensors_in(region: Buffer, specs: Specs) -> list[torch.Tensor | None]:
@@ -162,7 +175,7 @@ def tensors_in(region: Buffer, specs: Specs) -> list[torch.Tensor | None]:
             tensors.append(None)
         else:
             tensors.append(tensor_at(region, offset, spec))
-            offset += aligned(spec.num_bytes)
+            offset = aligned(offset + spec.num_bytes)
     return tensors
 
 
@@ -188,19 +201,20 @@ def _writable(region: Buffer, num_bytes: int) -> Buffer:
     if len(region) != num_bytes:
         raise WireError(f"the tensors of this message need {num_bytes} bytes, {len(region)} came: send it again whole")
     # torch must not see memory that Python promised never changes.
-    return bytearray(region) if memoryview(region).readonly else region
+    writable = type(region) is bytearray or (type(region) is memoryview and not region.readonly)
+    return region if writable else bytearray(region)
 
 
-def _read_spec(wire: object) -> TensorSpec:
-    if type(wire) is not list or not 1 <= len(wire) <= 1 + _MAX_DIMENSIONS:
-        raise WireError(f"a tensor is described by its dtype and up to {_MAX_DIMENSIONS} dimensions")
-    name, *shape = wire
-    dtype = _DTYPES.get(name) if type(name) is str else None
+@lru_cache(maxsize=4096, typed=True)
+def _read_spec(name: object, *shape: object) -> TensorSpec:
+    dtype = _DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise WireError(f"dtype {str(name)[:40]!r} is not one of {', '.join(_DTYPES)}")
-    num_bytes = dtype.itemsize
+    if len(shape) > _MAX_DIMENSIONS:
+        raise WireError(f"a tensor has up to {_MAX_DIMENSIONS} dimensions, not {len(shape)}")
+    dims: list[int] = []
     for dim in shape:
         if type(dim) is not int or not 0 <= dim <= _MAX_DIMENSION:
             raise WireError(f"dimensions are integers from 0 to {_MAX_DIMENSION}")
-        num_bytes *= dim
-    return TensorSpec(dtype, tuple(shape), num_bytes)
+        dims.append(dim)
+    return make_spec(dtype, tuple(dims))
