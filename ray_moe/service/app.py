@@ -22,14 +22,12 @@ from ray.exceptions import RayError
 from ray_moe import __version__, errors
 from ray_moe.actors.controller import Controller
 from ray_moe.actors.launcher import CONTROL_CPUS, Launcher, worker_env
-from ray_moe.actors.spec import ClusterStatus, FrontDoor, ServiceSpec
-from ray_moe.config import Config, ServerConfig
+from ray_moe.actors.spec import ClusterStatus, ServiceSpec
+from ray_moe.config import Config
 from ray_moe.errors import RayMoEError, Unavailable
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.policy.placement import choose_num_hosts, place_by_index
-from ray_moe.service import cluster, preflight
-from ray_moe.service.backend import Backend
-from ray_moe.service.grpc.server import FrontDoor as GrpcFrontDoor
+from ray_moe.service import cluster, doors, preflight
 
 POLL_S = 0.1
 
@@ -43,17 +41,6 @@ class ServiceProgress:
     """Expert weights loaded by all actors."""
     total_bytes: int = 0
     detail: str = ""
-
-
-def open_front_door(backend: Backend, server: ServerConfig) -> FrontDoor:
-    """The gRPC front door of a router."""
-    return GrpcFrontDoor(
-        backend,
-        server.host,
-        server.port,
-        max_request_bytes=server.max_request_bytes,
-        max_forward_tokens=server.max_forward_tokens,
-    )
 
 
 class Service:
@@ -113,7 +100,7 @@ class Service:
             hosts=hosts,
             standbys=standbys,
             token=secrets.token_urlsafe(32),
-            open_door=open_front_door,
+            open_door=doors.open_grpc,
         )
         preflight.check(spec, checkpoint.backbone_bytes, cluster.total_resources(), cluster.node_memory_bytes())
         return spec
