@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
@@ -124,6 +124,12 @@ class ExpertActor:
             tcp=tcp,
             unix=unix,
         )
+
+    async def exchange(self, header: bytes, *arrays: Any) -> Any:
+        """A call that came through the object store instead of the stream."""
+        from ray_moe.transport.object_store import serve_exchange
+
+        return await serve_exchange(self._loop.submit, header, arrays, self._incarnation)
 
     async def drop(self, layer: LayerPath) -> None:
         """Forget a layer's experts."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ray_moe.models.huggingface import Checkpoint
     from ray_moe.runtime.engine import Engine
     from ray_moe.runtime.moe_layer import ExpertDispatcher
+    from ray_moe.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +93,26 @@ class Router:
     def _controller(self) -> Any:
         return ray.get_actor(self._spec.actor_name("controller"))
 
+    def _make_transport(self) -> Transport:
+        from ray_moe.transport.auto import AutoTransport
+        from ray_moe.transport.grpc_client import GrpcTransport
+        from ray_moe.transport.object_store import ObjectStoreTransport
+
+        config = self._spec.config.transport
+        settings = transport_settings(config)
+        node_id = ray.get_runtime_context().get_node_id()
+        grpc = GrpcTransport(self._spec.token, node_id=node_id, settings=settings)
+        object_store = ObjectStoreTransport(
+            lambda address: ray.get_actor(self._spec.actor_name(address.host_id)), settings=settings
+        )
+        if config.kind == "grpc":
+            return grpc
+        return object_store if config.kind == "object_store" else AutoTransport(grpc, object_store)
+
     def _make_dispatcher(self) -> ExpertDispatcher:
         from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
-        from ray_moe.transport.grpc_client import GrpcTransport
 
         config = self._spec.config
-        transport = GrpcTransport(
-            self._spec.token,
-            node_id=ray.get_runtime_context().get_node_id(),
-            settings=transport_settings(config.transport),
-        )
         settings = DispatchSettings(
             combine=config.dispatch.combine,
             call_timeout_s=config.router.expert_call_timeout_s,
@@ -112,7 +123,7 @@ class Router:
         def lost(address: HostAddress) -> None:
             loop.call_soon_threadsafe(lambda: self._report(address))
 
-        return ExpertDispatcher(transport, settings, on_lost=lost)
+        return ExpertDispatcher(self._make_transport(), settings, on_lost=lost)
 
     def _report(self, address: HostAddress) -> None:
         logger.warning("host %s (%s) is lost", address.host_id, address.incarnation)

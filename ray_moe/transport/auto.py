@@ -17,13 +17,23 @@ class AutoTransport:
     def __init__(self, preferred: Transport, fallback: Transport) -> None:
         self._preferred = preferred
         self._fallback = fallback
+        self._reached: set[str] = set()
 
     def connect(self, address: HostAddress) -> Connection:
-        """A line by the preferred transport, or by the other. Raises `HostLost` when neither reaches the host."""
+        """A line by the preferred transport, or by the other. Raises `HostLost` when neither reaches the host.
+
+        A life that the preferred transport has reached before is gone when it cannot be reached any more: waiting for
+        the other transport would only keep rows from their next host.
+        """
         try:
-            return self._preferred.connect(address)
+            connection = self._preferred.connect(address)
         except HostLost as error:
+            if address.incarnation in self._reached:
+                raise
             reason = str(error)
+        else:
+            self._reached.add(address.incarnation)
+            return connection
         try:
             connection = self._fallback.connect(address)
         except HostLost as error:
