@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import ray_moe
-from ray_moe.cli.terminal import told
+from ray_moe.cli.terminal import Interrupts, told
 from ray_moe.config import ENV_PREFIX, LoadedConfig, load_config, show_config
 from ray_moe.errors import InvalidConfig
 
@@ -67,9 +67,14 @@ def serve(
         loaded = _load(config, settings, given)
         if not loaded.config.model:
             raise InvalidConfig("no model to serve: name a checkpoint, as in `ray-moe serve DIRECTORY`")
-        from ray_moe.cli.serve import run
+        with Interrupts() as interrupts:
+            try:
+                from ray_moe.cli.serve import run
 
-        run(loaded.config)
+                run(loaded.config, interrupts)
+            except KeyboardInterrupt:
+                interrupts.ignore()  # how a service is meant to end, ready or not: exit code 0
+            typer.echo("stopped")
 
 
 @commands.command()
@@ -133,10 +138,10 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train a small model, serve it with its experts in actors, kill one of them, and check every token."""
-    with told(debug):
+    with told(debug), Interrupts() as interrupts:
         from ray_moe.cli.demo import run
 
-        if not run(train_seconds, cache_dir):
+        if not run(train_seconds, cache_dir, interrupts):
             raise typer.Exit(1)
 
 

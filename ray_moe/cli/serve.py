@@ -9,33 +9,35 @@ from ray_moe.config import Config
 from ray_moe.service.app import Service, ServiceProgress
 
 
-def run(config: Config) -> None:
-    """Serve until SIGINT or SIGTERM; everything that was started is ended when this returns or raises."""
+def run(config: Config, interrupts: Interrupts) -> None:
+    """Serve until SIGINT or SIGTERM; everything that was started is ended when this returns or raises.
+
+    Raises: what `Service.start` raises; KeyboardInterrupt when it was interrupted before it was ready.
+    """
     console = Console()
-    with Interrupts() as interrupts:
-        view = ProgressView(Console(stderr=True))
+    view = ProgressView(Console(stderr=True))
 
-        def show(progress: ServiceProgress) -> None:
-            view.update(progress.stage, progress.done_bytes, progress.total_bytes, progress.detail)
+    def show(progress: ServiceProgress) -> None:
+        interrupts.install()
+        view.update(progress.stage, progress.done_bytes, progress.total_bytes, progress.detail)
 
-        service = Service(config, on_progress=show)
-        try:
-            with view:
-                service.start()
-            interrupts.install()
-            console.print(
-                f"serving {config.model} on {service.address} (gRPC)\n"
-                f"  ray-moe generate 'Hello' --server {service.address}\n"
-                f"  ray-moe status --server {service.address}\n"
-                "Ctrl-C stops",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-            service.wait()
-        except (KeyboardInterrupt, SystemExit):  # Ray's own SIGTERM handler, in place during the start, exits
-            pass
-        finally:
-            interrupts.ignore()
-            service.stop()
-        console.print("stopped")
+    service = Service(config, on_progress=show)
+    try:
+        with view:
+            service.start()
+        interrupts.install()
+        console.print(
+            f"serving {config.model} on {service.address} (gRPC)\n"
+            f"  ray-moe generate 'Hello' --server {service.address}\n"
+            f"  ray-moe status --server {service.address}\n"
+            "Ctrl-C stops",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        service.wait()
+    except SystemExit as error:  # Ray's own SIGTERM handler, in place during `ray.init`
+        raise KeyboardInterrupt from error
+    finally:
+        interrupts.ignore()
+        service.stop()

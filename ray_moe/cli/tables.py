@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +12,8 @@ from rich.text import Text
 from ray_moe.cli.terminal import format_bytes
 from ray_moe.types import HostStatus, LayerPath, RoutingTable, ServiceStatus
 
-HEAT = " ▁▂▃▄▅▆▇█"
+HEAT = "·▁▂▃▄▅▆▇█"
+"""Not used at all, then eight steps up to the busiest of the row."""
 MAX_LAYER_ROWS = 24
 """A model with more layers than this shows the average of several in each row."""
 _STATE_STYLES = {"ready": "green", "standby": "cyan", "lost": "bold red", "degraded": "bold yellow"}
@@ -20,20 +22,23 @@ _STATE_STYLES = {"ready": "green", "standby": "cyan", "lost": "bold red", "degra
 def service(status: ServiceStatus, table: RoutingTable | None, width: int) -> Iterator[RenderableType]:
     """All of it, part by part."""
     yield summary(status)
+    yield ""
     yield hosts(status.hosts, table)
+    yield ""
     if any(map(sum, status.tokens_per_expert.values())):
         yield tokens_per_expert(status.tokens_per_expert, width)
 
 
 def summary(status: ServiceStatus) -> Text:
-    """The service and its router in three lines."""
+    """The service and its router in a few lines."""
     router = status.router
     state = (status.state, _STATE_STYLES.get(status.state, "yellow"))
     return Text.assemble(
         (status.model, "bold"),
         f" ({status.model_type})  ",
         state,
-        f" for {_duration(status.uptime_s)}, routing epoch {status.epoch}, ray_moe {status.version}\n",
+        f" for {_duration(status.uptime_s)}\n",
+        f"ray_moe {status.version}, routing epoch {status.epoch}\n",
         f"router: pid {router.pid}, memory {format_bytes(router.rss_bytes)} "
         f"(weights {format_bytes(router.backbone_bytes)})\n",
         f"requests: {router.active_requests} active, {router.queued_requests} queued; "
@@ -42,23 +47,23 @@ def summary(status: ServiceStatus) -> Text:
 
 
 def hosts(statuses: Sequence[HostStatus], table: RoutingTable | None = None) -> Table:
-    """A row for each expert host: what it is, what it holds, what it did."""
-    out = Table(title="expert hosts", title_justify="left", header_style="bold")
-    for name in ("host", "state", "node", "pid"):
-        out.add_column(name)
-    for name in ("experts", "weights", "memory", "calls", "rows", "restarts"):
-        out.add_column(name, justify="right")
+    """A row for each expert host: what it is, what it holds, what it did. Nodes are named when there are several."""
+    several_nodes = len({host.node_id for host in statuses}) > 1
+    out = _table("expert hosts")
+    for name in ("host", "state", *(["node"] if several_nodes else []), "pid", "experts"):
+        out.add_column(name, no_wrap=True)
+    for name in ("weights", "memory", "rows", "restarts"):
+        out.add_column(name, justify="right", no_wrap=True)
     for host in statuses:
-        loaded = "" if host.loaded_bytes >= host.weight_bytes else f"{format_bytes(host.loaded_bytes)} of "
+        loading = host.loaded_bytes < host.weight_bytes
         out.add_row(
             host.host_id,
             Text(host.state, _STATE_STYLES.get(host.state, "yellow")),
-            host.node_id[:8],
+            *([host.node_id[:8]] if several_nodes else []),
             str(host.pid or ""),
             _experts_of(host, table),
-            loaded + format_bytes(host.weight_bytes),
+            f"{100 * host.loaded_bytes / host.weight_bytes:.0f}%" if loading else format_bytes(host.weight_bytes),
             format_bytes(host.rss_bytes),
-            str(host.num_calls),
             str(host.num_rows),
             Text(str(host.restarts), "bold yellow" if host.restarts else ""),
         )
@@ -67,7 +72,7 @@ def hosts(statuses: Sequence[HostStatus], table: RoutingTable | None = None) -> 
 
 def tokens_per_expert(counts: Mapping[LayerPath, Sequence[int]], width: int) -> Table:
     """A heat row for each layer, or for several: taller is busier, within the row."""
-    out = Table(title="tokens per expert", title_justify="left", header_style="bold")
+    out = _table("tokens per expert")
     out.add_column("layer")
     out.add_column("experts 0 …", no_wrap=True)
     out.add_column("busiest", justify="right")
@@ -89,8 +94,7 @@ def tokens_per_expert(counts: Mapping[LayerPath, Sequence[int]], width: int) -> 
             str(total),
             f"{total / num_experts / sums[busiest]:.2f}" if total else "",
         )
-    out.caption = "balance is mean / busiest over the service's life: 1 is even"
-    out.caption_justify = "left"
+    out.caption = "balance: mean / busiest since the start; 1 is even"
     return out
 
 
@@ -101,13 +105,25 @@ def heat(counts: Sequence[int], max_cells: int) -> Text:
     top = max(sums)
     text = Text()
     for value in sums:
-        level = -(-value * (len(HEAT) - 1) // top) if top else 0  # rounded up: a used expert is never blank
-        text.append(HEAT[level], "red" if level == len(HEAT) - 1 else "yellow" if level > len(HEAT) // 2 else "green")
+        level = -(-value * (len(HEAT) - 1) // top) if top else 0  # rounded up: a used expert is never shown as unused
+        text.append(HEAT[level], "dim" if level == 0 else "green" if level < 4 else "yellow" if level < 8 else "red")
     return text
 
 
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # the tables fit into 80 columns
+        show_edge=False,
+    )
+
+
 def _experts_of(host: HostStatus, table: RoutingTable | None) -> str:
-    """`0-1 of 4 layers`, or only the number when the placement is not known."""
+    """`0-1 × 4 layers`, or only the number when the placement is not known."""
     held = {} if table is None else table.placement.experts_on(host.host_id)
     if not held:
         return str(host.num_experts)

@@ -51,6 +51,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._seen = False
+        self._ending = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -58,15 +59,16 @@ class Interrupts:
         return self
 
     def install(self) -> None:
-        """Listen; call it again after `ray.init`, which puts a handler of its own in place."""
+        """Listen; call it again after `ray.init`, which puts handlers of its own in place."""
         for number in (signal.SIGINT, signal.SIGTERM):
             previous = signal.signal(number, self._handle)
             self._previous.setdefault(number, previous)
 
     def ignore(self) -> None:
-        """From now on, pass over all of them."""
-        self._seen = True
-        self.install()
+        """From now on pass over all of them, also after the block: the process is about to end by itself."""
+        self._ending = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # unlike a handler of ours, it holds while Python is torn down
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._seen:
@@ -74,8 +76,9 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)  # type: ignore[arg-type]
+        if not self._ending:
+            for number, previous in self._previous.items():
+                signal.signal(number, previous)  # type: ignore[arg-type]
 
 
 class ProgressView:

@@ -129,10 +129,20 @@ def test_the_first_interrupt_counts_and_the_next_ones_do_not(number: signal.Sign
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
-    with Interrupts() as interrupts:
-        interrupts.ignore()
-        os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_while_the_process_ends_no_interrupt_counts(number: signal.Signals) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with Interrupts() as interrupts:
+            interrupts.ignore()
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_progress_without_a_terminal_is_a_line_for_each_stage() -> None:
