@@ -1,9 +1,9 @@
 """One MoE layer with its experts in other processes, by every transport, against one process that does it all.
 
-Side by side in one run, interleaved: `python benchmarks/dispatch.py [--rounds 7] [--quick]`, or `make bench`. Two tables:
-the whole layer (8 experts, top-2, FFN 1024-4096-1024 in float32) on two actors of one thread each as a speed relative
-to one process of two threads (above 1 is faster); and identity experts, where only the way counts, as a multiple of
-what the same bytes cost through shared memory and an eventfd. Results go to `benchmarks/results/dispatch.{json,md}`.
+Side by side in one run, interleaved: `python benchmarks/dispatch.py [--rounds 7] [--quick]`, or `make bench`. Two
+tables: the whole layer (8 experts, top-2, FFN 1024-4096-1024 in float32) on two actors of one thread each, as a speed
+relative to one process of two threads (above 1 is faster); and identity experts, where only the way counts, as a
+multiple of what the same bytes cost through shared memory. Results go to `benchmarks/results/dispatch.{json,md}`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.floor import Ping
 D, F, E, K, NUM_HOSTS = 1024, 4096, 8, 2, 2
 TOKENS = (1, 8, 64, 512, 4096)
 LAYER, ECHO = "ffn", "identity"
+FLOOR = "shared memory + eventfd, two cores"
 TOKEN = uuid.uuid4().hex
 
 
@@ -174,12 +175,21 @@ def measure(rounds: int, sizes: Sequence[int], ping: Ping, write_results: bool) 
                             lambda: torch.set_num_threads(1),
                         )
                     )
+                ping.on_cores(0)
                 layer_times[num_tokens] = report.interleave(contestants, rounds)
                 # One expert per token, all on one host: the same bytes go there and back as in the ping.
                 home, unit = index[:, :1] * 0, torch.ones(num_tokens, 1)
-                ways = [Contestant("shared memory + eventfd", ping.round_trip(hidden.numpy()))]
+                bare = ping.round_trip(hidden.numpy())
+                ways = [
+                    Contestant(FLOOR, bare, lambda: ping.on_cores(2)),
+                    Contestant("the same on one core", bare, lambda: ping.on_cores(1)),
+                ]
                 ways += [
-                    Contestant(name, lambda forward=forward: forward(ECHO, hidden, home, unit))  # noqa: B023
+                    Contestant(
+                        name,
+                        lambda forward=forward: forward(ECHO, hidden, home, unit),  # noqa: B023
+                        lambda: ping.on_cores(0),
+                    )
                     for name, forward in doors.items()
                 ]
                 way_times[num_tokens] = report.interleave(ways, rounds)
@@ -233,7 +243,7 @@ def render(report: Any, layer_times: Any, way_times: Any, sizes: Sequence[int]) 
         for name in layer_times[sizes[0]]
     }
     way = {
-        name: [report.cell(way_times[size][name], way_times[size]["shared memory + eventfd"]) for size in sizes]
+        name: [report.cell(way_times[size][name], way_times[size][FLOOR]) for size in sizes]
         for name in way_times[sizes[0]]
     }
     return (
@@ -243,7 +253,8 @@ def render(report: Any, layer_times: Any, way_times: Any, sizes: Sequence[int]) 
         "(least–greatest).\n\n"
         + report.table(columns, layer)
         + f"\n\nThe way alone: identity experts on one host, tokens of {D} float32 there and back, through the whole "
-        "dispatcher, as a multiple of the time for the same bytes through shared memory and an eventfd.\n\n"
+        "dispatcher, as a multiple of the time for the same bytes through shared memory and an eventfd "
+        "between two processes on a core each.\n\n"
         + report.table(columns, way)
     )
 

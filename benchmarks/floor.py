@@ -16,7 +16,8 @@ import numpy as np
 class Ping:
     """A second process that negates what lies in shared memory when it is rung for.
 
-    Make it before anything starts threads (it forks), and `close` it.
+    Make it before anything starts threads (it forks), and `close` it. On one core the two processes share its caches
+    and a wake-up is a context switch; on two cores, as a router and an actor are, it is what a hop between them costs.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -43,6 +44,13 @@ class Ping:
             return out
 
         return go
+
+    def on_cores(self, num_cores: int) -> None:
+        """Pin this process and the other one to the same core (1) or to one each (2); 0 lets both go anywhere."""
+        everywhere = set(range(os.cpu_count() or 1))
+        here, there = {0: (everywhere, everywhere), 1: ({0}, {0}), 2: ({0}, {max(everywhere)})}[num_cores]
+        os.sched_setaffinity(0, here)
+        os.sched_setaffinity(self._pid, there)
 
     def close(self) -> None:
         os.kill(self._pid, signal.SIGKILL)

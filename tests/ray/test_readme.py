@@ -1,0 +1,74 @@
+"""What the README tells people to type works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from ray_moe.cli.commands import commands
+from tests.tiny_models import save, save_tokenizer
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+RAY_MOE = [command for command in COMMANDS if command.startswith("ray-moe ")]
+
+
+@pytest.fixture(scope="module")
+def address(serve_module, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    save("qwen3_moe", folder, vocab_size=259, hidden_size=128)
+    save_tokenizer(folder)
+    return serve_module(folder).address
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+
+
+def test_the_python_block_runs(address):
+    assert len(PYTHON) == 1
+    result = run(sys.executable, "-c", PYTHON[0].replace("127.0.0.1:8476", address))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2:] == ["(5, 128)", "(5, 128)"]
+
+
+def test_the_commands_against_a_running_service_run(address):
+    asking = [command for command in RAY_MOE if command.split()[1] in ("generate", "status", "config")]
+    assert len(asking) == 3
+    for command in asking:
+        server = [] if " config " in command else ["--server", address]
+        result = run(sys.executable, "-m", "ray_moe.cli.main", *shlex.split(command)[1:], *server)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        assert result.stdout.strip()
+
+
+@pytest.mark.parametrize("command", RAY_MOE)
+def test_every_command_parses(command):
+    group: Any = typer.main.get_command(commands)
+    name, *arguments = shlex.split(command)[1:]
+    group.commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
+def test_every_make_target_exists(command):
+    result = run("make", "--dry-run", *command.split()[1:])
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

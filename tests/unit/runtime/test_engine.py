@@ -1,0 +1,169 @@
+"""What the engine adds to `transformers`: its queue, cancelling, seeds, text, and single layers. No Ray, no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from ray_moe.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from ray_moe.models.experts import experts_modules
+from ray_moe.models.huggingface import Checkpoint
+from ray_moe.ops.experts import StackedExperts
+from ray_moe.policy.placement import place_by_index
+from ray_moe.runtime.engine import Engine
+from ray_moe.runtime.expert_host import ExpertHost
+from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.transport.local import LocalTransport
+from ray_moe.types import GenerateRequest, RoutingTable
+from tests.tiny_models import save, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3")
+    model = save("qwen3_moe", folder, vocab_size=259)
+    save_tokenizer(folder)
+    return model, Checkpoint.open(folder)
+
+
+@pytest.fixture
+def make_engine(saved):
+    _, checkpoint = saved
+    transports = []
+
+    def make(**settings):
+        plan = {path: list(range(spec.num_experts)) for path, spec in checkpoint.layers.items()}
+        host = ExpertHost("expert-0")
+        for path, module in checkpoint.load_experts(plan).items():
+            host.hold(path, plan[path], StackedExperts(module))
+        transport = LocalTransport({"expert-0": host})
+        transports.append(transport)
+        dispatcher = ExpertDispatcher(transport)
+        placement = place_by_index({path: len(experts) for path, experts in plan.items()}, ["expert-0"])
+        dispatcher.update(RoutingTable(1, placement, {"expert-0": transport.address("expert-0")}))
+        return Engine(
+            checkpoint.load_backbone(), checkpoint.load_tokenizer(), checkpoint.layers, dispatcher, **settings
+        )
+
+    yield make
+    for transport in transports:
+        transport.close()
+
+
+async def collect(engine, **request):
+    return [chunk async for chunk in engine.generate(GenerateRequest(**request))]
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)  # noqa: ASYNC110 - the worker threads have no event to wait for
+
+
+async def test_text_comes_in_pieces_that_add_up(make_engine, saved):
+    engine = make_engine()
+    _, checkpoint = saved
+    chunks = await collect(engine, prompt="def f(", max_new_tokens=40, ignore_eos=True)
+    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    assert "".join(chunk.text for chunk in chunks) == checkpoint.load_tokenizer().decode(tokens)
+    assert [chunk.finish_reason for chunk in chunks] == [""] * 39 + ["length"]
+    assert {chunk.num_prompt_tokens for chunk in chunks} == {6}
+    assert engine.num_generated_tokens == 40
+
+
+async def test_an_end_token_ends_it(make_engine, saved):
+    model, _ = saved
+    engine = make_engine()
+    prompt = (5, 9, 33)
+    free = [t for c in await collect(engine, token_ids=prompt, max_new_tokens=6, ignore_eos=True) for t in c.token_ids]
+    engine._model.generation_config.eos_token_id = [free[3]]
+    chunks = await collect(engine, token_ids=prompt, max_new_tokens=6)
+    assert [t for chunk in chunks for t in chunk.token_ids] == free[: free.index(free[3]) + 1]
+    assert chunks[-1].finish_reason == "stop"
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=free[3])
+    assert expected[0, 3:].tolist() == [t for chunk in chunks for t in chunk.token_ids]
+
+
+async def test_a_seed_repeats_a_text_whatever_runs_beside_it(make_engine):
+    engine = make_engine()
+    request = {"token_ids": (5, 9, 33), "max_new_tokens": 12, "temperature": 1.5, "ignore_eos": True}
+    alone = await collect(engine, **request, seed=7)
+    together = await asyncio.gather(*(collect(engine, **request, seed=seed) for seed in (7, 8, 9, 7)))
+    assert together[0] == together[3] == alone
+    assert together[1] != together[2]
+
+
+async def test_top_p_of_almost_nothing_is_greedy(make_engine):
+    engine = make_engine()
+    request = {"token_ids": (5, 9, 33), "max_new_tokens": 12, "ignore_eos": True}
+    assert await collect(engine, **request, temperature=1.0, top_p=1e-6, seed=3) == await collect(engine, **request)
+
+
+async def test_leaving_a_stream_frees_its_place(make_engine):
+    engine = make_engine(max_concurrent_requests=1, max_queued_requests=0)
+    stream = engine.generate(GenerateRequest(token_ids=(5,), max_new_tokens=200, ignore_eos=True))
+    await anext(stream)
+    with pytest.raises(Overloaded, match="1 requests are running"):
+        await collect(engine, token_ids=(5,), max_new_tokens=1)
+    await stream.aclose()
+    await until(lambda: not engine.active_requests)
+    assert engine.num_generated_tokens < 200
+    assert len(await collect(engine, token_ids=(5,), max_new_tokens=2, ignore_eos=True)) == 2
+
+
+async def test_closing_ends_what_runs_and_what_waits(make_engine):
+    engine = make_engine(max_concurrent_requests=1)
+    running = asyncio.create_task(collect(engine, token_ids=(5,), max_new_tokens=250, ignore_eos=True))
+    waiting = asyncio.create_task(collect(engine, token_ids=(5,), max_new_tokens=250, ignore_eos=True))
+    await until(lambda: engine.num_generated_tokens)
+    await engine.close()
+    for task in (running, waiting):
+        with pytest.raises(Unavailable, match="stopping"):
+            await task
+    with pytest.raises(Unavailable):
+        await collect(engine, token_ids=(5,), max_new_tokens=1)
+
+
+async def test_closing_with_grace_lets_it_finish(make_engine):
+    engine = make_engine()
+    running = asyncio.create_task(collect(engine, token_ids=(5,), max_new_tokens=20, ignore_eos=True))
+    await until(lambda: engine.num_generated_tokens)
+    await engine.close(grace_s=30)
+    assert len(await running) == 20
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompt": ""}, "no tokens"),
+        ({"prompt": "x" * 250, "max_new_tokens": 10}, "250 tokens and max_new_tokens is 10, .* positions for 256"),
+    ],
+)
+async def test_prompts_that_do_not_fit_are_refused(make_engine, request_, message):
+    engine = make_engine(max_positions=256)
+    with pytest.raises(InvalidRequest, match=message):
+        await collect(engine, **request_)
+
+
+async def test_a_layer_by_given_routing_and_by_the_models_gate(make_engine, saved):
+    model, _ = saved
+    engine = make_engine()
+    layer = next(iter(engine.layers))
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((7, 32), dtype=np.float32)
+    index = np.stack([rng.permutation(8)[:3] for _ in range(7)])
+    weight = rng.random((7, 3), dtype=np.float32)
+    with torch.no_grad():
+        experts = experts_modules(model)[layer]
+        routed = experts(torch.from_numpy(hidden), torch.from_numpy(index), torch.from_numpy(weight))
+        block = model.get_submodule(layer.rpartition(".")[0])(torch.from_numpy(hidden)[None])
+    np.testing.assert_allclose(await engine.forward(layer, hidden, (index, weight)), routed, rtol=1e-5, atol=1e-5)
+    assert layer in engine.layers_with_gate
+    np.testing.assert_allclose(await engine.forward(layer, hidden, None), block[0], rtol=1e-5, atol=1e-5)
+    nobody = np.full((7, 1), 8)
+    assert not (await engine.forward(layer, hidden, (nobody, weight[:, :1]))).any()
+    with pytest.raises(NotFound, match="elsewhere"):
+        await engine.forward("elsewhere", hidden, None)
