@@ -33,7 +33,7 @@ def worker_env(num_threads: int) -> dict[str, str]:
 
 
 class Launcher:
-    """An actor without state of its own: asking twice for an actor gives the same one."""
+    """Holds the handles that keep a service's actors alive; asking twice for an actor gives the same one."""
 
     def __init__(self, spec: ServiceSpec) -> None:
         self._spec = spec
@@ -68,11 +68,14 @@ class Launcher:
         )
 
     def _start(self, role: str, actor_class: type, arguments: tuple[Any, ...], **options: Any) -> Any:
-        self._started[role] = (
-            ray.remote(actor_class)
-            .options(name=self._spec.actor_name(role), get_if_exists=True, max_concurrency=1000, **options)
-            .remote(*arguments)
-        )
+        name = self._spec.actor_name(role)
+        try:
+            ray.get_actor(name)
+        except ValueError:  # not there yet, or gone for good
+            self._started[role] = (
+                ray.remote(actor_class).options(name=name, max_concurrency=1000, **options).remote(*arguments)
+            )
+        # Never the handle that get_actor returns: it is a weak one, and an actor without any other ends.
         return self._started[role]
 
     async def end(self) -> None:
