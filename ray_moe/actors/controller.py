@@ -63,6 +63,7 @@ class Controller:
             for host_id in (*spec.hosts, *spec.standbys)
         }
         self._router_port = 0
+        self._last_port = 0
         self._failure: RayMoEError | None = None
         self._was_ready = False
         self._stopping = False
@@ -242,7 +243,7 @@ class Controller:
         while True:
             try:
                 handle = await self._launcher.start_router.remote()
-                self._router_port = await handle.start.remote()
+                self._router_port = self._last_port = await handle.start.remote(self._last_port)
                 await handle.until_lost.remote()
             except RayActorError:
                 self._router_port = 0

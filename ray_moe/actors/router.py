@@ -69,16 +69,18 @@ class Router:
         torch.set_num_threads(spec.config.router.num_threads)
 
     # --- life ------------------------------------------------------------------------------------------------
-    async def start(self) -> int:
+    async def start(self, port: int = 0) -> int:
         """Listen, load the backbone, connect to the experts; returns the port of the front door. Idempotent.
 
-        The front door listens from the beginning and says that it is not ready until all of that is done.
+        The front door listens from the beginning and says that it is not ready until all of that is done. `port` is
+        where an earlier life of the router listened, so that clients find this one; 0 is the configured port.
         """
         async with self._starting:
             if self._engine is not None:
                 return self._port
             if self._door is None:
-                door = self._spec.open_door(self, self._spec.config.server)
+                server = self._spec.config.server
+                door = self._spec.open_door(self, server.model_copy(update={"port": port or server.port}))
                 self._port = await door.start()
                 self._door = door
             dispatcher = self._dispatcher or self._make_dispatcher()
