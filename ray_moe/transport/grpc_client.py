@@ -171,10 +171,14 @@ class GrpcConnection:
         future: Future[ExpertReply] = Future()
         message_id = next(self._ids)
         num_rows = codec.num_reply_rows(call)
+        slot = self._take_slot(call, num_rows)
         try:
-            slot = self._take_slot(call, num_rows)
             message = self._encode(message_id, call, slot)
-        except WireError as error:
+        except Exception as error:
+            if slot is not None:
+                slot.free()
+            if not isinstance(error, WireError):
+                raise
             future.set_exception(error)
             return future
         with self._lock:
@@ -212,8 +216,8 @@ class GrpcConnection:
         fields = (codec.call_fields(call), None if slot is None else slot.placement)
         if slot is not None and slot.request:
             specs = codec.call_specs(call)
-            codec.write_call(call, tensors.tensors_in(slot.request, specs))
             header = tensors.encode_header(fields, specs)
+            codec.write_call(call, tensors.tensors_in(slot.request, specs))
             return frames.frame(message_id, (header,), len(header))
         buffers, num_bytes = tensors.encode(fields, codec.call_tensors(call))
         if num_bytes <= self._settings.chunk_bytes:

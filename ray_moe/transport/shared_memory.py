@@ -67,17 +67,14 @@ class Arena:
 
     def __init__(self, num_bytes: int) -> None:
         """Take `num_bytes` of address space; pages cost nothing until they are touched. Raises `OSError`."""
+        self._fd = -1
         self._size = _HEADER_BYTES + aligned(num_bytes)
         self._nonce = os.urandom(_NONCE_BYTES)
         self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self._fd, self._size)
-            # It cannot shrink any more, so touching it never kills the other side (SIGBUS).
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self._map = mmap.mmap(self._fd, self._size)
-        except OSError:
-            self.close_file()
-            raise
+        os.ftruncate(self._fd, self._size)
+        # It cannot shrink any more, so touching it never kills the other side (SIGBUS).
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self._map = mmap.mmap(self._fd, self._size)
         self._map[:_NONCE_BYTES] = self._nonce
         self._memory = memoryview(self._map)
         self._lock = threading.Lock()
@@ -102,6 +99,9 @@ class Arena:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        self.close_file()
 
     def allocate(self, request_bytes: int, room_bytes: int) -> Slot | None:
         """A slot for both, or None when there is no room now. At least one of them is positive."""

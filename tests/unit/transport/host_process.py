@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 import time
@@ -43,6 +44,8 @@ async def submit(call: ExpertCall) -> ExpertReply:
         return ExpertReply(torch.full((call.num_rows, 1), float(num_arenas())))
     elif what == "fields":
         return ExpertReply(torch.tensor([[call.epoch, len(call.experts), len(call.call_id)]], dtype=torch.float64))
+    elif what == "copy":
+        return ExpertReply(call.hidden.clone())
     elif what == "wide":
         return ExpertReply(call.hidden.repeat(1, 2))
     elif what == "short":
@@ -73,6 +76,7 @@ def _slowly(call: ExpertCall, delay_s: float) -> torch.Tensor:
 
 async def main(token: str, incarnation: str, settings: str = "{}") -> None:
     torch.set_num_threads(1)
+    logging.getLogger("ray_moe").setLevel(logging.CRITICAL)  # it fails because it is told to
     tune_malloc()
     server = HostServer(submit, token, incarnation=incarnation, settings=TransportSettings(**json.loads(settings)))
     tcp, unix = await server.start()
