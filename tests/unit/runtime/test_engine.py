@@ -59,8 +59,8 @@ async def collect(engine, **request):
 
 async def until(condition):
     async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)  # noqa: ASYNC110 - the worker threads have no event to wait for
+        while not condition():  # noqa: ASYNC110 - the worker threads have no event to wait for
+            await asyncio.sleep(0.005)
 
 
 async def test_text_comes_in_pieces_that_add_up(make_engine, saved):

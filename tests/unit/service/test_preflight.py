@@ -54,12 +54,14 @@ def test_too_little_memory_is_refused_before_loading_with_the_numbers():
 
 def test_preloaded_standbys_count_with_all_experts():
     spec = make_spec(experts={"standby_actors": 1, "standby_preload": True})
-    with pytest.raises(InsufficientResources, match="4.00 GiB of experts"):
+    with pytest.raises(InsufficientResources, match=r"4\.00 GiB of experts"):
         preflight.check(spec, 0, {"CPU": 6}, [5 * GIB])
 
 
 def test_a_share_larger_than_any_node_is_refused():
-    with pytest.raises(InsufficientResources, match="one actor must hold 8.00 GiB and no node has more than 7.00 GiB"):
+    with pytest.raises(
+        InsufficientResources, match=r"one actor must hold 8\.00 GiB and no node has more than 7\.00 GiB"
+    ):
         preflight.check(make_spec(num_hosts=1, expert_bytes=GIB // 2), 0, {"CPU": 5}, [7 * GIB, 7 * GIB])
 
 
