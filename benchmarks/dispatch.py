@@ -13,6 +13,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,35 +164,23 @@ def measure(rounds: int, sizes: Sequence[int], ping: Ping, write_results: bool) 
             weight, index = scores.softmax(-1).topk(K)
             with torch.no_grad():
                 expected = single(hidden, index, weight)
-                contestants = [
-                    Contestant("one process", lambda: single(hidden, index, weight), lambda: torch.set_num_threads(2))  # noqa: B023
-                ]
+                batch = (hidden, index, weight)
+                contestants = [Contestant("one process", partial(single, *batch), partial(torch.set_num_threads, 2))]
                 for name, forward in doors.items():
-                    torch.testing.assert_close(forward(LAYER, hidden, index, weight), expected, rtol=1e-3, atol=1e-3)
-                    contestants.append(
-                        Contestant(
-                            name,
-                            lambda forward=forward: forward(LAYER, hidden, index, weight),  # noqa: B023
-                            lambda: torch.set_num_threads(1),
-                        )
-                    )
+                    torch.testing.assert_close(forward(LAYER, *batch), expected, rtol=1e-3, atol=1e-3)
+                    run = partial(forward, LAYER, *batch)
+                    contestants.append(Contestant(name, run, partial(torch.set_num_threads, 1)))
                 ping.on_cores(0)
                 layer_times[num_tokens] = report.interleave(contestants, rounds)
                 # One expert per token, all on one host: the same bytes go there and back as in the ping.
                 home, unit = index[:, :1] * 0, torch.ones(num_tokens, 1)
                 bare = ping.round_trip(hidden.numpy())
                 ways = [
-                    Contestant(FLOOR, bare, lambda: ping.on_cores(2)),
-                    Contestant("the same on one core", bare, lambda: ping.on_cores(1)),
+                    Contestant(FLOOR, bare, partial(ping.on_cores, 2)),
+                    Contestant("the same on one core", bare, partial(ping.on_cores, 1)),
                 ]
-                ways += [
-                    Contestant(
-                        name,
-                        lambda forward=forward: forward(ECHO, hidden, home, unit),  # noqa: B023
-                        lambda: ping.on_cores(0),
-                    )
-                    for name, forward in doors.items()
-                ]
+                for name, forward in doors.items():
+                    ways.append(Contestant(name, partial(forward, ECHO, hidden, home, unit), partial(ping.on_cores, 0)))
                 way_times[num_tokens] = report.interleave(ways, rounds)
         markdown = render(report, layer_times, way_times, sizes)
         Console().print(Markdown(markdown))
@@ -212,6 +201,7 @@ def make_doors(ray: Any) -> dict[str, Callable[..., Any]]:
     """The layer by every transport: name -> forward(layer, hidden, index, weight)."""
     from ray_moe.policy.placement import place_by_index
     from ray_moe.runtime.moe_layer import ExpertDispatcher
+    from ray_moe.transport.base import Transport
     from ray_moe.transport.grpc_client import GrpcTransport
     from ray_moe.transport.object_store import ObjectStoreTransport
     from ray_moe.transport.settings import TransportSettings
@@ -222,7 +212,7 @@ def make_doors(ray: Any) -> dict[str, Callable[..., Any]]:
     addresses = dict(zip(hosts, ray.get([a.listen.remote(n) for n, a in enumerate(hosts.values())]), strict=True))
     table = RoutingTable(1, place_by_index({LAYER: E, ECHO: E}, list(hosts)), addresses)
     node_id = ray.get_runtime_context().get_node_id()
-    transports = {
+    transports: dict[str, Transport] = {
         "gRPC, shared memory": GrpcTransport(TOKEN, node_id=node_id, settings=TransportSettings()),
         "gRPC, inline": GrpcTransport(TOKEN, node_id=node_id, settings=TransportSettings(arena_bytes=0)),
         "object store": ObjectStoreTransport(lambda address: hosts[address.host_id]),
@@ -246,7 +236,7 @@ def render(report: Any, layer_times: Any, way_times: Any, sizes: Sequence[int]) 
         name: [report.cell(way_times[size][name], way_times[size][FLOOR]) for size in sizes]
         for name in way_times[sizes[0]]
     }
-    return (
+    text: str = (
         "# Dispatch\n\n"
         f"MoE layer, {E} experts of {D}-{F}-{D} float32, top-{K}, on {NUM_HOSTS} actors of one thread: speed relative "
         "to one process of two threads (`transformers` grouped_mm); above 1 is faster. Median of the rounds "
@@ -254,9 +244,9 @@ def render(report: Any, layer_times: Any, way_times: Any, sizes: Sequence[int]) 
         + report.table(columns, layer)
         + f"\n\nThe way alone: identity experts on one host, tokens of {D} float32 there and back, through the whole "
         "dispatcher, as a multiple of the time for the same bytes through shared memory and an eventfd "
-        "between two processes on a core each.\n\n"
-        + report.table(columns, way)
+        "between two processes on a core each.\n\n" + report.table(columns, way)
     )
+    return text
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def interleave(contestants: Sequence[Contestant], rounds: int, block_s: float = 
         shift = number % len(contestants)
         for contestant in [*contestants[shift:], *contestants[:shift]]:
             contestant.prepare()
-            samples = []
+            samples: list[float] = []
             until = time.perf_counter() + block_s
             while time.perf_counter() < until or len(samples) < 3:
                 begin = time.perf_counter()

@@ -58,9 +58,11 @@ async def collect(engine, **request):
 
 
 async def until(condition):
-    async with asyncio.timeout(20):
+    async def look():
         while not condition():  # noqa: ASYNC110 - the worker threads have no event to wait for
             await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(look(), 20)
 
 
 async def test_text_comes_in_pieces_that_add_up(make_engine, saved):
