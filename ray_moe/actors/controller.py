@@ -244,6 +244,7 @@ class Controller:
             try:
                 handle = await self._launcher.start_router.remote()
                 self._router_port = self._last_port = await handle.start.remote(self._last_port)
+                self._was_ready = self._was_ready or self._is_whole
                 await handle.until_lost.remote()
             except RayActorError:
                 self._router_port = 0
@@ -266,15 +267,18 @@ class Controller:
             return
         self._epoch += 1
         self._table = RoutingTable(self._epoch, self._placement, addresses)
+        self._was_ready = self._was_ready or self._is_whole
         async with self._published:
             self._published.notify_all()
+
+    @property
+    def _is_whole(self) -> bool:
+        return bool(self._router_port) and all(host.state == "ready" for host in self._hosts.values() if host.plan)
 
     def _state(self) -> str:
         if self._failure is not None:
             return "failed"
-        serving = [host for host in self._hosts.values() if host.plan]
-        if self._router_port and all(host.state == "ready" for host in serving):
-            self._was_ready = True
+        if self._is_whole:
             return "ready"
         return "degraded" if self._was_ready else "starting"
 
