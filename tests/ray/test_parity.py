@@ -74,9 +74,7 @@ def test_tokens_and_layers_equal_transformers(served):
             whole = block(torch.from_numpy(hidden)[None])
         whole = whole[0] if isinstance(whole, tuple) else whole
         np.testing.assert_allclose(client.forward(path, hidden, index, weight), rows, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(
-            client.forward(path, hidden), whole.reshape(len(hidden), -1), rtol=1e-5, atol=1e-5
-        )
+        np.testing.assert_allclose(client.forward(path, hidden), whole.reshape(len(hidden), -1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_bfloat16_layer_is_bit_equal(serve, tmp_path):
