@@ -59,8 +59,10 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	if nvidia-smi -L >/dev/null 2>&1; then \
 	  $$pip -c constraints/tested.txt -r constraints/gpu.txt; \
 	else \
-	  $$pip -c constraints/tested.txt -r constraints/cpu.txt 2>/dev/null \
-	    || $$pip -c constraints/tested.txt torch==2.13.0; \
+	  $$pip -c constraints/tested.txt -r constraints/cpu.txt 2>/dev/null || { \
+	    echo "pip finds no CPU build of torch here; taking the default one (several GB)"; \
+	    $$pip -c constraints/tested.txt torch==2.13.0; \
+	  }; \
 	fi; \
 	$$pip -c constraints/tested.txt -e '.[serve,dev]'
 	@touch $@
