@@ -57,3 +57,13 @@ def test_a_host_that_neither_reaches_is_lost() -> None:
 def test_a_host_that_refuses_is_not_asked_another_way() -> None:
     with pytest.raises(Unauthenticated):
         AutoTransport(Nowhere(Unauthenticated("wrong token")), LOCAL).connect(ADDRESS)
+
+
+def test_a_life_that_was_reached_before_is_gone_and_not_out_of_reach() -> None:
+    local = LocalTransport({"expert-0": Silent()})  # type: ignore[dict-item]
+    address = local.address("expert-0")
+    transport = AutoTransport(local, Nowhere(AssertionError("asked")))
+    transport.connect(address)
+    local.kill("expert-0")
+    with pytest.raises(HostLost, match="is not there"):
+        transport.connect(address)
