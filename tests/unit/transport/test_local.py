@@ -63,7 +63,7 @@ def test_a_duplicated_call_is_delivered_twice_and_answered_once(connect):
 def test_a_kill_fails_every_call_in_flight_and_ends_that_life(connect):
     transport, connection, host = connect(("delay", 1), ("kill", 2))
     dead = connection.address
-    killed = []
+    killed: list[str] = []
     transport.on_kill = killed.append
     futures = [connection.submit(call(number)) for number in range(4)]
     for future in futures[1:]:
