@@ -86,7 +86,7 @@ def run(
     report = Report(console or Console())
     with ExitStack() as ending:
         model = _learn(report, train_seconds, cache_dir)
-        report.step(f"2/6 Serve it: the backbone in a router, the experts in {NUM_ACTORS} actors (and one on standby)")
+        report.step(f"2/6 Serve it: the experts in {NUM_ACTORS} actors, and one more on standby")
         running = ending.enter_context(_start(report, open_service, _config(model.path), interrupts))
         ending.callback(interrupts.ignore)  # before the service is stopped, which is not to be broken off
         with Client(running.address) as client:
