@@ -41,6 +41,9 @@ from ray_moe.wire import tensors
 
 _log = logging.getLogger(__name__)
 
+_JOIN_S = 1.0
+"""How long `close` waits for the reader: not for ever, since a callback may wait for whoever closes."""
+
 
 class GrpcTransport:
     """Makes gRPC connections to hosts. Thread-safe.
@@ -193,7 +196,7 @@ class GrpcConnection:
     def close(self) -> None:
         self._finish("it was closed here", by_itself=False)
         if threading.current_thread() is not self._reader:
-            self._reader.join()
+            self._reader.join(_JOIN_S)
 
     # --- Sending ---------------------------------------------------------------------------------------------
     def _take_slot(self, call: ExpertCall, num_reply_rows: int) -> Slot | None:
@@ -220,6 +223,8 @@ class GrpcConnection:
             codec.write_call(call, tensors.tensors_in(slot.request, specs))
             return frames.frame(message_id, (header,), len(header))
         buffers, num_bytes = tensors.encode(fields, codec.call_tensors(call))
+        if num_bytes > self._settings.max_message_bytes:
+            raise WireError(f"a call of {num_bytes} bytes, where {self._settings.max_message_bytes} are allowed")
         if num_bytes <= self._settings.chunk_bytes:
             return frames.frame(message_id, buffers, num_bytes)
         return frames.cut(message_id, buffers, num_bytes, self._settings.chunk_bytes)

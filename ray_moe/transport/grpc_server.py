@@ -7,6 +7,7 @@ ready. It computes nothing and knows no expert. A broken or hostile stream is en
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import uuid
@@ -102,6 +103,8 @@ class HostServer:
         task.add_done_callback(self._streams.discard)
         try:
             await task
+        except _RouterGone:
+            return
         except WireError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except asyncio.CancelledError:
@@ -128,6 +131,10 @@ class HostServer:
             await context.abort(grpc.StatusCode.NOT_FOUND, "another life of the host listens here now")
 
 
+class _RouterGone(Exception):
+    """The stream ended while something was to be written to it; `serve` sees the same and ends."""
+
+
 class _Stream:
     """One router's stream, and the memory shared with that router, if any."""
 
@@ -148,8 +155,11 @@ class _Stream:
         try:
             while isinstance(frame := await self._context.read(), bytes):
                 message = assembler.feed(frame)
-                if message is not None:
-                    self._tasks[message[0]] = asyncio.create_task(self._answer(*message))
+                if message is None:
+                    continue
+                if message[0] in self._tasks:
+                    raise WireError(f"message {message[0]} came again before it was answered")
+                self._tasks[message[0]] = asyncio.create_task(self._answer(*message))
         finally:
             tasks = list(self._tasks.values())
             for task in tasks:
@@ -159,10 +169,13 @@ class _Stream:
     async def _answer(self, message_id: int, message: memoryview) -> None:
         try:
             await self._compute(message_id, message)
+        except _RouterGone:
+            _log.debug("a router went away before its answer")
         except Exception as error:  # whatever it is, the router hears it
             if not isinstance(error, RayMoEError):
                 _log.exception("a call failed in an unexpected way")
-            await self._send(message_id, codec.failure_fields(error), ())
+            with contextlib.suppress(_RouterGone):
+                await self._send(message_id, codec.failure_fields(error), ())
         finally:
             self._tasks.pop(message_id, None)
 
@@ -207,4 +220,7 @@ class _Stream:
 
     async def _write(self, frame: bytes) -> None:
         async with self._writing:  # one frame at a time; frames of other answers may come in between
-            await self._context.write(frame)
+            try:
+                await self._context.write(frame)
+            except Exception as error:  # grpc has several for a stream that is over
+                raise _RouterGone from error
