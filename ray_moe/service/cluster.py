@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import psutil
 import ray
+from ray._raylet import Config  # type: ignore[attr-defined]
 
 from ray_moe.config import RayConfig
 from ray_moe.errors import Unavailable
@@ -38,11 +39,7 @@ def join(config: RayConfig) -> Joined:
     if ray.is_initialized():
         return Joined.FOUND
     local = config.address == "local"
-    # Ray 2.60 uses the token of ~/.ray/auth_token for a local cluster and for address="auto", but not for HOST:PORT
-    # (20 s, then a bare ConnectionError); and it reads RAY_AUTH_MODE when it is imported, so only "disabled", what it
-    # falls back to, can be set here.
-    if config.auth == "disabled":
-        os.environ["RAY_AUTH_MODE"] = "disabled"
+    _set_auth_mode(config.auth)
     try:
         if local:
             for name, value in QUICK_FAILURE_DETECTION.items():
@@ -57,9 +54,7 @@ def join(config: RayConfig) -> Joined:
                 logging_level="error",
             )
         else:
-            if config.address != "auto":
-                os.environ["RAY_ADDRESS"] = config.address
-            ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+            ray.init(address=config.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(
             f"cannot {'start' if local else 'reach'} Ray at {config.address!r}: {error}; "
@@ -70,6 +65,17 @@ def join(config: RayConfig) -> Joined:
             )
         ) from error
     return Joined.STARTED if local else Joined.CONNECTED
+
+
+def _set_auth_mode(mode: str) -> None:
+    """Whether this process shows the cluster's token (RAY_AUTH_TOKEN, or ~/.ray/auth_token).
+
+    Ray 2.60 turns it on by itself for a cluster it starts and for address="auto", but not for HOST:PORT (20 s, then a
+    bare ConnectionError). It reads the variable when it is imported, which has happened: hence the second line, which
+    is what Ray itself does after it has set the variable.
+    """
+    os.environ["RAY_AUTH_MODE"] = mode
+    Config.initialize("")
 
 
 def leave(joined: Joined) -> None:
