@@ -141,8 +141,14 @@ class Client:
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when the service answers requests; `Unavailable`, with the reason, when it does not in time."""
         poll = channel.ReadyPoll(self.target, timeout_s)
-        while not poll.is_over(self._check_health(poll.remaining_s)):
-            time.sleep(channel.READY_POLL_S)
+        # A synchronous channel connects only while somebody watches it or waits for an answer: checks that fail at once
+        # leave it to gRPC's look every 5 s, by which time the attempt to connect has timed out.
+        self._channel.subscribe(_ignore)
+        try:
+            while not poll.is_over(self._check_health(poll.remaining_s)):
+                time.sleep(channel.READY_POLL_S)
+        finally:
+            self._channel.unsubscribe(_ignore)
 
     def _check_health(self, timeout_s: float) -> bytes | grpc.RpcError:
         check = self._channel.unary_unary(channel.HEALTH_CHECK, None, None)
@@ -153,3 +159,7 @@ class Client:
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self.timeout_s if timeout_s is None else timeout_s
+
+
+def _ignore(state: grpc.ChannelConnectivity) -> None:
+    """Takes note of nothing: that the state is watched is what counts."""
