@@ -66,7 +66,7 @@ def _grouped_linear(
     weight: torch.Tensor = getattr(module, name)
     if not module.is_transposed:
         weight = weight.transpose(-2, -1)  # [E, in, out]
-    if weight.device.type == "cuda":
+    if weight.device.type == "cuda" and weight.dtype is torch.bfloat16:  # the dtype the kernel is made for
         sizes = torch.zeros(weight.shape[0], dtype=torch.int32)
         sizes[torch.tensor(experts)] = torch.tensor(counts, dtype=torch.int32)
         offsets = torch.cumsum(sizes, 0, dtype=torch.int32).to(weight.device)
