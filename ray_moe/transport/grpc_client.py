@@ -74,6 +74,8 @@ class GrpcTransport:
         Raises `HostLost` when it cannot be reached or another life of the host listens there, `Unauthenticated` when it
         does not accept the token, `WireError` when it speaks another version of the protocol.
         """
+        if not (self._token.isascii() and self._token.isprintable()):
+            raise Unauthenticated("the token cannot be sent: it must be printable ASCII, without line breaks")
         same_node = self._node_id != "" and address.node_id == self._node_id
         targets = [target for target in (address.unix if same_node else "", address.tcp) if target]
         deadline = time.monotonic() + self._settings.connect_timeout_s
@@ -137,7 +139,7 @@ class GrpcConnection:
         self._hello: Future[None] = Future()
         self._lock = threading.Lock()
         self._in_flight: dict[int, _InFlight] = {}
-        self._end: HostLost | None = None  # guarded by _lock, like _in_flight
+        self._end: str | None = None  # why the stream is over; guarded by _lock, like _in_flight
         self._arena = _make_arena(settings.arena_bytes) if share_memory else None
         self._channel = grpc.insecure_channel(target, client_options(settings))
 
@@ -190,7 +192,7 @@ class GrpcConnection:
                 self._in_flight[message_id] = _InFlight(future, num_rows, slot)
                 self._outbox.put(message)
         if end is not None:
-            future.set_exception(end)
+            future.set_exception(HostLost(end))
         return future
 
     def close(self) -> None:
@@ -309,11 +311,11 @@ class GrpcConnection:
         with self._lock:
             if self._end is not None:
                 return
-            end = self._end = HostLost(f"the stream to host {self.address.host_id} ended: {reason}")
+            end = self._end = f"the stream to host {self.address.host_id} ended: {reason}"
             lost, self._in_flight = self._in_flight, {}
         for call in lost.values():
             if call.future.set_running_or_notify_cancel():
-                call.future.set_exception(end)
+                call.future.set_exception(HostLost(end))  # each its own: raised, it holds on to the waiter's frames
         self._outbox.put(None)
         self._stream.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs forgot
         self._channel.close()
@@ -322,7 +324,7 @@ class GrpcConnection:
             self._arena = None
         was_open = self._hello.done() and self._hello.exception() is None
         if not self._hello.done():
-            self._hello.set_exception(end)
+            self._hello.set_exception(HostLost(end))
         self._on_end(self, by_itself and was_open)
 
 

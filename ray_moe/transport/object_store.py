@@ -79,7 +79,7 @@ class ObjectStoreConnection:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._in_flight: set[Future[ExpertReply]] = set()
-        self._end: HostLost | None = None
+        self._end: str | None = None
 
     def greet(self, timeout_s: float) -> None:
         """Wait until the actor has answered. Raises `HostLost` when it is not there, or in another life."""
@@ -108,7 +108,7 @@ class ObjectStoreConnection:
             if end is None:
                 self._in_flight.add(future)
         if end is not None:
-            future.set_exception(end)
+            future.set_exception(HostLost(end))
             return future
         num_rows = codec.num_reply_rows(call)
         try:
@@ -157,11 +157,11 @@ class ObjectStoreConnection:
         with self._lock:
             if self._end is not None:
                 return
-            end = self._end = HostLost(f"the line to host {self.address.host_id} ended: {reason}")
+            end = self._end = f"the line to host {self.address.host_id} ended: {reason}"
             lost, self._in_flight = self._in_flight, set()
         for future in lost:
             if future.set_running_or_notify_cancel():
-                future.set_exception(end)
+                future.set_exception(HostLost(end))
         if by_itself and self._on_lost is not None:
             self._on_lost(self.address)
 

@@ -129,6 +129,9 @@ def test_a_wrong_token_is_refused(host: HostProcess) -> None:
     for token in ("another token", "", TOKEN + "x"):
         with pytest.raises(Unauthenticated, match="not the token of this host"):
             GrpcTransport(token, node_id=NODE).connect(host.address)
+    for token in ("two\nlines", "café"):
+        with pytest.raises(Unauthenticated, match="cannot be sent"):
+            GrpcTransport(token, node_id=NODE).connect(host.address)
 
 
 def test_another_version_is_refused(host: HostProcess, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
