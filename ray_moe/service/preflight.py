@@ -57,10 +57,11 @@ def _check_memory(spec: ServiceSpec, backbone_bytes: int, node_memory_bytes: Seq
     processes = (1 + len(spec.hosts) + len(spec.standbys)) * PROCESS_BYTES
     needed, there = sum(shares) + router + processes, sum(node_memory_bytes)
     if needed > there:
+        fewer = ", or start fewer actors (experts.num_actors)" if sum(shares) + router < there else ""
         raise InsufficientResources(
             f"this model needs about {_size(needed)} of memory ({_size(sum(shares))} of experts, {_size(router)} of "
             f"other weights, {_size(processes)} for {1 + len(spec.hosts) + len(spec.standbys)} processes), and "
-            f"{_size(there)} is available; add nodes, free memory, or start fewer actors (experts.num_actors)"
+            f"{_size(there)} is available; add nodes or free memory{fewer}"
         )
     largest, roomiest = max([*shares, router]), max(node_memory_bytes, default=0)
     if largest > roomiest:
