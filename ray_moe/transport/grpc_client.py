@@ -212,9 +212,11 @@ class GrpcConnection:
         request_bytes = (call.num_tokens + (0 if call.grad is None else call.num_rows)) * row_bytes
         if request_bytes < inline_bytes and room_bytes < inline_bytes:
             return None
-        return arena.allocate(
-            tensors.region_bytes(codec.call_specs(call)) if request_bytes >= inline_bytes else 0,
-            room_bytes if room_bytes >= inline_bytes else 0,
+        request_bytes = tensors.region_bytes(codec.call_specs(call)) if request_bytes >= inline_bytes else 0
+        room_bytes = room_bytes if room_bytes >= inline_bytes else 0
+        # Where both do not fit, the larger alone may.
+        return arena.allocate(request_bytes, room_bytes) or (
+            arena.allocate(request_bytes, 0) if request_bytes > room_bytes else arena.allocate(0, room_bytes)
         )
 
     def _encode(self, message_id: int, call: ExpertCall, slot: Slot | None) -> bytes | Iterator[bytes]:

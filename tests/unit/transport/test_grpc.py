@@ -213,6 +213,11 @@ def test_a_full_arena_sends_inline(host: HostProcess, connect: Connect) -> None:
     futures = [connection.submit(call("sleep:0.1", tokens)) for tokens in hidden]
     for tokens, future in zip(hidden, futures, strict=True):
         assert torch.equal(rows_of(future.result(30)), -tokens)
+    half = torch.randn(3000, 64)  # 768 kB each way
+    slot = connection._take_slot(call("echo", half), 3000)
+    assert slot is not None and slot.placement[1:] == (0, 768_000)
+    slot.free()
+    assert torch.equal(ask(connection, "echo", half), -half)
     large = torch.randn(10_000, 64)
     assert torch.equal(ask(connection, "echo", large), -large)
     assert is_idle(connection)
