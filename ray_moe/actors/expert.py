@@ -17,7 +17,7 @@ import ray
 
 from ray_moe.actors.spec import HostReport, Plan, ServiceSpec, transport_settings
 from ray_moe.errors import InsufficientResources
-from ray_moe.types import HostAddress, HostId, LayerPath
+from ray_moe.types import HostAddress, HostId
 
 if TYPE_CHECKING:
     from ray_moe.models.huggingface import Checkpoint
@@ -130,10 +130,6 @@ class ExpertActor:
         from ray_moe.transport.object_store import serve_exchange
 
         return await serve_exchange(self._loop.submit, header, arrays, self._incarnation)
-
-    async def drop(self, layer: LayerPath) -> None:
-        """Forget a layer's experts."""
-        self._host.drop(layer)
 
     async def until_lost(self) -> None:
         """Never returns while the process lives: whoever awaits it learns of its end."""

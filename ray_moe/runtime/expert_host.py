@@ -45,10 +45,6 @@ class ExpertHost:
         """Serve `experts` (global indices; the group's local number is the position in the list) of `layer`."""
         self._layers[layer] = _Held(group, {expert: local for local, expert in enumerate(experts)})
 
-    def drop(self, layer: LayerPath) -> None:
-        """Stop serving a layer's experts and free their weights."""
-        self._layers.pop(layer, None)
-
     @property
     def held(self) -> Mapping[LayerPath, list[int]]:
         """Global indices of the experts held, by layer."""

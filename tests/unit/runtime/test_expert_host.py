@@ -59,10 +59,19 @@ def test_one_calls_error_does_not_touch_the_others(host):
     assert "epoch 3" in str(outcomes[1])
 
 
-def test_a_dropped_layer_is_stale(host):
-    host.drop(LAYER)
-    assert isinstance(host.run([call(torch.randn(1, 8), [1], [1])])[0], StaleRouting)
-    assert host.held == {}
+def test_forgetting_gradients_lets_a_call_count_again(host):
+    rows = torch.randn(2, 8)
+    for part in host._layers[LAYER].group.parameters():
+        part.requires_grad_(True)
+    backward = call(rows, [1], [2], grad=torch.ones(2, 8), call_id="step 1")
+    first, again = host.run([backward, backward])
+    torch.testing.assert_close(first.rows, again.rows)
+    parameter = host._layers[LAYER].group.parameters()[0]
+    once = parameter.grad.clone()
+    host.zero_grad()
+    assert parameter.grad is None
+    host.run([backward])
+    torch.testing.assert_close(parameter.grad, once)
 
 
 async def test_the_loop_batches_what_arrives_while_it_computes(host):
