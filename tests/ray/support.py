@@ -61,8 +61,7 @@ def no_leaks(service_name: str, timeout_s: float = 10.0) -> Iterator[None]:
         processes = _actor_processes() - before
         left = {
             "processes": {_describe(pid) for pid in processes},
-            "actors": {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-            & {actor["name"] for actor in _names_of(service_name)},
+            "actors": _actor_names(service_name),
             "sockets": set(unix_sockets(processes)),
             "shared memory": set(os.listdir("/dev/shm")) - shared_before,
             "mapped": {line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:ray-moe" in line},
@@ -74,12 +73,9 @@ def no_leaks(service_name: str, timeout_s: float = 10.0) -> Iterator[None]:
         time.sleep(0.05)
 
 
-def _names_of(service_name: str) -> list[dict[str, str]]:
-    return [
-        actor
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["name"].startswith(f"{service_name}/")
-    ]
+def _actor_names(service_name: str) -> set[str]:
+    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    return {name for name in names if name.startswith(f"{service_name}/")}
 
 
 def _actor_processes() -> set[int]:
