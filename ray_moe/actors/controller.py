@@ -62,6 +62,7 @@ class Controller:
             host_id: _Host(host_id, dict(spec.placement.experts_on(host_id)))
             for host_id in (*spec.hosts, *spec.standbys)
         }
+        self._router: Any = None
         self._router_port = 0
         self._last_port = 0
         self._failure: RayMoEError | None = None
@@ -124,11 +125,15 @@ class Controller:
         for keeper in (*self._keepers, *self._background):
             keeper.cancel()
         await asyncio.gather(*self._keepers, *self._background, return_exceptions=True)
-        router = await self._launcher.start_router.remote()
-        for handle in (router, *(host.handle for host in self._hosts.values())):
-            with contextlib.suppress(RayError, asyncio.TimeoutError):  # the launcher ends it all the same
-                await asyncio.wait_for(handle.stop.remote(), self._spec.config.server.grace_s + CHECK_TIMEOUT_S)
+        await self._stop_actor(self._router)
+        await asyncio.gather(*(self._stop_actor(host.handle) for host in self._hosts.values()))
         await self._launcher.end.remote()
+
+    async def _stop_actor(self, handle: Any) -> None:
+        """Let an actor end well. One that does not answer, or is not there, the launcher ends all the same."""
+        if handle is not None:
+            with contextlib.suppress(RayError, asyncio.TimeoutError):
+                await asyncio.wait_for(handle.stop.remote(), self._spec.config.server.grace_s + CHECK_TIMEOUT_S)
 
     # --- the life of a host ----------------------------------------------------------------------------------
     async def _keep_host(self, host: _Host) -> None:
@@ -242,10 +247,10 @@ class Controller:
     async def _keep_router(self) -> None:
         while True:
             try:
-                handle = await self._launcher.start_router.remote()
-                self._router_port = self._last_port = await handle.start.remote(self._last_port)
+                self._router = await self._launcher.start_router.remote()
+                self._router_port = self._last_port = await self._router.start.remote(self._last_port)
                 self._was_ready = self._was_ready or self._is_whole
-                await handle.until_lost.remote()
+                await self._router.until_lost.remote()
             except RayActorError:
                 self._router_port = 0
             except RayTaskError as error:

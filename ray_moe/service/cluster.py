@@ -19,6 +19,8 @@ QUICK_FAILURE_DETECTION = {
     # A caller of a restartable actor hears of its death after 50 ms instead of 1.5-1.9 s (measured, Ray 2.60).
     "RAY_timeout_ms_task_wait_for_death_info": "20",
     "RAY_core_worker_internal_heartbeat_ms": "100",
+    # A hung actor that is put down is gone after half a second instead of five.
+    "RAY_kill_worker_timeout_milliseconds": "500",
 }
 
 
