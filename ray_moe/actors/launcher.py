@@ -16,9 +16,6 @@ from ray_moe.actors.router import Router
 from ray_moe.actors.spec import ServiceSpec
 from ray_moe.types import HostId
 
-CONTROL_CPUS = 0.001
-"""The launcher and the controller only think now and then; this keeps them off nodes without CPUs to give."""
-
 
 def worker_env(num_threads: int) -> dict[str, str]:
     """Environment of an actor that computes with `num_threads` threads."""

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 from ray_moe import __version__, errors
 from ray_moe.actors.controller import Controller
-from ray_moe.actors.launcher import CONTROL_CPUS, Launcher, worker_env
+from ray_moe.actors.launcher import Launcher, worker_env
 from ray_moe.actors.spec import ClusterStatus, ServiceSpec
 from ray_moe.config import Config
 from ray_moe.errors import RayMoEError, Unavailable
@@ -107,7 +107,7 @@ class Service:
 
     def _launch(self, spec: ServiceSpec) -> None:
         control = {
-            "num_cpus": CONTROL_CPUS,
+            "num_cpus": 0,  # they only think now and then: the CPUs are for the router and the experts
             "max_concurrency": 1000,
             "runtime_env": {"env_vars": worker_env(1)},
         }
