@@ -130,7 +130,8 @@ class ServiceStatus:
     model_type: str
     version: str
     state: str
-    """``starting``, ``ready``, ``degraded`` (an expert has no live host) or ``stopping``."""
+    """``starting``, ``ready``, ``degraded`` (an expert has no live host, or the router is being replaced) or
+    ``failed`` (an actor cannot start)."""
     uptime_s: float
     epoch: int
     router: RouterStatus

@@ -52,7 +52,9 @@ class StatusResponse(_message.Message):
     version: _builtins.str
     """Version of ray_moe."""
     state: _builtins.str
-    """"starting", "ready", "degraded" (an expert has no live host) or "stopping"."""
+    """"starting", "ready", "degraded" (an expert has no live host, or the router is being replaced) or "failed"
+    (an actor cannot start).
+    """
     uptime_s: _builtins.float
     epoch: _builtins.int
     """Version of the routing table in use."""
