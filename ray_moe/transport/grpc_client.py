@@ -274,7 +274,8 @@ class GrpcConnection:
         if message_id == HELLO_ID:
             self._welcome(message)
             return
-        call = self._in_flight.pop(message_id, None)
+        with self._lock:
+            call = self._in_flight.pop(message_id, None)
         if call is None:
             return
         try:

@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from typing import Any
 
 import pytest
 import torch
@@ -204,6 +205,20 @@ def test_rows_in_use_are_not_written_over(host: HostProcess, connect: Connect) -
     for value in range(5):
         ask(connection, "echo", torch.full((2000, 64), float(value)))
     assert torch.equal(rows, -hidden)
+
+
+def test_replies_take_what_is_in_flight_under_its_lock(host: HostProcess, connect: Connect) -> None:
+    connection = connect(host)
+    was_held = []
+
+    class Watched(dict[int, Any]):
+        def pop(self, *arguments: Any) -> Any:
+            was_held.append(connection._lock.locked())
+            return super().pop(*arguments)
+
+    connection._in_flight = Watched()
+    ask(connection, "echo", torch.ones(1, 64))
+    assert was_held == [True]
 
 
 def test_a_full_arena_sends_inline(host: HostProcess, connect: Connect) -> None:
