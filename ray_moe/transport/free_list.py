@@ -19,10 +19,6 @@ class FreeList:
         self._ends = [size]
 
     @property
-    def num_free(self) -> int:
-        return sum(self._ends) - sum(self._starts)
-
-    @property
     def is_empty(self) -> bool:
         """Whether nothing is allocated."""
         return self._starts == [0] and self._ends == [self.size]
