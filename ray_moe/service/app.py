@@ -59,7 +59,7 @@ class Service:
     def address(self) -> str:
         """``host:port`` of the gRPC front door."""
         host = "127.0.0.1" if self.config.server.host in ("0.0.0.0", "::") else self.config.server.host
-        return f"{host}:{self._port}"
+        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
 
     def start(self) -> None:
         """Start everything and return when clients can be answered.
