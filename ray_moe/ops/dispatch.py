@@ -94,6 +94,40 @@ def split_by_host(index: Ints, owner: Ints, top_k: int, slot: Ints | None = None
     return shares
 
 
+def cut(share: HostShare, top_k: int, max_rows: int) -> list[HostShare]:
+    """The share in pieces of at most `max_rows` rows, so that a host answers now and then however large a batch is.
+
+    An expert's rows are cut at multiples of `max_rows` and each piece has at most one cut of an expert, so the slots
+    that go together stay the same when some pieces are sent again, to whichever host.
+    """
+    if len(share.slot) <= max_rows:
+        return [share]
+    pieces: list[HostShare] = []
+    begin, end = 0, 0
+    experts: list[int] = []
+    counts: list[int] = []
+
+    def close() -> None:
+        if counts:
+            rows = share.slot[begin:end]
+            gather, token = _tokens_once(rows // top_k, None)
+            pieces.append(HostShare(share.host, rows, gather, token, list(experts), list(counts)))
+        experts.clear()
+        counts.clear()
+
+    for expert, count in zip(share.experts, share.counts, strict=True):
+        for offset in range(0, count, max_rows):
+            size = min(max_rows, count - offset)
+            if end - begin + size > max_rows:
+                close()
+                begin = end
+            experts.append(expert)
+            counts.append(size)
+            end += size
+    close()
+    return pieces
+
+
 def _split_few(index: Ints, owner: Ints, top_k: int, slot: Ints | None) -> list[HostShare]:
     """The same for a handful of slots (decoding), where one numpy call costs more than the loop."""
     num_tokens = len(index) // top_k if slot is None else None

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ray_moe.errors import ExpertFailed, InvalidRequest, NotFound, Overloaded, RayMoEError, Unavailable
 from ray_moe.models.experts import install, moe_block
+from ray_moe.models.rope import ThreadLocalRope
 from ray_moe.runtime.detokenizer import Detokenizer
 from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath, LayerSpec
@@ -68,6 +69,7 @@ class Engine:
         self._closed = False
         self._device = next(model.parameters()).device
         install(model, dispatcher.forward)
+        self._dynamic_rope = ThreadLocalRope(model)
         self.layers_with_gate = frozenset(path for path in self.layers if moe_block(model, path) is not None)
 
     @property
@@ -86,9 +88,21 @@ class Engine:
 
         Returns: float64 for a float64 layer, else float32 (exact for the half precisions).
         """
-        return await asyncio.get_running_loop().run_in_executor(
+        if self._closed:
+            raise Unavailable("the service is stopping; retry elsewhere or later")
+        computing = asyncio.get_running_loop().run_in_executor(
             self._forwards, self._forward_layer, layer, hidden, routing
         )
+        try:
+            return await computing
+        except asyncio.CancelledError:
+            if self._dropped(computing):
+                raise Unavailable("the service is stopping; retry elsewhere or later") from None
+            raise
+
+    def _dropped(self, computing: asyncio.Future[Array]) -> bool:
+        """Whether a queued job was cancelled by closing (and not left by its caller)."""
+        return self._closed and computing.cancelled()
 
     def _forward_layer(self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None) -> Array:
         spec = self.layers.get(layer)
@@ -135,7 +149,7 @@ class Engine:
 
         self._running[stop] = put
         self._idle.clear()
-        self._generators.submit(self._generate, request, put, stop)
+        job = self._generators.submit(self._generate, request, put, stop)
         try:
             while True:
                 item = await chunks.get()
@@ -146,6 +160,9 @@ class Engine:
                     return
         finally:
             stop.set()
+            if job.cancel():  # it never began: its place in the queue is free at once
+                with self._lock:
+                    self.queued_requests -= 1
             del self._running[stop]
             if not self._running:
                 self._idle.set()
@@ -155,6 +172,7 @@ class Engine:
         with self._lock:
             self.queued_requests -= 1
             self.active_requests += 1
+        self._dynamic_rope.forget()
         try:
             if not stop.is_set():
                 self._run_generate(request, put, stop)

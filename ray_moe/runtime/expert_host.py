@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -39,7 +40,7 @@ class ExpertHost:
         self.num_calls = 0
         self.num_rows = 0
         self._layers: dict[LayerPath, _Held] = {}
-        self._counted_calls: set[str] = set()
+        self._counted: set[str] = set()
 
     def hold(self, layer: LayerPath, experts: Sequence[int], group: ExpertGroup) -> None:
         """Serve `experts` (global indices; the group's local number is the position in the list) of `layer`."""
@@ -123,28 +124,58 @@ class ExpertHost:
     def _backward(self, held: _Held, call: ExpertCall) -> ExpertReply:
         """Recompute the rows and push `call.grad` back through them: [t, D], the gradient in each token.
 
-        Parameter gradients are added once per `call_id`: a call delivered again only has its reply recomputed.
+        An expert's gradients take each of its groups of rows once: for what was delivered before, only the reply is
+        computed again.
         """
         tokens = call.tokens().detach().requires_grad_(True)
-        out = held.group.run(self._rows(call, tokens), [held.local[expert] for expert in call.experts], call.counts)
-        first_time = not call.call_id or call.call_id not in self._counted_calls
-        parameters = held.group.parameters() if first_time else []
-        grads = torch.autograd.grad(out, [tokens, *parameters], call.grad, allow_unused=True)
-        if first_time:
-            for parameter, grad in zip(parameters, grads[1:], strict=True):
-                if grad is not None:
-                    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-            self._counted_calls.add(call.call_id)
+        rows = self._rows(call, tokens)
+        out = held.group.run(rows, [held.local[expert] for expert in call.experts], call.counts)
+        names = _names_of_rows(call)
+        fresh = [position for position, name in enumerate(names) if not name or name not in self._counted]
+        parameters = held.group.parameters()
+        grads: Sequence[torch.Tensor | None]
+        if len(fresh) == len(names):
+            grad_tokens, *grads = torch.autograd.grad(out, [tokens, *parameters], call.grad, allow_unused=True)
+        else:
+            grad_tokens = torch.autograd.grad(out, [tokens], call.grad, allow_unused=True)[0]
+            grads = self._parameter_grads(held, call, rows.detach(), fresh) if fresh else []
+        for parameter, grad in zip(parameters, grads, strict=False):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        self._counted.update(names[position] for position in fresh)
         self.num_rows += call.num_rows
-        grad_tokens = grads[0]
         return ExpertReply(torch.zeros_like(tokens) if grad_tokens is None else grad_tokens)
 
+    def _parameter_grads(
+        self, held: _Held, call: ExpertCall, rows: torch.Tensor, groups: list[int]
+    ) -> list[torch.Tensor | None]:
+        """Gradients of the parameters from only some of the call's groups of rows."""
+        some_rows, some_grads = rows.split(call.counts), cast(torch.Tensor, call.grad).split(call.counts)
+        out = held.group.run(
+            torch.cat([some_rows[group] for group in groups]),
+            [held.local[call.experts[group]] for group in groups],
+            [call.counts[group] for group in groups],
+        )
+        into = torch.cat([some_grads[group] for group in groups])
+        return list(torch.autograd.grad(out, held.group.parameters(), into, allow_unused=True))
+
     def zero_grad(self) -> None:
-        """Forget the accumulated gradients and which calls were counted in them."""
+        """Forget the accumulated gradients and what was counted in them."""
         for held in self._layers.values():
             for parameter in held.group.parameters():
                 parameter.grad = None
-        self._counted_calls.clear()
+        self._counted.clear()
+
+
+def _names_of_rows(call: ExpertCall) -> list[str]:
+    """A name for the rows of each expert in a backward call; empty where the call has no id."""
+    if not call.call_id:
+        return [""] * len(call.experts)
+    base, _, marks = call.call_id.rpartition(":")
+    each = marks.split(",")
+    if not base or len(each) != len(call.experts):
+        raise WireError(f"a call id names the rows of each of {len(call.experts)} experts, not {call.call_id[:80]!r}")
+    return [f"{base}:{call.layer}:{expert}:{mark}" for expert, mark in zip(call.experts, each, strict=True)]
 
 
 def _run_together(held: _Held, calls: list[ExpertCall], rows: list[torch.Tensor]) -> list[torch.Tensor]:

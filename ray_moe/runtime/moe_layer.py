@@ -17,13 +17,13 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any, Literal
-from zlib import crc32
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from ray_moe.errors import HostLost, StaleRouting, Unavailable
-from ray_moe.ops.dispatch import HostShare, Ints, combine, split_by_host
+from ray_moe.ops.dispatch import HostShare, Ints, combine, cut, split_by_host
 from ray_moe.runtime.routing import Routes
 from ray_moe.transport.base import Connection, ExpertCall, ExpertReply, Transport
 from ray_moe.types import HostAddress, LayerPath, RoutingTable
@@ -31,6 +31,11 @@ from ray_moe.types import HostAddress, LayerPath, RoutingTable
 CombineAt = Literal["router", "host"]
 RECONNECT_EVERY_S = 0.1
 """While no newer table has come, a lost host is tried again this often: perhaps only its line broke."""
+
+REPORT_EVERY_S = 1.0
+"""A host that stays out of reach is reported again after this: the first report may have reached nobody."""
+MAX_ROWS_PER_CALL = 4096
+"""Larger shares are cut, so that a host with a huge batch still answers something now and then."""
 
 MakeCall = Callable[[HostShare, int], ExpertCall]
 
@@ -43,7 +48,7 @@ class DispatchSettings:
     """``router``: unweighted rows come back and are summed in `transformers`' own order (bit-equal).
     ``host``: weighted partial sums come back; less traffic, other rounding in bf16."""
     call_timeout_s: float = 30.0
-    """A host that has not answered a call by then is taken for lost."""
+    """A host that has answered nothing for so long is taken for lost."""
     recovery_timeout_s: float = 60.0
     """How long rows wait for a host that can compute them before the batch fails with `Unavailable`."""
 
@@ -57,7 +62,7 @@ class ExpertDispatcher:
         settings: DispatchSettings | None = None,
         on_lost: Callable[[HostAddress], None] = lambda address: None,
     ) -> None:
-        """`on_lost` is called once for each life of a host that is found lost, from the thread that found it."""
+        """`on_lost` is called from the thread that finds a host lost, again each second while it stays so."""
         self.settings = settings or DispatchSettings()
         self.num_retried_calls = 0
         self.tokens_per_expert: dict[LayerPath, Ints] = {}
@@ -66,6 +71,9 @@ class ExpertDispatcher:
         self._on_lost = on_lost
         self._anchor = torch.zeros((), requires_grad=True)
         self._counting = threading.Lock()
+        self._last_reply_s: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
+        self._reported_s: dict[str, float] = {}
+        self._reporting = threading.Lock()
 
     # --- the routing table ---------------------------------------------------------------------------------
     def update(self, table: RoutingTable) -> None:
@@ -154,7 +162,9 @@ class ExpertDispatcher:
         def make(share: HostShare, epoch: int) -> ExpertCall:
             call = _call(layer, epoch, hidden, share)
             call.grad = grad.index_select(0, torch.from_numpy(share.slot))
-            call.call_id = f"{call_id}/{crc32(share.slot.tobytes()):08x}"
+            # Each expert's rows in this call are named by the first of them: the same in every attempt (see `cut`).
+            firsts = np.cumsum([0, *share.counts[:-1]])
+            call.call_id = f"{call_id}:{','.join(map(str, share.slot[firsts].tolist()))}"
             return call
 
         for share, reply in self._exchange(layer, slots, len(hidden), make):
@@ -183,13 +193,18 @@ class ExpertDispatcher:
             shares = split_by_host(index, view.owner_of(layer), top_k, pending)
             sent: list[tuple[HostShare, Connection, Future[ExpertReply]]] = []
             failed: list[HostShare] = []
-            for share in shares:
-                connection = self._routes.connection(view.hosts[share.host])
-                if connection is None:
-                    failed.append(share)
-                else:
-                    sent.append((share, connection, connection.submit(make(share, view.table.epoch))))
             try:
+                for share in shares:
+                    host_id = view.hosts[share.host]
+                    connection = self._routes.connection(host_id)
+                    if connection is None:
+                        failed.append(share)
+                        self._report(view.table.addresses.get(host_id))
+                        continue
+                    sent += [
+                        (piece, connection, connection.submit(make(piece, view.table.epoch)))
+                        for piece in cut(share, top_k, MAX_ROWS_PER_CALL)
+                    ]
                 for share, connection, future in sent:
                     reply = self._await(connection, future)
                     if reply is None:
@@ -216,18 +231,38 @@ class ExpertDispatcher:
             pending = np.sort(np.concatenate([share.slot for share in failed]))
 
     def _await(self, connection: Connection, future: Future[ExpertReply]) -> ExpertReply | None:
-        """The reply; None when the rows must be sent again. Reports a lost host once."""
-        try:
-            return future.result(self.settings.call_timeout_s)
-        except StaleRouting:
+        """The reply; None when the rows must be sent again. Reports a lost host.
+
+        A host with much to do is slow, not lost: what counts is the time since it answered anything.
+        """
+        while True:
+            try:
+                reply = future.result(self.settings.call_timeout_s)
+            except StaleRouting:
+                return None
+            except FutureTimeoutError:
+                if time.monotonic() - self._last_reply_s.get(connection, 0.0) < self.settings.call_timeout_s:
+                    continue
+                future.cancel()
+            except HostLost:
+                pass
+            else:
+                self._last_reply_s[connection] = time.monotonic()
+                return reply
+            self._routes.lose(connection)
+            self._report(connection.address)
             return None
-        except FutureTimeoutError:
-            future.cancel()
-        except HostLost:
-            pass
-        if self._routes.lose(connection):
-            self._on_lost(connection.address)
-        return None
+
+    def _report(self, address: HostAddress | None) -> None:
+        """Tell of a host that cannot be reached; again while that goes on, but not more than once a second."""
+        if address is None:
+            return
+        now_s = time.monotonic()
+        with self._reporting:
+            if now_s - self._reported_s.get(address.incarnation, -REPORT_EVERY_S) < REPORT_EVERY_S:
+                return
+            self._reported_s[address.incarnation] = now_s
+        self._on_lost(address)
 
 
 def _call(layer: LayerPath, epoch: int, hidden: torch.Tensor, share: HostShare) -> ExpertCall:

@@ -89,14 +89,12 @@ class Routes:
         connection.close()  # the table moved on meanwhile
         return None
 
-    def lose(self, connection: Connection) -> bool:
-        """Close a line that failed. True for the first caller to report this very line."""
+    def lose(self, connection: Connection) -> None:
+        """Close a line that failed; the next call opens another."""
         with self._changed:
-            first = self._connections.get(connection.address.host_id) is connection
-            if first:
+            if self._connections.get(connection.address.host_id) is connection:
                 del self._connections[connection.address.host_id]
         connection.close()
-        return first
 
     def wait_newer(self, epoch: int, timeout_s: float) -> bool:
         """Wait until the table is newer than `epoch`; False when `timeout_s` passed first."""

@@ -67,6 +67,40 @@ def test_many_hosts_and_experts_do_not_overflow_the_sort_key():
     assert sorted(placed.tolist()) == list(range(300))
 
 
+@given(batches(), st.integers(1, 9))
+def test_pieces_of_a_share_are_the_share(batch, max_rows):
+    index, owner, top_k = batch
+    for share in split_by_host(index, owner, top_k):
+        pieces = dispatch.cut(share, top_k, max_rows)
+        assert np.concatenate([piece.slot for piece in pieces]).tolist() == share.slot.tolist()
+        for piece in pieces:
+            assert len(piece.slot) == sum(piece.counts) <= max_rows or len(pieces) == 1
+            assert (index[piece.slot] == np.repeat(piece.experts, piece.counts)).all()
+            sent = np.arange(len(index) // top_k) if piece.gather is None else piece.gather
+            token_of_row = sent if piece.token is None else sent[piece.token]
+            assert (token_of_row == piece.slot // top_k).all()
+
+
+@given(batches(), st.integers(1, 5), st.data())
+def test_the_rows_that_go_together_stay_the_same_when_some_are_sent_again(batch, max_rows, data):
+    index, owner, top_k = batch
+
+    def groups(slot):
+        """The rows of each expert in each piece."""
+        found = set()
+        for share in split_by_host(index if slot is None else index[slot], owner, top_k, slot):
+            for piece in dispatch.cut(share, top_k, max_rows):
+                parts = np.split(piece.slot, np.cumsum(piece.counts)[:-1])
+                found |= {(expert, *part.tolist()) for expert, part in zip(piece.experts, parts, strict=True)}
+        return found
+
+    first = groups(None)
+    again = data.draw(st.sets(st.sampled_from(sorted(first)))) if first else set()
+    if again:
+        owner = np.where(owner == NOWHERE, NOWHERE, 0)  # all of them move to one host
+        assert groups(np.array(sorted(slot for _, *slots in again for slot in slots))) == again
+
+
 @given(batches())
 def test_few_slots_are_grouped_as_many_are(batch):
     index, owner, top_k = batch

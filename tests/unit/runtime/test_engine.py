@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -114,6 +115,34 @@ async def test_leaving_a_stream_frees_its_place(make_engine):
     await until(lambda: not engine.active_requests)
     assert engine.num_generated_tokens < 200
     assert len(await collect(engine, token_ids=(5,), max_new_tokens=2, ignore_eos=True)) == 2
+
+
+async def test_leaving_the_queue_frees_the_place_at_once(make_engine):
+    engine = make_engine(max_concurrent_requests=1, max_queued_requests=2)
+    running = engine.generate(GenerateRequest(token_ids=(5,), max_new_tokens=250, ignore_eos=True))
+    await anext(running)
+    waiting = [asyncio.create_task(collect(engine, token_ids=(5,), max_new_tokens=1)) for _ in range(2)]
+    await until(lambda: engine.queued_requests == 2)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert (engine.active_requests, engine.queued_requests) == (1, 0)
+    await running.aclose()
+
+
+async def test_closing_ends_queued_layer_calls_as_unavailable(make_engine):
+    engine = make_engine()
+    layer = next(iter(engine.layers))
+    held = threading.Event()
+    engine._forward_layer = lambda *_: held.wait(20)
+    calls = [asyncio.create_task(engine.forward(layer, np.ones((1, 32), np.float32), None)) for _ in range(4)]
+    await asyncio.sleep(0.05)
+    await engine.close()
+    held.set()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [bool, bool, Unavailable, Unavailable]
+    with pytest.raises(Unavailable):
+        await engine.forward(layer, np.ones((1, 32), np.float32), None)
 
 
 async def test_closing_ends_what_runs_and_what_waits(make_engine):

@@ -7,7 +7,7 @@ import torch
 from ray_moe.errors import ExpertFailed, StaleRouting, WireError
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.runtime.expert_host import ExpertHost
-from ray_moe.runtime.host_loop import HostLoop
+from ray_moe.runtime.host_loop import MAX_BATCH_ROWS, HostLoop
 from ray_moe.transport.base import ExpertCall
 from tests.toy import LAYER, ToyExperts
 
@@ -63,7 +63,7 @@ def test_forgetting_gradients_lets_a_call_count_again(host):
     rows = torch.randn(2, 8)
     for part in host._layers[LAYER].group.parameters():
         part.requires_grad_(True)
-    backward = call(rows, [1], [2], grad=torch.ones(2, 8), call_id="step 1")
+    backward = call(rows, [1], [2], grad=torch.ones(2, 8), call_id="step 1:0")
     first, again = host.run([backward, backward])
     torch.testing.assert_close(first.rows, again.rows)
     parameter = host._layers[LAYER].group.parameters()[0]
@@ -72,6 +72,41 @@ def test_forgetting_gradients_lets_a_call_count_again(host):
     assert parameter.grad is None
     host.run([backward])
     torch.testing.assert_close(parameter.grad, once)
+
+
+def test_rows_that_come_again_in_another_grouping_count_once(host):
+    rows, grad = torch.randn(5, 8), torch.randn(5, 8)
+    for part in host._layers[LAYER].group.parameters():
+        part.requires_grad_(True)
+    together = call(rows, [1, 3], [2, 3], grad=grad, call_id="step 1:0,7")
+    host.run([together])
+    parameter = host._layers[LAYER].group.parameters()[0]
+    once = parameter.grad.clone()
+    host.zero_grad()
+    alone = host.run([call(rows[2:], [3], [3], grad=grad[2:], call_id="step 1:7")])[0]
+    both = host.run([together])[0]
+    torch.testing.assert_close(parameter.grad, once)
+    torch.testing.assert_close(both.rows[2:], alone.rows)
+    assert isinstance(host.run([call(rows, [1, 3], [2, 3], grad=grad, call_id="step 1:0")])[0], WireError)
+
+
+async def test_a_batch_has_a_bound_and_its_age_is_known(host):
+    loop = HostLoop(host, inline_flops=0)
+    ages, sizes = [], []
+    run = host.run
+
+    def watching_run(calls):
+        ages.append(loop.busy_s)
+        sizes.append(sum(one.num_rows for one in calls))
+        return run(calls)
+
+    host.run = watching_run
+    await asyncio.gather(*(loop.submit(call(torch.randn(3000, 8), [1], [3000])) for _ in range(5)))
+    assert sum(sizes) == 15_000
+    assert max(sizes) <= MAX_BATCH_ROWS
+    assert all(age >= 0 for age in ages)
+    assert loop.busy_s == 0
+    await loop.close()
 
 
 async def test_the_loop_batches_what_arrives_while_it_computes(host):

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from ray_moe.errors import ExpertFailed, NotFound, Unavailable
+from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import replace_host
+from ray_moe.runtime import moe_layer
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
 from ray_moe.transport.local import Fault, FaultPlan
-from ray_moe.types import RoutingTable
+from ray_moe.types import HostAddress, RoutingTable
 from tests.toy import LAYER, ToyExperts, hold_all, local_cluster, random_routing
 
 
@@ -154,6 +156,79 @@ def test_a_hung_host_is_reported_once_and_its_rows_go_elsewhere():
     assert [address.host_id for address in cluster.losses] == ["expert-1"]
     assert cluster.dispatcher.num_retried_calls == 1
     cluster.transport.close()
+
+
+def test_a_host_that_cannot_be_dialled_is_reported():
+    module = ToyExperts()
+    transport, table, _, _ = local_cluster(module, 2)
+    reported: list[HostAddress] = []
+    dispatcher = ExpertDispatcher(transport, DispatchSettings(recovery_timeout_s=0.3), on_lost=reported.append)
+    dispatcher.update(table)
+    transport.kill("expert-1")
+    hidden, index, weight = batch(num_tokens=20)
+    with torch.no_grad(), pytest.raises(Unavailable):
+        dispatcher.forward(LAYER, hidden, index, weight)
+    assert reported == [table.addresses["expert-1"]]
+    transport.close()
+
+
+def test_a_slow_host_is_not_a_lost_one(monkeypatch):
+    monkeypatch.setattr(moe_layer, "MAX_ROWS_PER_CALL", 4)
+    module = ToyExperts()
+    transport, table, hosts, _ = local_cluster(module, 1)
+    run = hosts["expert-0"].run
+
+    def slow_run(calls):
+        time.sleep(0.05)
+        return run(calls)
+
+    monkeypatch.setattr(hosts["expert-0"], "run", slow_run)
+    lost: list[HostAddress] = []
+    dispatcher = ExpertDispatcher(transport, DispatchSettings(call_timeout_s=0.2), on_lost=lost.append)
+    dispatcher.update(table)
+    hidden, index, weight = batch(num_tokens=30)
+    with torch.no_grad():
+        out = dispatcher.forward(LAYER, hidden, index, weight)  # 15 calls and more, one after the other
+    torch.testing.assert_close(out, module.oracle(hidden, index, weight))
+    assert lost == []
+    transport.close()
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 7])
+def test_cutting_changes_neither_forward_nor_backward(monkeypatch, max_rows):
+    monkeypatch.setattr(moe_layer, "MAX_ROWS_PER_CALL", max_rows)
+    test_forward_equals_the_plain_loop(2, 40, "router")
+    test_forward_equals_the_plain_loop(2, 40, "host")
+    test_gradients_equal_autograd_of_the_plain_loop(3, torch.float64)
+
+
+def test_gradients_count_once_when_rows_move_to_a_host_that_counted_its_own():
+    module = ToyExperts(dtype=torch.float64)
+    transport, table, hosts, shards = local_cluster(module, 2)
+    # Host 0 computes the backward call but its reply is lost; meanwhile host 0 takes over everything.
+    transport.faults = FaultPlan((Fault("drop", "expert-0", nth=2),))
+    everything = RoutingTable(2, replace_host(table.placement, "expert-1", "expert-0"), table.addresses)
+    shard = module.shard(range(6))
+
+    def take_over(address):
+        for name, parameter in shard.named_parameters():
+            grad = getattr(shards["expert-0"], name).grad
+            parameter.grad = torch.cat([grad, torch.zeros_like(grad)])
+        hosts["expert-0"].hold(LAYER, range(6), StackedExperts(shard))
+        dispatcher.update(everything)
+
+    dispatcher = ExpertDispatcher(transport, DispatchSettings(call_timeout_s=0.3), on_lost=take_over)
+    dispatcher.update(table)
+    hidden, index, weight = batch(num_tokens=20, dtype=torch.float64, sentinels=False)
+    out = dispatcher.forward(LAYER, hidden, index, weight.double())
+    transport.hosts.pop("expert-1")
+    for connection in list(transport._open):
+        if connection.address.host_id == "expert-1":
+            connection.close()
+    out.square().sum().backward()
+    module.oracle(hidden, index, weight.double()).square().sum().backward()
+    torch.testing.assert_close(shard.down_proj.grad, module.down_proj.grad)
+    transport.close()
 
 
 def test_rows_wait_for_a_host_that_is_on_its_way():
