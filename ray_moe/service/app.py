@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from ray_moe import __version__, errors
 from ray_moe.actors.controller import Controller
@@ -154,9 +154,15 @@ class Service:
             time.sleep(POLL_S)
 
     def _ask(self) -> ClusterStatus | None:
-        """The controller's status; None while it is being restarted."""
+        """The controller's status; None while it is being restarted. Raises what the controller itself raised."""
         try:
             status: ClusterStatus = ray.get(self._controller.status.remote(), timeout=10)
+        except RayTaskError as error:  # it is there, and asking again would end the same
+            if isinstance(error.cause, RayMoEError):
+                raise error.cause from None
+            cause = error.cause or error
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            raise RayMoEError(f"the controller failed: {reason}") from error
         except (RayError, TimeoutError):
             return None
         return status
