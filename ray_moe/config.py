@@ -59,6 +59,39 @@ def _device(value: str) -> str:
     raise ValueError("should be 'auto', 'cpu', 'cuda' or 'cuda:N'")
 
 
+_RESERVED = {
+    "CPU": "set experts.num_cpus",
+    "GPU": "set experts.num_gpus",
+    "memory": "the service checks memory itself",
+    "object_store_memory": "set ray.object_store_bytes",
+}
+
+
+def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
+    for name in resources:
+        if name in _RESERVED or not name:
+            raise ValueError(f"should name custom resources, not {name!r}: {_RESERVED.get(name, 'it is empty')}")
+    return resources
+
+
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+
+
+def _label_selector(selector: dict[str, str]) -> dict[str, str]:
+    """Ray's rules (those of Kubernetes), which Ray itself applies only when an actor is made."""
+    for key, wanted in selector.items():
+        prefix, _, name = key.rpartition("/")
+        parts = prefix.split(".") if "/" in key else []
+        if len(prefix) > 253 or not all(re.fullmatch(_LABEL, part) for part in (*parts, name)):
+            raise ValueError(
+                f"should have labels as keys, not {key!r}: up to 63 letters, digits, '-', '_' and '.', the first and "
+                "the last a letter or digit, such as market-type or ray.io/node-group"
+            )
+        if wanted and not re.fullmatch(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))", wanted):
+            raise ValueError(f"has {wanted!r} for {key}; should be a label's value, !value, in(a,b) or !in(a,b)")
+    return selector
+
+
 def _not_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("should be a number, not true or false")
@@ -104,10 +137,10 @@ class ExpertsConfig(Section):
     """CPUs that Ray reserves for each actor; fractions up to 1 are allowed."""
     num_gpus: Devices = 0
     """GPUs that Ray reserves for each actor; fractions up to 1 are allowed."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Custom Ray resources that each actor takes, e.g. `{expert_slot: 1}`."""
-    label_selector: dict[str, str] = {}
-    """Labels of the nodes that may hold experts, e.g. `{market-type: spot}`."""
+    resources: Annotated[dict[str, Annotated[Devices, Field(gt=0)]], AfterValidator(_custom_resources)] = {}
+    """Custom Ray resources that each actor takes, e.g. `{expert_slot: 1}`; fractions up to 1 are allowed."""
+    label_selector: Annotated[dict[str, str], AfterValidator(_label_selector)] = {}
+    """Labels of the nodes that may hold experts, e.g. `{market-type: spot}`; also `!spot`, `in(a,b)`, `!in(a,b)`."""
     num_threads: Count = 1
     """Threads each actor computes with."""
     standby_actors: Annotated[int, Field(ge=0), _Number] = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray._private.label_utils import validate_label_selector
 
 from ray_moe.config import Config, Section, load_config, show_config
 from ray_moe.errors import InvalidConfig
@@ -68,6 +69,14 @@ def test_mappings_come_whole_or_entry_by_entry() -> None:
     experts = load_config(environ=env, flags=flags).config.experts
     assert experts.resources == {"slot": 2.0, "other": 0.5}
     assert experts.label_selector == {"ray.io/zone": "a"}
+
+
+@pytest.mark.parametrize("key", ["a", "market-type", "ray.io/zone", "a.b_c-d.E/F", "9"])
+@pytest.mark.parametrize("wanted", ["", "spot", "!spot", "in(a)", "in(a,b-c, d_e)", "!in(a, b)", "x" * 63])
+def test_labels_are_those_that_ray_takes(key: str, wanted: str) -> None:
+    config = Config.model_validate({"experts": {"label_selector": {key: wanted}}})
+    assert config.experts.label_selector == {key: wanted}
+    assert validate_label_selector({key: wanted}) is None
 
 
 @pytest.mark.parametrize(
@@ -162,6 +171,18 @@ def test_unknown_keys_from_elsewhere_name_their_source(tmp_path: Path) -> None:
         ("experts: {num_gpus: -1}", "should be greater than or equal to 0"),
         ("experts: {resources: {slot: x}}", "experts.resources.slot = 'x' (c.yaml): should be a valid number"),
         ("experts: {resources: {slot: 0}}", "experts.resources.slot = 0 (c.yaml): should be greater than 0"),
+        ("experts: {resources: {slot: 1.5}}", "experts.resources.slot = 1.5 (c.yaml): should be a whole number, or at"),
+        ("experts: {resources: {CPU: 1}}", "should name custom resources, not 'CPU': set experts.num_cpus"),
+        ("experts: {resources: {GPU: 1}}", "should name custom resources, not 'GPU': set experts.num_gpus"),
+        ("experts: {resources: {memory: 9}}", "should name custom resources, not 'memory'"),
+        ("experts: {resources: {object_store_memory: 9}}", "should name custom resources, not 'object_store_memory'"),
+        ("experts: {resources: {'': 1}}", "should name custom resources, not '': it is empty"),
+        ("experts: {label_selector: {bad key!: a}}", "should have labels as keys, not 'bad key!': up to 63 letters"),
+        ("experts: {label_selector: {-a: b}}", "should have labels as keys, not '-a'"),
+        ("experts: {label_selector: {a..b/c: d}}", "should have labels as keys, not 'a..b/c'"),
+        ("experts: {label_selector: {a: in(}}", "has 'in(' for a; should be a label's value, !value, in(a,b) or"),
+        ("experts: {label_selector: {a: '!!b'}}", "has '!!b' for a; should be"),
+        ("experts: {label_selector: {a: in()}}", "has 'in()' for a; should be"),
         ("experts: {resources: 1}", "experts.resources = 1 (c.yaml): should be a valid dictionary"),
         ("ray: {address: somewhere}", "should be 'local', 'auto' or the HOST:PORT of a running cluster"),
         ("router: {device: tpu}", "should be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
