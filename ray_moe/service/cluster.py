@@ -6,12 +6,12 @@ import enum
 import os
 from collections.abc import Mapping
 
-import psutil
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 from ray_moe.config import RayConfig
 from ray_moe.errors import Unavailable
+from ray_moe.service.memory import available_bytes
 
 NAMESPACE = "ray_moe"
 
@@ -96,7 +96,7 @@ def node_memory_bytes() -> list[int]:
     """Memory that is free for actors on each living node; for this machine what the system says is available."""
     here = ray.get_runtime_context().get_node_id()
     return [
-        psutil.virtual_memory().available if node["NodeID"] == here else int(node["Resources"].get("memory", 0))
+        available_bytes() if node["NodeID"] == here else int(node["Resources"].get("memory", 0))
         for node in ray.nodes()
         if node["Alive"]
     ]
