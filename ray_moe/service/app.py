@@ -82,11 +82,12 @@ class Service:
 
     def _specify(self, checkpoint: Checkpoint) -> ServiceSpec:
         experts = self.config.experts
+        room = cluster.room()
         num_hosts = choose_num_hosts(
             checkpoint.num_experts,
             experts.num_actors,
             experts.experts_per_actor,
-            preflight.actor_slots(self.config, cluster.total_resources()),
+            preflight.actor_slots(self.config, room.free),
         )
         hosts = tuple(f"expert-{number}" for number in range(num_hosts))
         standbys = tuple(f"expert-{num_hosts + number}" for number in range(experts.standby_actors))
@@ -102,7 +103,7 @@ class Service:
             token=secrets.token_urlsafe(32),
             open_door=doors.open_grpc,
         )
-        preflight.check(spec, checkpoint.backbone_bytes, cluster.total_resources(), cluster.node_memory_bytes())
+        preflight.check(spec, checkpoint.backbone_bytes, room)
         return spec
 
     def _launch(self, spec: ServiceSpec) -> None:

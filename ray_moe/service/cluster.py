@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import time
 from collections.abc import Mapping
 
 import ray
@@ -12,8 +13,17 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray_moe.config import RayConfig
 from ray_moe.errors import Unavailable
 from ray_moe.service.memory import available_bytes
+from ray_moe.service.preflight import Node, Room
 
 NAMESPACE = "ray_moe"
+
+CALM_S = 1.0
+"""When for this long nothing has been given back, what is taken is in use."""
+
+SETTLE_S = 10.0
+"""And no longer than this is waited for it."""
+
+POLL_S = 0.05
 
 QUICK_FAILURE_DETECTION = {
     # A caller of a restartable actor hears of its death after 50 ms instead of 1.5-1.9 s (measured, Ray 2.60).
@@ -86,17 +96,32 @@ def leave(joined: Joined) -> None:
         ray.shutdown()
 
 
-def total_resources() -> Mapping[str, float]:
-    """What all living nodes offer, by resource name (CPU, GPU, memory in bytes, custom ones)."""
-    resources: Mapping[str, float] = ray.cluster_resources()
-    return resources
-
-
-def node_memory_bytes() -> list[int]:
-    """Memory that is free for actors on each living node; for this machine what the system says is available."""
+def room() -> Room:
+    """What the living nodes offer, and what of it is free; for this machine, the memory that the system says is."""
     here = ray.get_runtime_context().get_node_id()
-    return [
-        available_bytes() if node["NodeID"] == here else int(node["Resources"].get("memory", 0))
+    nodes = tuple(
+        Node(
+            memory_bytes=available_bytes() if node["NodeID"] == here else int(node["Resources"].get("memory", 0)),
+            labels=node["Labels"],
+        )
         for node in ray.nodes()
         if node["Alive"]
-    ]
+    )
+    return Room(ray.cluster_resources(), _free_resources(), nodes)
+
+
+def _free_resources() -> Mapping[str, float]:
+    """What nobody has reserved, once the actors of a service that has just stopped are gone."""
+    total, free = _without_store(ray.cluster_resources()), _without_store(ray.available_resources())
+    began_at = changed_at = time.monotonic()
+    while free != total and time.monotonic() < min(changed_at + CALM_S, began_at + SETTLE_S):
+        time.sleep(POLL_S)
+        now = _without_store(ray.available_resources())
+        if now != free:
+            free, changed_at = now, time.monotonic()
+    return free
+
+
+def _without_store(resources: Mapping[str, float]) -> Mapping[str, float]:
+    """Without the object store, where every object takes of what is free."""
+    return {name: amount for name, amount in resources.items() if name != "object_store_memory"}

@@ -5,7 +5,8 @@ Pure arithmetic over what the cluster says it has. Called by `service/app.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ray_moe.actors.spec import ServiceSpec
 from ray_moe.config import Config
@@ -14,20 +15,39 @@ from ray_moe.errors import InsufficientResources
 PROCESS_BYTES = 350 * 2**20
 """An actor that has imported torch and transformers, before any weights (RSS, of which half is shared code)."""
 
+_NODE_ID = "ray.io/node-id"
 
-def actor_slots(config: Config, resources: Mapping[str, float]) -> float:
-    """How many expert actors fit beside the router, by CPUs, GPUs and custom resources."""
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A living node."""
+
+    memory_bytes: int
+    """Free for actors."""
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a cluster has, by resource name (CPU, GPU, custom ones)."""
+
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+    """Of the total, what nobody has reserved; a name is absent when nothing is left."""
+    nodes: tuple[Node, ...]
+
+
+def actor_slots(config: Config, free: Mapping[str, float]) -> float:
+    """How many expert actors fit beside the router, by free CPUs, GPUs and custom resources."""
     wanted = _per_actor(config)
     router = {"CPU": config.router.num_cpus, "GPU": config.router.num_gpus}
     slots = [
-        (resources.get(name, 0.0) - router.get(name, 0.0) + 1e-6) // amount for name, amount in wanted.items() if amount
+        (free.get(name, 0.0) - router.get(name, 0.0) + 1e-6) // amount for name, amount in wanted.items() if amount
     ]
     return max(0.0, min(slots, default=float("inf")) - config.experts.standby_actors)
 
 
-def check(
-    spec: ServiceSpec, backbone_bytes: int, resources: Mapping[str, float], node_memory_bytes: Sequence[int]
-) -> None:
+def check(spec: ServiceSpec, backbone_bytes: int, room: Room) -> None:
     """Refuse what cannot be placed.
 
     Raises: `InsufficientResources`, with what is needed and what there is.
@@ -38,16 +58,37 @@ def check(
     for name, amount in _per_actor(config).items():
         needed[name] = needed.get(name, 0.0) + amount * num_actors
     for name, amount in needed.items():
-        there = resources.get(name, 0.0)
-        if amount > there + 1e-6:
+        total, free = room.total.get(name, 0.0), room.free.get(name, 0.0)
+        if amount > free + 1e-6:
+            others = f", of which {free:g} {'is' if free == 1 else 'are'} free" if free < total else ""
             raise InsufficientResources(
-                f"{num_actors} expert actors and the router need {amount:g} {name}, and the cluster has {there:g}; "
-                f"{_advice(name)}"
+                f"{num_actors} expert actors and the router need {amount:g} {name}, and the cluster has {total:g}"
+                f"{others}; {_advice(name)}"
             )
-    _check_memory(spec, backbone_bytes, node_memory_bytes)
+    _check_labels(config, room)
+    _check_memory(spec, backbone_bytes, [node.memory_bytes for node in room.nodes])
 
 
-def _check_memory(spec: ServiceSpec, backbone_bytes: int, node_memory_bytes: Sequence[int]) -> None:
+def _check_labels(config: Config, room: Room) -> None:
+    selector = config.experts.label_selector
+    if not selector or any(
+        all(_matches(wanted, node.labels.get(key)) for key, wanted in selector.items()) for node in room.nodes
+    ):
+        return
+    there = sorted({f"{key}={value}" for node in room.nodes for key, value in node.labels.items() if key != _NODE_ID})
+    raise InsufficientResources(
+        f"no node has the labels of experts.label_selector ({', '.join(f'{k}: {v}' for k, v in selector.items())}); "
+        f"the nodes have {', '.join(there) or 'none'}; start Ray with them (ray start --labels), or change the selector"
+    )
+
+
+def _matches(wanted: str, label: str | None) -> bool:
+    """Whether a node with that label, or without it, is `wanted`: ``a``, ``!a``, ``in(a,b)`` or ``!in(a,b)``."""
+    values = wanted.removeprefix("!").removeprefix("in(").removesuffix(")")
+    return (label in values.replace(" ", "").split(",")) != wanted.startswith("!")
+
+
+def _check_memory(spec: ServiceSpec, backbone_bytes: int, node_memory_bytes: list[int]) -> None:
     config = spec.config
     on_cpu = not config.experts.num_gpus
     shares = [spec.bytes_of(spec.placement.experts_on(host)) if on_cpu else 0 for host in spec.hosts]
