@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from ray_moe.actors.spec import ClusterStatus, HostReport, Plan, ServiceSpec
 from ray_moe.errors import RayMoEError
@@ -44,8 +44,15 @@ class _Host:
     address: HostAddress | None = None
     num_lives: int = 0
     incarnation: str = ""
-    failure: RayMoEError | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
+    """Whether the actor has died for good, so that another one must be started in its place."""
+
+    def meet(self, report: HostReport) -> None:
+        """Take note of what the present life says of itself."""
+        if report.incarnation != self.incarnation:
+            self.num_lives += 1
+            self.incarnation = report.incarnation
+        self.report = report
 
 
 class Controller:
@@ -78,12 +85,12 @@ class Controller:
         async with self._starting:
             if self._keepers or self._stopping:
                 return
-            for host in self._hosts.values():
-                host.handle = await self._launcher.start_host.remote(host.host_id)
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 await self._recover()
             self._keepers = [asyncio.create_task(self._keep_host(host)) for host in self._hosts.values()]
             self._keepers.append(asyncio.create_task(self._keep_router()))
+            for keeper in self._keepers:
+                keeper.add_done_callback(_log_end)
 
     async def table_after(self, epoch: int, timeout_s: float) -> RoutingTable:
         """The routing table, as soon as it is newer than `epoch`, or the present one after `timeout_s`."""
@@ -140,20 +147,21 @@ class Controller:
         """Bring `host` up, wait for its end, again and again."""
         while True:
             try:
-                report: HostReport = await host.handle.describe.remote()
-                if report.incarnation != host.incarnation:
-                    host.num_lives += 1
-                    host.incarnation = report.incarnation
-                host.report = report
-                await self._bring_up(host)
+                if host.handle is None:
+                    host.handle = await self._launcher.start_host.remote(host.host_id, host.ended)
+                    host.ended = False
+                host.meet(await host.handle.describe.remote())
+                if host.state not in ("ready", "standby"):  # else: a restarted controller found it so
+                    await self._bring_up(host)
                 await host.handle.until_lost.remote()
-            except ActorDiedError:  # for good: Ray's restarts are used up, or somebody killed the actor
-                await self._lose(host)
-                host.handle = await self._launcher.start_host.remote(host.host_id)
-            except RayActorError:  # restarting
+            except ActorUnavailableError:  # Ray restarts it
                 await self._lose(host)
             except RayTaskError as error:
                 await self._fail(host, error)
+            except RayError as error:  # for good: restarts used up, killed, out of memory, its node gone
+                logger.warning("%s has ended: %s", host.host_id, error)
+                host.handle, host.ended = None, True
+                await self._lose(host)
             await asyncio.sleep(RETRY_S)
 
     async def _bring_up(self, host: _Host) -> None:
@@ -170,95 +178,124 @@ class Controller:
             if plan == host.plan:  # else: it has taken over from another host meanwhile
                 break
         host.state = "ready" if plan else "standby"
-        host.changed.set()
+        self._assign_heirs()
         await self._publish()
 
     async def _lose(self, host: _Host) -> None:
         """Take `host` out of the table; a standby, if there is one, gets its experts."""
-        if host.state == "lost":
-            return
-        was_serving = host.state == "ready"
-        host.state, host.address, host.report = "lost", None, None
-        heir = next((other for other in self._hosts.values() if other.state == "standby"), None)
-        if was_serving and heir is not None:
-            self._placement = replace_host(self._placement, host.host_id, heir.host_id)
-            heir.plan, host.plan = host.plan, {}
+        if host.state != "lost":
+            host.state, host.address, host.report = "lost", None, None
+            self._assign_heirs()
+            await self._publish()
+
+    def _assign_heirs(self) -> None:
+        """Give the experts of lost hosts to standbys, as far as there are any."""
+        for lost in [host for host in self._hosts.values() if host.plan and host.state == "lost" and self._was_ready]:
+            heir = next((host for host in self._hosts.values() if host.state == "standby"), None)
+            if heir is None:
+                return
+            self._placement = replace_host(self._placement, lost.host_id, heir.host_id)
+            heir.plan, lost.plan = lost.plan, {}
             if heir.address is not None:  # preloaded: it holds every expert already
                 heir.state = "ready"
             else:
                 heir.state = "loading"
                 self._spawn(self._take_over(heir))
-        await self._publish()
 
     async def _take_over(self, heir: _Host) -> None:
         try:
             await self._bring_up(heir)
-        except RayActorError:
-            return  # its keeper brings it up again, with the same plan
         except RayTaskError as error:
             logger.error("standby %s could not take over: %s", heir.host_id, error.cause)
             ray.kill(heir.handle, no_restart=False)
+        except RayError:
+            return  # it has died; its keeper knows, and another standby may be next
 
     async def _examine(self, host: _Host, address: HostAddress) -> None:
         """Is a host that a router could not reach alive after all? A hung one is put down, and so restarted."""
+        handle = host.handle
         try:
-            report = await asyncio.wait_for(host.handle.describe.remote(), CHECK_TIMEOUT_S)
+            report: HostReport = await asyncio.wait_for(handle.describe.remote(), CHECK_TIMEOUT_S)
         except asyncio.TimeoutError:
-            ray.kill(host.handle, no_restart=False)
+            ray.kill(handle, no_restart=False)
             return
         except RayError:
             return  # its keeper knows
+        if report.busy_s > self._spec.config.router.expert_call_timeout_s:
+            logger.error("%s has been at one batch for %.0f s: it is restarted", host.host_id, report.busy_s)
+            ray.kill(handle, no_restart=False)
+            return
         if report.incarnation != address.incarnation or host.state != "lost":
             return
-        if host.plan:
-            host.address, host.state = address, "ready"
-        else:
-            host.state = "standby"
+        host.state = "ready" if host.plan else "standby"
+        host.address = address if host.plan or self._spec.config.experts.standby_preload else None
+        self._assign_heirs()
         await self._publish()
 
     async def _fail(self, host: _Host, error: RayTaskError) -> None:
         """Loading failed. Before the service was ever ready this is the end; afterwards it is tried again."""
-        cause = error.cause if isinstance(error.cause, RayMoEError) else RayMoEError(str(error.cause))
-        logger.error("%s cannot hold its experts: %s", host.host_id, cause)
-        if not self._was_ready:
-            self._failure = self._failure or cause
+        self._note_failure(f"{host.host_id} cannot hold its experts", error)
         await self._lose(host)
         await asyncio.sleep(1.0)
 
+    def _note_failure(self, what: str, error: RayTaskError) -> None:
+        cause = error.cause if isinstance(error.cause, RayMoEError) else RayMoEError(str(error.cause))
+        logger.error("%s: %s", what, cause)
+        if not self._was_ready:
+            self._failure = self._failure or cause
+
     async def _recover(self) -> None:
-        """After a restart of the controller: what the living hosts hold is what they are to hold."""
-        reports = await asyncio.gather(
-            *(asyncio.wait_for(host.handle.describe.remote(), CHECK_TIMEOUT_S) for host in self._hosts.values()),
-            return_exceptions=True,
+        """After a restart of the controller: what the living hosts hold is what they are to hold.
+
+        Their lines stay up: the first table that is published names them as they are, in an epoch after the routers'.
+        """
+        for host in self._hosts.values():
+            host.handle = await self._launcher.start_host.remote(host.host_id)
+        asked = [host.handle.describe.remote() for host in self._hosts.values()]
+        with contextlib.suppress(ValueError):  # there is no router
+            asked.append(ray.get_actor(self._spec.actor_name("router")).epoch.remote())
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(answer, CHECK_TIMEOUT_S) for answer in asked), return_exceptions=True
         )
-        holders = {
-            host.host_id: report.held
-            for host, report in zip(self._hosts.values(), reports, strict=True)
-            if isinstance(report, HostReport) and report.address is not None
+        self._epoch = max([0, *(answer for answer in answers if isinstance(answer, int))])
+        reports = {
+            host.host_id: answer
+            for host, answer in zip(self._hosts.values(), answers, strict=False)
+            if isinstance(answer, HostReport) and answer.address is not None
         }
-        for host_id in [host_id for host_id in self._spec.hosts if host_id not in holders]:
-            host = self._hosts[host_id]
-            heir = next((self._hosts[s] for s in self._spec.standbys if holders.get(s) == host.plan), None)
+        standbys = [self._hosts[host_id] for host_id in self._spec.standbys if host_id in reports]
+        for host in [self._hosts[host_id] for host_id in self._spec.hosts]:
+            if host.host_id in reports and _covers(reports[host.host_id].held, host.plan):
+                continue
+            heir = next((other for other in standbys if _covers(reports[other.host_id].held, host.plan)), None)
             if heir is not None:
-                self._placement = replace_host(self._placement, host_id, heir.host_id)
+                standbys.remove(heir)
+                self._placement = replace_host(self._placement, host.host_id, heir.host_id)
                 heir.plan, host.plan = host.plan, {}
+        for host in self._hosts.values():
+            report = reports.get(host.host_id)
+            if report is not None and host.plan and _covers(report.held, host.plan):
+                host.meet(report)
+                host.state, host.address = "ready", report.address
+        self._was_ready = bool(reports)
+        await self._publish()
 
     # --- the router ------------------------------------------------------------------------------------------
     async def _keep_router(self) -> None:
+        ended = False
         while True:
             try:
-                self._router = await self._launcher.start_router.remote()
+                self._router = await self._launcher.start_router.remote(ended)
+                ended = False
                 self._router_port = self._last_port = await self._router.start.remote(self._last_port)
                 self._was_ready = self._was_ready or self._is_whole
                 await self._router.until_lost.remote()
-            except RayActorError:
-                self._router_port = 0
             except RayTaskError as error:
-                cause = error.cause if isinstance(error.cause, RayMoEError) else RayMoEError(str(error.cause))
-                logger.error("the router cannot start: %s", cause)
-                if not self._was_ready:
-                    self._failure = self._failure or cause
+                self._note_failure("the router cannot start", error)
                 await asyncio.sleep(1.0)
+            except RayError as error:
+                logger.warning("the router has ended: %s", error)
+                self._router_port, ended = 0, not isinstance(error, ActorUnavailableError)
             await asyncio.sleep(RETRY_S)
 
     # --- tables and status -----------------------------------------------------------------------------------
@@ -281,10 +318,11 @@ class Controller:
         return bool(self._router_port) and all(host.state == "ready" for host in self._hosts.values() if host.plan)
 
     def _state(self) -> str:
+        if self._is_whole:
+            self._failure = None
+            return "ready"
         if self._failure is not None:
             return "failed"
-        if self._is_whole:
-            return "ready"
         return "degraded" if self._was_ready else "starting"
 
     async def _refresh(self, host: _Host) -> None:
@@ -322,3 +360,13 @@ class Controller:
         task = asyncio.create_task(coroutine)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _covers(held: Plan, plan: Plan) -> bool:
+    """Whether a host that holds `held` can serve `plan`."""
+    return all(set(experts) <= set(held.get(layer, ())) for layer, experts in plan.items())
+
+
+def _log_end(keeper: asyncio.Task[None]) -> None:
+    if not keeper.cancelled():
+        logger.error("a keeper has ended, which it must not", exc_info=keeper.exception())

@@ -58,6 +58,7 @@ class ExpertActor:
             loaded_bytes=self._loaded_bytes,
             num_calls=self._host.num_calls,
             num_rows=self._host.num_rows,
+            busy_s=self._loop.busy_s,
             held=dict(self._host.held),
             address=self._address,
         )

@@ -36,11 +36,12 @@ class Launcher:
         self._spec = spec
         self._started: dict[str, Any] = {}
 
-    async def start_host(self, host_id: HostId) -> Any:
-        """The handle of the expert actor `host_id`, started if it does not live."""
+    async def start_host(self, host_id: HostId, replace: bool = False) -> Any:
+        """The handle of the expert actor `host_id`; with `replace`, of another one after it died for good."""
         experts = self._spec.config.experts
         return self._start(
             host_id,
+            replace,
             ExpertActor,
             (host_id, self._spec),
             num_cpus=experts.num_cpus,
@@ -51,11 +52,12 @@ class Launcher:
             runtime_env={"env_vars": worker_env(experts.num_threads)},
         )
 
-    async def start_router(self) -> Any:
-        """The handle of the router, started if it does not live."""
+    async def start_router(self, replace: bool = False) -> Any:
+        """The handle of the router; with `replace`, of another one after it died for good."""
         router = self._spec.config.router
         return self._start(
             "router",
+            replace,
             Router,
             (self._spec,),
             num_cpus=router.num_cpus,
@@ -64,15 +66,15 @@ class Launcher:
             runtime_env={"env_vars": worker_env(router.num_threads)},
         )
 
-    def _start(self, role: str, actor_class: type, arguments: tuple[Any, ...], **options: Any) -> Any:
-        name = self._spec.actor_name(role)
-        try:
-            ray.get_actor(name)
-        except ValueError:  # not there yet, or gone for good
+    def _start(self, role: str, replace: bool, actor_class: type, arguments: tuple[Any, ...], **options: Any) -> Any:
+        if replace and role in self._started:
+            ray.kill(self._started.pop(role))  # until then a dead actor keeps its name
+        # Not by get_actor or get_if_exists: their handles are weak, and an actor without any other ends.
+        if role not in self._started:
+            name = self._spec.actor_name(role)
             self._started[role] = (
                 ray.remote(actor_class).options(name=name, max_concurrency=1000, **options).remote(*arguments)
             )
-        # Never the handle that get_actor returns: it is a weak one, and an actor without any other ends.
         return self._started[role]
 
     async def end(self) -> None:

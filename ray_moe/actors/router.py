@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 import psutil
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from ray_moe.actors.spec import ClusterStatus, FrontDoor, ServiceSpec, transport_settings
 from ray_moe.errors import InsufficientResources, Unavailable
@@ -65,6 +65,7 @@ class Router:
         self._checkpoint: Checkpoint | None = None
         self._table_arrived = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
+        self._controller_handle: Any = None
         tune_malloc()
         torch.set_num_threads(spec.config.router.num_threads)
 
@@ -92,8 +93,14 @@ class Router:
             self._engine = engine
             return self._port
 
+    async def epoch(self) -> int:
+        """Epoch of the routing table in use, for a controller that was restarted."""
+        return 0 if self._dispatcher is None else self._dispatcher.table.epoch
+
     def _controller(self) -> Any:
-        return ray.get_actor(self._spec.actor_name("controller"))
+        if self._controller_handle is None:
+            self._controller_handle = ray.get_actor(self._spec.actor_name("controller"))
+        return self._controller_handle
 
     def _make_transport(self) -> Transport:
         from ray_moe.transport.auto import AutoTransport
@@ -103,9 +110,11 @@ class Router:
         config = self._spec.config.transport
         settings = transport_settings(config)
         node_id = ray.get_runtime_context().get_node_id()
-        grpc = GrpcTransport(self._spec.token, node_id=node_id, settings=settings)
+        grpc = GrpcTransport(self._spec.token, node_id=node_id, settings=settings, on_lost=self._line_lost)
         object_store = ObjectStoreTransport(
-            lambda address: ray.get_actor(self._spec.actor_name(address.host_id)), settings=settings
+            lambda address: ray.get_actor(self._spec.actor_name(address.host_id)),
+            settings=settings,
+            on_lost=self._line_lost,
         )
         if config.kind == "grpc":
             return grpc
@@ -127,6 +136,11 @@ class Router:
 
         return ExpertDispatcher(self._make_transport(), settings, on_lost=lost)
 
+    def _line_lost(self, address: HostAddress) -> None:
+        """A line broke while nothing was in flight: the controller should know before the next request does."""
+        if self._dispatcher is not None:
+            self._dispatcher.report_lost(address)
+
     def _report(self, address: HostAddress) -> None:
         logger.warning("host %s (%s) is lost", address.host_id, address.incarnation)
         try:
@@ -139,10 +153,11 @@ class Router:
         while True:
             try:
                 table = await self._controller().table_after.remote(dispatcher.table.epoch, POLL_TIMEOUT_S)
-            except (RayActorError, ValueError):  # the controller is being restarted: go on with what we have
+            except (RayError, ValueError) as error:  # it is being restarted, or failed: go on with what we have
+                logger.warning("no routing table from the controller: %s", error)
                 await asyncio.sleep(0.1)
                 continue
-            dispatcher.update(table)
+            await asyncio.to_thread(dispatcher.update, table)  # it closes lines, which may take a moment
             if table.is_complete:
                 self._table_arrived.set()
 
@@ -239,7 +254,7 @@ class Router:
         engine, dispatcher = self._engine, self._dispatcher
         try:
             cluster: ClusterStatus = await asyncio.wait_for(self._controller().status.remote(), 5.0)
-        except (RayActorError, ValueError, asyncio.TimeoutError):
+        except (RayError, ValueError, asyncio.TimeoutError):
             cluster = ClusterStatus("degraded", 0, (), self._port)
         checkpoint = self._checkpoint
         return ServiceStatus(

@@ -68,6 +68,8 @@ class HostReport:
     loaded_bytes: int
     num_calls: int
     num_rows: int
+    busy_s: float
+    """How long the batch has run that it is computing."""
     held: Plan
     address: HostAddress | None
     """None until it has experts and listens."""

@@ -199,7 +199,7 @@ class ExpertDispatcher:
                     connection = self._routes.connection(host_id)
                     if connection is None:
                         failed.append(share)
-                        self._report(view.table.addresses.get(host_id))
+                        self.report_lost(view.table.addresses.get(host_id))
                         continue
                     sent += [
                         (piece, connection, connection.submit(make(piece, view.table.epoch)))
@@ -250,10 +250,10 @@ class ExpertDispatcher:
                 self._last_reply_s[connection] = time.monotonic()
                 return reply
             self._routes.lose(connection)
-            self._report(connection.address)
+            self.report_lost(connection.address)
             return None
 
-    def _report(self, address: HostAddress | None) -> None:
+    def report_lost(self, address: HostAddress | None) -> None:
         """Tell of a host that cannot be reached; again while that goes on, but not more than once a second."""
         if address is None:
             return
