@@ -220,6 +220,8 @@ class ServerConfig(Section):
     """Size of the largest message a client may send; at most 2 GiB, which is gRPC's limit."""
     max_forward_tokens: Count = 131_072
     """Tokens that one Forward call may bring."""
+    max_prompt_bytes: Annotated[Bytes, Field(ge=1)] = 2**20
+    """Size of a prompt given as text, in UTF-8; a longer one is refused before it is split into tokens."""
     grace_s: Annotated[float, Field(ge=0), _Number] = 5
     """Seconds that requests in flight may go on when the service stops."""
 

@@ -119,7 +119,7 @@ def _first(wrong: NDArray[np.bool_]) -> tuple[int, int, int]:
 
 
 # --- Generation ----------------------------------------------------------------------------------------------
-def check_generate(backend: Backend, request: GenerateRequest) -> None:
+def check_generate(backend: Backend, request: GenerateRequest, max_prompt_bytes: int) -> None:
     """Raise for what can be told without the tokenizer; the backend does the rest (see `Backend.generate`)."""
     if (request.prompt is None) == (request.token_ids is None):
         raise InvalidRequest("expected exactly one of prompt (text) and token_ids")
@@ -127,8 +127,11 @@ def check_generate(backend: Backend, request: GenerateRequest) -> None:
         raise InvalidRequest("this model has no tokenizer: send token_ids instead of prompt")
     if not (request.prompt or request.token_ids):
         raise InvalidRequest("the prompt is empty; expected at least one token (the model's start token will do)")
-    _check_token_ids(backend, request.token_ids or ())
-    _check_length(backend, request)
+    if request.prompt is not None:
+        _check_text(request.prompt, max_prompt_bytes)
+    _check_length(backend, request)  # before anything that takes a while for many tokens
+    if request.token_ids is not None:
+        _check_token_ids(backend, request.token_ids)
     if not (request.temperature == 0 or MIN_TEMPERATURE <= request.temperature < math.inf):
         raise InvalidRequest(
             f"temperature is {request.temperature}; expected 0 (greedy) or a number from {MIN_TEMPERATURE} on"
@@ -139,12 +142,23 @@ def check_generate(backend: Backend, request: GenerateRequest) -> None:
 
 def _check_token_ids(backend: Backend, token_ids: tuple[int, ...]) -> None:
     vocab_size = backend.vocab_size
-    for position, token in enumerate(token_ids):
-        if not 0 <= token < vocab_size:
-            raise InvalidRequest(
-                f"token_ids[{position}] is {token}; the vocabulary has 0..{vocab_size - 1}: "
-                "is the tokenizer another model's?"
-            )
+    ids = np.asarray(token_ids)
+    wrong = (ids < 0) | (ids >= vocab_size)
+    if wrong.any():
+        position = int(wrong.argmax())
+        raise InvalidRequest(
+            f"token_ids[{position}] is {token_ids[position]}; the vocabulary has 0..{vocab_size - 1}: "
+            "is the tokenizer another model's?"
+        )
+
+
+def _check_text(prompt: str, max_prompt_bytes: int) -> None:
+    num_bytes = len(prompt.encode(errors="surrogatepass"))
+    if num_bytes > max_prompt_bytes:
+        raise InvalidRequest(
+            f"the prompt has {num_bytes:,} bytes of UTF-8; at most {max_prompt_bytes:,} are taken "
+            "(server.max_prompt_bytes): shorten it, or send token_ids"
+        )
 
 
 def _check_length(backend: Backend, request: GenerateRequest) -> None:

@@ -20,7 +20,7 @@ from ray_moe.errors import InvalidRequest
 from ray_moe.service.backend import Backend, FloatArray
 from ray_moe.service.grpc.guard import Context, Guard
 from ray_moe.service.validation import check_gate, check_generate, check_hidden, check_routing, find_layer
-from ray_moe.types import LayerSpec
+from ray_moe.types import GenerateRequest, LayerSpec
 from ray_moe.wire import arrays, messages
 from ray_moe.wire.v1 import inference_pb2 as pb
 
@@ -46,10 +46,11 @@ class InferenceService:
 
     NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
-    def __init__(self, backend: Backend, guard: Guard, max_forward_tokens: int) -> None:
+    def __init__(self, backend: Backend, guard: Guard, *, max_forward_tokens: int, max_prompt_bytes: int) -> None:
         self._backend = backend
         self._guard = guard
         self._max_forward_tokens = max_forward_tokens
+        self._max_prompt_bytes = max_prompt_bytes
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         return grpc.method_handlers_generic_handler(
@@ -73,11 +74,15 @@ class InferenceService:
     async def generate(self, data: bytes, context: Context) -> None:
         """Writes, and does not yield: a cancelled `write` raises here and now, so the work ends with the call."""
         async with self._guard.request(context):
-            request = messages.generate_request_from_proto(messages.parse(pb.GenerateRequest, data))
-            check_generate(self._backend, request)
+            request = await _off_loop(len(data), self._read_generate, data)
             async with aclosing(self._backend.generate(request)) as chunks:
                 async for chunk in chunks:
                     await context.write(messages.chunk_to_proto(chunk).SerializeToString())
+
+    def _read_generate(self, data: bytes) -> GenerateRequest:
+        request = messages.generate_request_from_proto(messages.parse(pb.GenerateRequest, data))
+        check_generate(self._backend, request, self._max_prompt_bytes)
+        return request
 
     async def _forward(self, data: bytes) -> bytes:
         asked = await _off_loop(len(data), self._read, data)

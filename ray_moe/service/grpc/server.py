@@ -32,6 +32,7 @@ class FrontDoor:
         *,
         max_request_bytes: int = 512 * 2**20,
         max_forward_tokens: int = 131_072,
+        max_prompt_bytes: int = 2**20,
         max_concurrent_requests: int = 512,
     ) -> None:
         """Listens nowhere yet.
@@ -42,13 +43,16 @@ class FrontDoor:
             port: TCP port; 0 takes a free one.
             max_request_bytes: of one message; gRPC ends at 2 GiB.
             max_forward_tokens: of one Forward.
+            max_prompt_bytes: of a prompt given as text, in UTF-8.
             max_concurrent_requests: Forward, ForwardStream and Generate calls together; more are `Overloaded`.
         """
         self._host = host
         self._port = port
         self._max_request_bytes = max_request_bytes
         self._guard = Guard(backend, max_concurrent_requests)
-        self._inference = InferenceService(backend, self._guard, max_forward_tokens)
+        self._inference = InferenceService(
+            backend, self._guard, max_forward_tokens=max_forward_tokens, max_prompt_bytes=max_prompt_bytes
+        )
         self._admin = AdminService(backend, self._guard)
         self._health = HealthService(self._guard, frozenset({InferenceService.NAME, AdminService.NAME}))
         self._server: grpc.aio.Server | None = None

@@ -37,7 +37,7 @@ def backend() -> FakeBackend:
 
 @pytest.fixture
 async def channel(backend: FakeBackend) -> AsyncIterator[grpc.aio.Channel]:
-    limits = {"max_request_bytes": 8 * 2**20, "max_forward_tokens": 100_000}
+    limits = {"max_request_bytes": 8 * 2**20, "max_forward_tokens": 100_000, "max_prompt_bytes": 1_000_000}
     async with front_door(backend, **limits) as target, grpc.aio.insecure_channel(target) as channel:
         yield channel
 
@@ -259,6 +259,11 @@ BAD_GENERATES: dict[str, tuple[pb.GenerateRequest, str]] = {
         generate(max_new_tokens=50),
         "the prompt has at least 1 tokens and max_new_tokens is 50, .*50 positions",
     ),
+    "long prompt of unknown tokens": (generate(token_ids=tokens(*[-1] * 100_000)), "the prompt has 100,000 tokens"),
+    "long text": (
+        generate(prompt="ä" * 500_001),
+        r"the prompt has 1,000,002 bytes of UTF-8; at most 1,000,000 are taken \(server.max_prompt_bytes\)",
+    ),
     "token beyond": (generate(token_ids=tokens(1, 100)), r"token_ids\[1\] is 100; the vocabulary has 0..99"),
     "negative token": (generate(token_ids=tokens(-1)), r"token_ids\[0\] is -1"),
     "no new tokens": (generate(max_new_tokens=0), "max_new_tokens is 0; expected at least 1"),
@@ -283,6 +288,10 @@ async def test_bad_generates(stub: Any, backend: FakeBackend, case: str) -> None
     assert failure.value.code() is C.INVALID_ARGUMENT
     assert not backend.requests
     assert len([reply async for reply in stub.Generate(generate())]) == 2  # unharmed
+
+
+async def test_a_text_of_just_the_limit(stub: Any) -> None:
+    assert len([reply async for reply in stub.Generate(generate(prompt="ä" * 500_000))]) == 2
 
 
 async def test_a_model_without_bounds_or_tokenizer(stub: Any, backend: FakeBackend) -> None:

@@ -54,7 +54,9 @@ def test_every_method_of_the_protos_is_served() -> None:
     backend = FakeBackend()
     guard = Guard(backend, 1)
     services: dict[Any, Any] = {
-        pb.DESCRIPTOR.services_by_name["Inference"]: InferenceService(backend, guard, 1),
+        pb.DESCRIPTOR.services_by_name["Inference"]: InferenceService(
+            backend, guard, max_forward_tokens=1, max_prompt_bytes=1
+        ),
         admin_pb2.DESCRIPTOR.services_by_name["Admin"]: AdminService(backend, guard),
     }
     for descriptor, service in services.items():
