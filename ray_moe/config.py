@@ -218,6 +218,9 @@ class ServerConfig(Section):
     """TCP port to listen on; 0 takes a free one."""
     max_request_bytes: Annotated[Bytes, Field(ge=2**12, le=2**31 - 1)] = 512 * 2**20
     """Size of the largest message a client may send; at most 2 GiB, which is gRPC's limit."""
+    max_in_flight_bytes: Annotated[Bytes, Field(ge=2**12)] = 4 * 2**30
+    """Size of all requests that are held at the same time; further ones are refused as overloaded, though one alone
+    never is. Computing takes a few times as much memory."""
     max_forward_tokens: Count = 131_072
     """Tokens that one Forward call may bring."""
     max_prompt_bytes: Annotated[Bytes, Field(ge=1)] = 2**20

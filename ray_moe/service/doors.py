@@ -21,4 +21,5 @@ def open_grpc(backend: Backend, server: ServerConfig) -> FrontDoor:
         max_request_bytes=server.max_request_bytes,
         max_forward_tokens=server.max_forward_tokens,
         max_prompt_bytes=server.max_prompt_bytes,
+        max_in_flight_bytes=server.max_in_flight_bytes,
     )

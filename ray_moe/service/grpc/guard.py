@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc
 
@@ -25,11 +25,13 @@ logger = logging.getLogger(__name__)
 class Guard:
     """The state that the calls of one server share."""
 
-    def __init__(self, backend: Backend, max_concurrent_requests: int) -> None:
+    def __init__(self, backend: Backend, max_concurrent_requests: int, max_in_flight_bytes: int) -> None:
         self.stopping = False
         self._backend = backend
         self._max_concurrent_requests = max_concurrent_requests
+        self._max_in_flight_bytes = max_in_flight_bytes
         self._num_active = 0
+        self._num_bytes = 0
 
     @property
     def serving(self) -> bool:
@@ -53,6 +55,23 @@ class Guard:
                 yield
             finally:
                 self._num_active -= 1
+
+    @contextmanager
+    def payload(self, num_bytes: int) -> Iterator[None]:
+        """While `num_bytes` of a request are held. Refuses what is too much beside others; one alone may be any size.
+
+        Raises: `Overloaded`.
+        """
+        if self._num_bytes and self._num_bytes + num_bytes > self._max_in_flight_bytes:
+            raise Overloaded(
+                f"this request has {num_bytes:,} bytes, and of the {self._max_in_flight_bytes:,} that may be in flight "
+                f"{self._num_bytes:,} are taken: retry later, or raise server.max_in_flight_bytes"
+            )
+        self._num_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._num_bytes -= num_bytes
 
     @asynccontextmanager
     async def errors(self, context: Context) -> AsyncIterator[None]:

@@ -74,7 +74,8 @@ class InferenceService:
     async def generate(self, data: bytes, context: Context) -> None:
         """Writes, and does not yield: a cancelled `write` raises here and now, so the work ends with the call."""
         async with self._guard.request(context):
-            request = await _off_loop(len(data), self._read_generate, data)
+            with self._guard.payload(len(data)):
+                request = await _off_loop(len(data), self._read_generate, data)
             async with aclosing(self._backend.generate(request)) as chunks:
                 async for chunk in chunks:
                     await context.write(messages.chunk_to_proto(chunk).SerializeToString())
@@ -85,13 +86,14 @@ class InferenceService:
         return request
 
     async def _forward(self, data: bytes) -> bytes:
-        asked = await _off_loop(len(data), self._read, data)
-        result: NDArray[Any]
-        if len(asked.hidden):
-            result = await self._backend.forward(asked.spec.path, asked.hidden, asked.routing)
-        else:
-            result = np.empty((0, asked.spec.output_size), np.float32)
-        return await _off_loop(result.nbytes, _write, asked, result)
+        with self._guard.payload(len(data)):
+            asked = await _off_loop(len(data), self._read, data)
+            result: NDArray[Any]
+            if len(asked.hidden):
+                result = await self._backend.forward(asked.spec.path, asked.hidden, asked.routing)
+            else:
+                result = np.empty((0, asked.spec.output_size), np.float32)
+            return await _off_loop(result.nbytes, _write, asked, result)
 
     def _read(self, data: bytes) -> _Forward:
         message = messages.parse(pb.ForwardRequest, data)

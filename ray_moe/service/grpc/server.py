@@ -34,6 +34,7 @@ class FrontDoor:
         max_forward_tokens: int = 131_072,
         max_prompt_bytes: int = 2**20,
         max_concurrent_requests: int = 512,
+        max_in_flight_bytes: int = 4 * 2**30,
     ) -> None:
         """Listens nowhere yet.
 
@@ -45,11 +46,12 @@ class FrontDoor:
             max_forward_tokens: of one Forward.
             max_prompt_bytes: of a prompt given as text, in UTF-8.
             max_concurrent_requests: Forward, ForwardStream and Generate calls together; more are `Overloaded`.
+            max_in_flight_bytes: of all requests together; more are `Overloaded`, but one alone never is.
         """
         self._host = host
         self._port = port
         self._max_request_bytes = max_request_bytes
-        self._guard = Guard(backend, max_concurrent_requests)
+        self._guard = Guard(backend, max_concurrent_requests, max_in_flight_bytes)
         self._inference = InferenceService(
             backend, self._guard, max_forward_tokens=max_forward_tokens, max_prompt_bytes=max_prompt_bytes
         )

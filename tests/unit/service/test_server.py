@@ -52,7 +52,7 @@ def stub(channel: grpc.aio.Channel) -> Any:
 
 def test_every_method_of_the_protos_is_served() -> None:
     backend = FakeBackend()
-    guard = Guard(backend, 1)
+    guard = Guard(backend, 1, 1)
     services: dict[Any, Any] = {
         pb.DESCRIPTOR.services_by_name["Inference"]: InferenceService(
             backend, guard, max_forward_tokens=1, max_prompt_bytes=1
@@ -159,6 +159,35 @@ async def test_more_requests_than_the_limit(stub: Any, channel: grpc.aio.Channel
     for call in (first, second):
         assert len([piece async for piece in call]) == 5
     await stub.Forward(FORWARD)
+
+
+async def test_more_bytes_than_the_limit(backend: FakeBackend) -> None:
+    backend.hold_after = 0
+    large = pb.ForwardRequest(layer_path=LAYER, hidden=encode(np.ones((500, WIDTH), np.float32)))
+    size = large.ByteSize()
+    limits = {"max_in_flight_bytes": size + 100}
+    async with front_door(backend, **limits) as target, grpc.aio.insecure_channel(target) as channel:
+        stub: Any = InferenceStub(channel)
+        first = stub.Forward(large)
+        await backend.reached.wait()
+        said = f"this request has {size:,} bytes, and of the {size + 100:,} that may be in flight {size:,} are taken"
+        for call in (stub.Forward(large), stub.ForwardStream(iter([large])).read()):
+            with pytest.raises(grpc.aio.AioRpcError, match=said) as failure:
+                await call
+            assert failure.value.code() is C.RESOURCE_EXHAUSTED
+            assert error_class(failure.value) == "Overloaded"
+        small = stub.Forward(FORWARD)
+        backend.released.set()
+        await asyncio.gather(first, small)
+        await stub.Forward(large)  # given back
+
+
+async def test_one_request_alone_may_be_larger_than_the_limit(backend: FakeBackend) -> None:
+    async with front_door(backend, max_in_flight_bytes=1) as target, grpc.aio.insecure_channel(target) as channel:
+        stub: Any = InferenceStub(channel)
+        for _ in range(2):
+            await stub.Forward(FORWARD)
+            assert len([piece async for piece in stub.Generate(GENERATE)]) == 5
 
 
 # --- clients that leave --------------------------------------------------------------------------------------
