@@ -46,8 +46,8 @@ class ExpertCall:
     """[n, D] gradient of the loss in each output row. When given this is a backward call: the host adds to
     its parameters' gradients (once per `call_id`) and the reply is [t, D], the gradient in each token."""
     call_id: str = ""
-    """``BASE:M1,M2,...``: names the rows of each of `experts` in a backward call, so that the same rows, delivered again
-    in this grouping or another, are not counted twice in an expert's gradients. Empty: always count."""
+    """``BASE:M1,M2,...``: names the rows of each of `experts` in a backward call, so that the same rows, delivered
+    again in this grouping or another, are not counted twice in an expert's gradients. Empty: always count."""
 
     @property
     def num_rows(self) -> int:
