@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.05
 """Pause before an actor that is restarting is asked again."""
+FAILED_S = 1.0
+"""Pause before what failed is tried again."""
 CHECK_TIMEOUT_S = 2.0
 """A host that a router could not reach and that does not describe itself within this is hung, and put down."""
 REPORT_EVERY_S = 0.5
@@ -161,7 +163,10 @@ class Controller:
             except RayError as error:  # for good: restarts used up, killed, out of memory, its node gone
                 logger.warning("%s has ended: %s", host.host_id, error)
                 host.handle, host.ended = None, True
-                await self._lose(host)
+                if host.num_lives:
+                    await self._lose(host)
+                else:  # it cannot even begin
+                    await self._fail(host, error)
             await asyncio.sleep(RETRY_S)
 
     async def _bring_up(self, host: _Host) -> None:
@@ -232,14 +237,16 @@ class Controller:
         self._assign_heirs()
         await self._publish()
 
-    async def _fail(self, host: _Host, error: RayTaskError) -> None:
+    async def _fail(self, host: _Host, error: RayError) -> None:
         """Loading failed. Before the service was ever ready this is the end; afterwards it is tried again."""
         self._note_failure(f"{host.host_id} cannot hold its experts", error)
         await self._lose(host)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(FAILED_S)
 
-    def _note_failure(self, what: str, error: RayTaskError) -> None:
-        cause = error.cause if isinstance(error.cause, RayMoEError) else RayMoEError(str(error.cause))
+    def _note_failure(self, what: str, error: RayError) -> None:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, RayMoEError):
+            cause = RayMoEError(f"{what}: {str(cause).strip()}")
         logger.error("%s: %s", what, cause)
         if not self._was_ready:
             self._failure = self._failure or cause
@@ -290,12 +297,12 @@ class Controller:
                 self._router_port = self._last_port = await self._router.start.remote(self._last_port)
                 self._was_ready = self._was_ready or self._is_whole
                 await self._router.until_lost.remote()
-            except RayTaskError as error:
+            except ActorUnavailableError:  # Ray restarts it
+                self._router_port = 0
+            except RayError as error:  # for good, or it cannot start
+                self._router_port, ended = 0, not isinstance(error, RayTaskError)
                 self._note_failure("the router cannot start", error)
-                await asyncio.sleep(1.0)
-            except RayError as error:
-                logger.warning("the router has ended: %s", error)
-                self._router_port, ended = 0, not isinstance(error, ActorUnavailableError)
+                await asyncio.sleep(FAILED_S)
             await asyncio.sleep(RETRY_S)
 
     # --- tables and status -----------------------------------------------------------------------------------
