@@ -25,7 +25,8 @@ RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """When Ray's head is killed, these two try for 60 s to tell it that its raylet is gone (`publish_error_to_driver`), and
 then end. They hold nothing of ours, and no setting of Ray's shortens it."""
 
-SETTINGS = ("ray.num_cpus=2", "ray.auth=disabled", "experts.num_cpus=0.1", "router.num_cpus=0.1", "server.grace_s=1")
+# Two CPUs and the default reservations: the router and one actor fill them to the last.
+SETTINGS = ("ray.num_cpus=2", "ray.auth=disabled", "server.grace_s=1")
 
 
 class Command:
