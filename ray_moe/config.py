@@ -141,7 +141,7 @@ class ExpertsConfig(Section):
     """Custom Ray resources that each actor takes, e.g. `{expert_slot: 1}`; fractions up to 1 are allowed."""
     label_selector: Annotated[dict[str, str], AfterValidator(_label_selector)] = {}
     """Labels of the nodes that may hold experts, e.g. `{market-type: spot}`; also `!spot`, `in(a,b)`, `!in(a,b)`."""
-    num_threads: Count = 1
+    num_threads: Annotated[int, Field(ge=1, le=1024), _Number] = 1
     """Threads each actor computes with."""
     standby_actors: Annotated[int, Field(ge=0), _Number] = 0
     """Running actors without experts that take over from a lost one in tens of milliseconds."""
@@ -166,7 +166,7 @@ class RouterConfig(Section):
     """CPUs that Ray reserves for the router."""
     num_gpus: Devices = 0
     """GPUs that Ray reserves for the router."""
-    num_threads: Count = 1
+    num_threads: Annotated[int, Field(ge=1, le=1024), _Number] = 1
     """Threads the router computes with."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """`auto` is a GPU when one is reserved (`num_gpus`), else the CPU."""
