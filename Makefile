@@ -18,7 +18,7 @@ demo: $(STAMP)  ## train a small MoE, serve it with its experts in actors, kill 
 	@$(BIN)/ray-moe demo
 
 test: $(STAMP)  ## the whole suite
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest
 
 check: $(STAMP)  ## format, lint, types, import layers, unit tests (under a minute)
 	@$(BIN)/ruff format --check .
