@@ -1,0 +1,261 @@
+"""How one batch's rows are divided over the replicas of each expert.
+
+A placement is made for the loads of the last minutes; a batch differs from them, and everybody waits for its slowest
+host. So each batch is divided for itself, by water-filling: one expert after the other levels the hosts that hold it,
+in a few sweeps. Each step lowers the sum of squared loads, and where that is least, so is the largest load.
+
+Pure: decides from counts, sends nothing, knows no host by name. Called by the router once per layer and batch, so it is
+on the hot path. It starts from equal shares, by numpy; the sweeps are a plain loop over the experts that have a choice,
+because each must see what the one before did, and up to some hundred of them Python does that sooner than numpy does it
+in independent parts (0.3 microseconds an expert and sweep).
+
+Shape legend: E experts, R replicas, H hosts, n experts touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+NOWHERE = -1
+"""The replica of an expert that has none."""
+
+MAX_SWEEPS = 12
+"""Most sweeps over a batch. Chains of hosts need them; most batches end after two or three."""
+
+CLOSE_ENOUGH = 1.002
+"""Largest host load over its lower bound, from which on another sweep is not worth its time."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replicas:
+    """The replicas of one layer that can be reached, grouped by expert: those of expert e are start[e]:start[e + 1].
+
+    Made once per routing table: what a split needs to know of it is worked out here.
+    """
+
+    start: Ints
+    """[E + 1] ascending, from 0 to R."""
+    host: Ints
+    """[R] host number of each replica; within an expert all distinct."""
+    num_hosts: int
+    """H."""
+
+    expert: Ints = field(init=False, repr=False)
+    """[R] expert of each replica."""
+    rank: Ints = field(init=False, repr=False)
+    """[R] place of each replica among its expert's."""
+    number: Ints = field(init=False, repr=False)
+    """[R] how many its expert has."""
+    lone: Ints = field(init=False, repr=False)
+    """Replicas that are the only ones of their experts: their rows have no choice."""
+    pairs: list[tuple[int, int, int]] = field(init=False, repr=False)
+    """First replica, its host and the other's host of each expert with two."""
+    groups: list[tuple[int, list[int]]] = field(init=False, repr=False)
+    """First replica and all hosts of each expert with more."""
+
+    def __post_init__(self) -> None:
+        number = np.diff(self.start)
+        expert = np.repeat(np.arange(len(number)), number)
+        first, host = self.start.tolist(), self.host.tolist()
+        worked_out = {
+            "expert": expert,
+            "rank": np.arange(len(expert)) - self.start[expert],
+            "number": number[expert],
+            "lone": self.start[:-1][number == 1],
+            "pairs": [(first[e], host[first[e]], host[first[e] + 1]) for e in np.flatnonzero(number == 2).tolist()],
+            "groups": [(first[e], host[first[e] : first[e + 1]]) for e in np.flatnonzero(number > 2).tolist()],
+        }
+        for name, value in worked_out.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, hosts_of: Sequence[Sequence[int]], num_hosts: int) -> Replicas:
+        """From the host numbers of each expert's replicas."""
+        start = np.cumsum([0, *map(len, hosts_of)], dtype=np.int64)
+        host = np.array([host for hosts in hosts_of for host in hosts], dtype=np.int64)
+        return cls(start, host, num_hosts)
+
+
+def split_tokens(
+    count: Ints, replicas: Replicas, speed: Floats | None = None, background: Floats | None = None
+) -> Ints:
+    """How many rows each replica computes, so that the host that takes longest takes as little time as can be.
+
+    Args:
+        count: [E] rows of each expert in this batch.
+        speed: [H] relative, above 0; None when all are equal.
+        background: [H] rows that the hosts have already; None for none.
+
+    Returns: [R] whole numbers; those of an expert add up to its count. Experts without replicas get none.
+    """
+    of_expert = count[replicas.expert]
+    rows = of_expert // replicas.number
+    rows += replicas.rank < of_expert - rows * replicas.number
+    if not (replicas.pairs or replicas.groups):
+        return rows
+    num_hosts = replicas.num_hosts
+    if background is None:
+        background = np.zeros(num_hosts)
+    load = background + np.bincount(replicas.host, weights=rows, minlength=num_hosts)
+    stuck = background + np.bincount(replicas.host[replicas.lone], weights=rows[replicas.lone], minlength=num_hosts)
+    if speed is None:
+        speed = np.ones(num_hosts)
+    level, cost = (load / speed).tolist(), (1.0 / speed).tolist()
+    # No split is better than equal loads, nor than the rows without a choice.
+    enough = CLOSE_ENOUGH * max(float(load.sum() / speed.sum()), float((stuck / speed).max()))
+    at = rows.tolist()
+    pairs = [(i, a, b, 1.0 / (cost[a] + cost[b])) for i, a, b in replicas.pairs if at[i]]
+    groups = [(i, hosts) for i, hosts in replicas.groups if at[i]]
+    for _ in range(MAX_SWEEPS):
+        if max(level) <= enough or not _sweep(at, pairs, groups, level, cost):
+            break
+        pairs.reverse()  # so that load travels along chains of hosts both ways
+    return np.array(at, dtype=np.int64)
+
+
+def _sweep(
+    at: list[int],
+    pairs: list[tuple[int, int, int, float]],
+    groups: list[tuple[int, list[int]]],
+    level: list[float],
+    cost: list[float],
+) -> bool:
+    """Level the hosts of each expert once, in whole rows; false when nothing moved.
+
+    Args (those that are changed first):
+        at: [R] rows of each replica.
+        level: [H] time each host takes: (rows + background) / speed.
+        pairs: first replica, its host, the other's host, rows per level between them.
+        groups: first replica, hosts.
+        cost: [H] 1 / speed.
+    """
+    moved = False
+    for first, hosts in groups:
+        held = at[first : first + len(hosts)]
+        for host, n in zip(hosts, held, strict=True):
+            level[host] -= n * cost[host]
+        filled = _fill(sum(held), hosts, level, cost)
+        for host, n in zip(hosts, filled, strict=True):
+            level[host] += n * cost[host]
+        if filled != held:
+            at[first : first + len(hosts)] = filled
+            moved = True
+    for i, a, b, share in pairs:
+        move = int((level[a] - level[b]) * share)
+        if move:
+            if move > at[i]:
+                move = at[i]
+            elif -move > at[i + 1]:
+                move = -at[i + 1]
+            if move:
+                at[i] -= move
+                at[i + 1] += move
+                level[a] -= move * cost[a]
+                level[b] += move * cost[b]
+                moved = True
+    return moved
+
+
+def _fill(num_rows: int, hosts: list[int], level: list[float], cost: list[float]) -> list[int]:
+    """Rows for each of `hosts`, poured so that the lowest rise together."""
+    order = sorted(range(len(hosts)), key=lambda place: level[hosts[place]])
+    speed, volume, surface = 0.0, float(num_rows), float("inf")
+    for deep, place in enumerate(order):  # noqa: B007
+        host = hosts[place]
+        if level[host] >= surface:
+            break
+        speed += 1.0 / cost[host]
+        volume += level[host] / cost[host]
+        surface = volume / speed
+    else:
+        deep = len(order)
+    filled = [0] * len(hosts)
+    left = num_rows
+    for place in order[:deep]:
+        host = hosts[place]
+        filled[place] = min(left, int((surface - level[host]) / cost[host]))
+        left -= filled[place]
+    for place in order[:left]:  # less than a row each
+        filled[place] += 1
+    return filled
+
+
+def choose_replicas(
+    touched: Ints, replicas: Replicas, speed: Floats | None = None, background: Floats | None = None
+) -> Ints:
+    """Decoding: one replica for each expert, so that no host reads the weights of many experts.
+
+    A batch of a few tokens costs a host the experts it reads, not the rows it computes, so no expert is split. Experts
+    are given to their least loaded hosts, those with the fewest homes first; then a host with the most passes an expert
+    on, if need be along a chain of hosts, as long as that lowers the most (Harvey et al., Semi-matchings, 2003: with
+    equal speeds the result is optimal).
+
+    Args:
+        touched: [n] distinct experts.
+        speed: [H] relative, above 0; None when all are equal.
+        background: [H] experts that the hosts read already; None for none.
+
+    Returns: [n] replica of each, `NOWHERE` for an expert without any.
+    """
+    num_hosts = replicas.num_hosts
+    cost = [1.0] * num_hosts if speed is None else (1.0 / speed).tolist()
+    level = [0.0] * num_hosts if background is None else [n * c for n, c in zip(background.tolist(), cost, strict=True)]
+    host = replicas.host
+    starts, ends = replicas.start[touched].tolist(), replicas.start[touched + 1].tolist()
+    homes = [host[i:j].tolist() for i, j in zip(starts, ends, strict=True)]
+    chosen = [NOWHERE] * len(homes)
+    held: dict[int, set[int]] = {}
+    for item in sorted(range(len(homes)), key=lambda item: len(homes[item])):
+        if homes[item]:
+            least = min(homes[item], key=lambda home: level[home] + cost[home])
+            chosen[item] = least
+            level[least] += cost[least]
+            held.setdefault(least, set()).add(item)
+    while _pass_on(chosen, homes, held, level, cost):
+        pass
+    return np.array(
+        [NOWHERE if at == NOWHERE else i + own.index(at) for i, own, at in zip(starts, homes, chosen, strict=True)],
+        dtype=np.int64,
+    )
+
+
+def _pass_on(
+    chosen: list[int], homes: list[list[int]], held: dict[int, set[int]], level: list[float], cost: list[float]
+) -> bool:
+    """Move an expert off the most loaded host, each next one of a chain making room; false when none lowers the most.
+
+    Args (all changed but `homes` and `cost`):
+        chosen: [n] host of each item; homes: [n] its hosts; held: items on each host; level, cost: [H].
+    """
+    if not held:
+        return False
+    top = max(held, key=lambda host: level[host])
+    most = level[top]
+    came_by: dict[int, int] = {top: NOWHERE}  # host -> item that would move there
+    queue = [top]
+    for giver in queue:
+        for item in sorted(held.get(giver, ())):
+            for taker in homes[item]:
+                if taker in came_by:
+                    continue
+                came_by[taker] = item
+                if level[taker] + cost[taker] < most - 1e-9:
+                    while came_by[taker] != NOWHERE:
+                        item = came_by[taker]  # noqa: PLW2901
+                        source = chosen[item]
+                        held[source].remove(item)
+                        held.setdefault(taker, set()).add(item)
+                        level[source] -= cost[source]
+                        level[taker] += cost[taker]
+                        chosen[item] = taker
+                        taker = source  # noqa: PLW2901
+                    return True
+                queue.append(taker)
+    return False
