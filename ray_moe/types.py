@@ -51,7 +51,10 @@ class HostAddress:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which host holds which experts: ``hosts_of[layer][expert]`` lists the hosts, best first."""
+    """Which host holds which experts: ``hosts_of[layer][expert]`` lists the hosts of its replicas, best first.
+
+    A host stands at most once in a list. An empty list is an expert that nobody holds.
+    """
 
     hosts_of: Mapping[LayerPath, tuple[tuple[HostId, ...], ...]]
 
@@ -75,12 +78,15 @@ class RoutingTable:
     epoch: int
     placement: Placement
     addresses: Mapping[HostId, HostAddress] = field(default_factory=dict)
+    speeds: Mapping[HostId, float] = field(default_factory=dict)
+    """How fast each host computes, relative to the others; absent is 1."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether every expert has a host that is there."""
-        wanted = {hosts[0] for experts in self.placement.hosts_of.values() for hosts in experts}
-        return bool(wanted) and wanted <= set(self.addresses)
+        """Whether every expert has a replica that is there."""
+        layers = self.placement.hosts_of.values()
+        there = self.addresses.keys()
+        return bool(layers) and all(not there.isdisjoint(hosts) for experts in layers for hosts in experts)
 
 
 # --- What the service tells about itself ---------------------------------------------------------------------
