@@ -16,14 +16,15 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from ray_moe.errors import InvalidCheckpoint, NotFound
+from ray_moe.errors import InvalidCheckpoint, NotFound, WireError
 from ray_moe.models.checkpoint import CheckpointFiles
-from ray_moe.models.experts import drop_parameters
+from ray_moe.models.experts import drop_parameters, make_shard
 from ray_moe.models.layout import Layout, classify
 from ray_moe.models.lazy import OwnTensor
 from ray_moe.models.loading import fill, fill_experts, finish, return_free_memory
 from ray_moe.models.skeleton import Skeleton, build, read_config
 from ray_moe.models.trial import num_bytes, try_backbone, try_experts
+from ray_moe.ops.experts import ExpertArrays, unpack
 from ray_moe.types import LayerPath, LayerSpec
 
 OnProgress = Callable[[int], None]
@@ -165,6 +166,28 @@ class Checkpoint:
             return_free_memory()
             _tell(on_progress, num_bytes(shards[path]))
         return shards
+
+    def experts_from(
+        self, path: LayerPath, ids: Sequence[int], arrays: ExpertArrays, device: str | torch.device = "cpu"
+    ) -> nn.Module:
+        """The experts `ids` of one layer out of a host's copy of them (`ExpertHost.export`); reads no file.
+
+        The module is what `load_experts` makes of the same ids.
+
+        Raises:
+            NotFound: the model has no such layer or expert.
+            WireError: the copy is not of these experts.
+        """
+        checked = self._checked({path: ids})
+        if path not in checked:
+            raise NotFound(f"name at least one expert of {path} to build from a copy")
+        shard = make_shard(self._skeleton.experts[path], checked[path])
+        tensors = {name: tensor.to(device) for name, tensor in unpack(arrays).items()}
+        try:
+            shard.load_state_dict(tensors, strict=True, assign=True)
+        except RuntimeError as error:  # names or shapes differ
+            raise WireError(f"this is not a copy of experts {checked[path]} of {path}: {error}") from error
+        return shard.requires_grad_(False)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The checkpoint's tokenizer; None when it has none.

@@ -42,25 +42,30 @@ class HostShare:
     """Rows of each."""
 
 
-def split_by_host(index: Ints, owner: Ints, top_k: int, slot: Ints | None = None) -> list[HostShare]:
-    """Group slots by owning host, then by expert.
+def split_by_host(
+    index: Ints, owner: Ints, top_k: int, slot: Ints | None = None, host: Ints | None = None
+) -> list[HostShare]:
+    """Group slots by the host that computes them, then by expert.
 
     Args:
         index: [N] expert of each slot, or [m] expert of each of the slots in `slot`; the sentinel is E.
         owner: [E + 1] host number of each expert; `NOWHERE` drops the slot (the sentinel always does).
         top_k: K.
         slot: [m] ascending slots to place; None for all N.
+        host: host number of each slot, where experts have replicas (see `spread`); None to go by `owner`.
 
     Returns: one share per host that gets rows, in host order. Slots that go nowhere are in none of them.
     """
     if len(index) <= FEW_SLOTS:
-        return _split_few(index, owner, top_k, slot)
+        return _split_few(index, owner, top_k, slot, host)
     num_keys = len(owner)
     num_tokens = len(index) // top_k if slot is None else None
-    host = owner[index]
+    largest_host = int((owner if host is None else host).max(initial=0))
+    if host is None:
+        host = owner[index]
     key = host * num_keys + index
     # A 16-bit key makes numpy's stable sort a radix sort: at 32k slots ten times faster than on 64 bits.
-    largest = (int(owner.max(initial=0)) + 1) * num_keys
+    largest = (largest_host + 1) * num_keys
     key_sorted_by = key.astype(np.int16) if largest < 2**15 else key
     order = np.argsort(key_sorted_by, kind="stable")
     if len(order) and host.min() < 0:
@@ -92,6 +97,23 @@ def split_by_host(index: Ints, owner: Ints, top_k: int, slot: Ints | None = None
             )
         )
     return shares
+
+
+def spread(index: Ints, host: Ints, rows: Ints) -> Ints:
+    """Give each slot a replica of its expert, in the numbers that a split has decided.
+
+    Args:
+        index: [m] expert of each slot; the sentinel, which goes nowhere, is above all experts.
+        host: [R] host number of each replica, grouped by expert, experts ascending.
+        rows: [R] slots of each replica; those of an expert add up to its slots.
+
+    Returns: [m] host number of each slot. A replica gets neighbouring slots, so that a token's choices meet.
+    """
+    # 16 bits: see `split_by_host`.
+    order = np.argsort(index.astype(np.int16) if int(index.max(initial=0)) < 2**15 else index, kind="stable")
+    of_slot = np.full(len(index), NOWHERE, dtype=np.int64)
+    of_slot[order[: int(rows.sum())]] = np.repeat(host, rows)
+    return of_slot
 
 
 def cut(share: HostShare, top_k: int, max_rows: int) -> list[HostShare]:
@@ -128,18 +150,18 @@ def cut(share: HostShare, top_k: int, max_rows: int) -> list[HostShare]:
     return pieces
 
 
-def _split_few(index: Ints, owner: Ints, top_k: int, slot: Ints | None) -> list[HostShare]:
+def _split_few(index: Ints, owner: Ints, top_k: int, slot: Ints | None, host: Ints | None) -> list[HostShare]:
     """The same for a handful of slots (decoding), where one numpy call costs more than the loop."""
     num_tokens = len(index) // top_k if slot is None else None
     expert_of = index.tolist()
-    host_of = owner[index].tolist()
+    host_of = (owner[index] if host is None else host).tolist()
     slot_of = range(len(expert_of)) if slot is None else slot.tolist()
     rows_of: dict[int, list[tuple[int, int]]] = {}
-    for host, expert, number in sorted(zip(host_of, expert_of, slot_of, strict=True)):
-        if host != NOWHERE:
-            rows_of.setdefault(host, []).append((expert, number))
+    for home, expert, number in sorted(zip(host_of, expert_of, slot_of, strict=True)):
+        if home != NOWHERE:
+            rows_of.setdefault(home, []).append((expert, number))
     shares = []
-    for host, rows in rows_of.items():
+    for home, rows in rows_of.items():
         counts: dict[int, int] = {}
         for expert, _ in rows:
             counts[expert] = counts.get(expert, 0) + 1
@@ -148,7 +170,7 @@ def _split_few(index: Ints, owner: Ints, top_k: int, slot: Ints | None) -> list[
         position = {number: place for place, number in enumerate(distinct)}
         shares.append(
             HostShare(
-                host=host,
+                host=home,
                 slot=np.array([number for _, number in rows]),
                 gather=None if len(distinct) == num_tokens else np.array(distinct),
                 token=None if token == distinct else np.array([position[number] for number in token], dtype=np.int32),

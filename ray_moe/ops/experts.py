@@ -9,11 +9,20 @@ Shape legend: n rows, D model width, F expert width, E experts held.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
+
+from ray_moe.errors import WireError
+
+ExpertArrays = dict[str, tuple[str, npt.NDArray[Any]]]
+"""Tensors of some experts by name, ready to travel without torch: (name of the torch dtype, array). What numpy has no
+dtype for (bfloat16, float8) is an array of its bits."""
 
 
 class ExpertGroup(Protocol):
@@ -34,8 +43,21 @@ class ExpertGroup(Protocol):
         ...
 
 
+@runtime_checkable
+class SeparableGroup(ExpertGroup, Protocol):
+    """A group whose experts can be taken out of it one by one."""
+
+    def select(self, experts: Sequence[int]) -> SeparableGroup:
+        """A group of its own memory with only these local experts, in this order, and their gradients so far."""
+        ...
+
+    def tensors(self, experts: Sequence[int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What these local experts are, by name: a row for each of them, and what all experts share."""
+        ...
+
+
 class StackedExperts:
-    """An `ExpertGroup` over a module of `transformers`' experts interface."""
+    """A `SeparableGroup` over a module of `transformers`' experts interface."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -54,6 +76,73 @@ class StackedExperts:
 
     def parameters(self) -> list[torch.Tensor]:
         return [p for p in self.module.parameters() if p.requires_grad]
+
+    def select(self, experts: Sequence[int]) -> StackedExperts:
+        part: Any = copy.copy(self.module)
+        rows = torch.tensor(experts, device=self.module.down_proj.device)
+        part._parameters = {name: self._taken(name, rows) for name in self.module._parameters}
+        part._modules = {name: copy.deepcopy(child) for name, child in self.module._modules.items()}
+        if hasattr(part, "num_experts"):
+            part.num_experts = len(experts)
+        return StackedExperts(part)
+
+    def tensors(self, experts: Sequence[int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        rows = torch.tensor(experts, device=self.module.down_proj.device)
+        own, shared = {}, {}
+        for name, tensor in self.module.state_dict().items():
+            if self._is_stack(name):
+                own[name] = tensor.detach().index_select(0, rows)
+            else:
+                shared[name] = tensor.detach().clone()
+        return own, shared
+
+    def _is_stack(self, name: str) -> bool:
+        """Whether the parameter has one row for each expert."""
+        parameter = self.module._parameters.get(name)
+        return parameter is not None and parameter.ndim > 0 and len(parameter) == len(self.module.down_proj)
+
+    def _taken(self, name: str, rows: torch.Tensor) -> nn.Parameter | None:
+        parameter = self.module._parameters[name]
+        if parameter is None:
+            return None
+        where = rows if self._is_stack(name) else ...
+        taken = nn.Parameter(parameter.detach()[where].clone(), requires_grad=parameter.requires_grad)
+        if parameter.grad is not None:
+            taken.grad = parameter.grad[where].clone()
+        return taken
+
+
+_BITS = {1: np.uint8, 2: np.uint16}
+"""What stands in for the dtypes that numpy does not have, by their width in bytes."""
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> ExpertArrays:
+    """Tensors as plain arrays; those that are on the CPU already share their memory."""
+    packed: ExpertArrays = {}
+    for name, tensor in tensors.items():
+        here, dtype = tensor.detach().cpu().contiguous(), str(tensor.dtype).removeprefix("torch.")
+        if hasattr(np, dtype):
+            packed[name] = (dtype, here.numpy())
+        else:
+            packed[name] = (dtype, here.view(getattr(torch, np.dtype(_BITS[here.itemsize]).name)).numpy())
+    return packed
+
+
+def unpack(arrays: ExpertArrays) -> dict[str, torch.Tensor]:
+    """The tensors that `pack` made arrays of, in memory of their own (an array that travelled may be read-only).
+
+    Raises: `WireError` for what it never makes.
+    """
+    tensors = {}
+    for name, (dtype_name, array) in arrays.items():
+        dtype = getattr(torch, dtype_name, None)
+        if not isinstance(dtype, torch.dtype) or dtype.itemsize != array.itemsize:
+            raise WireError(
+                f"{name} is said to be {dtype_name!r} and has {array.itemsize} bytes a number; expected the name of a "
+                "torch dtype of that width"
+            )
+        tensors[name] = torch.from_numpy(np.array(array)).view(dtype)
+    return tensors
 
 
 def _grouped_linear(

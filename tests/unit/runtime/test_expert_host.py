@@ -61,12 +61,12 @@ def test_one_calls_error_does_not_touch_the_others(host):
 
 def test_forgetting_gradients_lets_a_call_count_again(host):
     rows = torch.randn(2, 8)
-    for part in host._layers[LAYER].group.parameters():
+    for part in host._layers[LAYER].groups[0].parameters():
         part.requires_grad_(True)
     backward = call(rows, [1], [2], grad=torch.ones(2, 8), call_id="step 1:0")
     first, again = host.run([backward, backward])
     torch.testing.assert_close(first.rows, again.rows)
-    parameter = host._layers[LAYER].group.parameters()[0]
+    parameter = host._layers[LAYER].groups[0].parameters()[0]
     once = parameter.grad.clone()
     host.zero_grad()
     assert parameter.grad is None
@@ -76,11 +76,11 @@ def test_forgetting_gradients_lets_a_call_count_again(host):
 
 def test_rows_that_come_again_in_another_grouping_count_once(host):
     rows, grad = torch.randn(5, 8), torch.randn(5, 8)
-    for part in host._layers[LAYER].group.parameters():
+    for part in host._layers[LAYER].groups[0].parameters():
         part.requires_grad_(True)
     together = call(rows, [1, 3], [2, 3], grad=grad, call_id="step 1:0,7")
     host.run([together])
-    parameter = host._layers[LAYER].group.parameters()[0]
+    parameter = host._layers[LAYER].groups[0].parameters()[0]
     once = parameter.grad.clone()
     host.zero_grad()
     alone = host.run([call(rows[2:], [3], [3], grad=grad[2:], call_id="step 1:7")])[0]
