@@ -1,8 +1,8 @@
 """Hosts in the router's own process, and a plan of the faults they should show.
 
 The reference implementation of the transport seam: no bytes, no sockets, one worker thread per host. A `FaultPlan`
-makes it drop, delay, duplicate, reorder or kill at a chosen call, so that everything above the seam can be tested
-against faults deterministically. Used by tests, and to run a model with its experts apart in one process.
+makes it drop, delay, duplicate, reorder, kill, slow down or corrupt at a chosen call, so that everything above the seam
+can be tested against faults deterministically. Used by tests, and to run a model with its experts apart in one process.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
+
 from ray_moe.errors import HostLost, RayMoEError
 from ray_moe.transport.base import ExpertCall, ExpertReply
 from ray_moe.types import HostAddress, HostId
 
-FaultKind = Literal["drop", "delay", "duplicate", "reorder", "kill"]
+FaultKind = Literal["drop", "delay", "duplicate", "reorder", "kill", "slow", "corrupt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Fault:
     host_id: HostId
     nth: int
     delay_s: float = 0.0
-    """For ``delay``: how long the call waits before it is computed."""
+    """For ``delay``: how long the call waits before it is computed. For ``slow``: how long each one waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +41,32 @@ class FaultPlan:
 
     ``drop``: the reply never comes. ``delay``: it comes late. ``duplicate``: the call is delivered twice.
     ``reorder``: it is answered after the host's next call. ``kill``: the host dies on it; every call in flight fails.
+    ``slow``: it and every later call of this life come late. ``corrupt``: it is answered with NaN.
     """
 
     faults: tuple[Fault, ...] = ()
 
     @classmethod
     def random(cls, seed: int, hosts: Sequence[HostId], num_faults: int, num_calls: int) -> FaultPlan:
-        """`num_faults` faults spread over the first `num_calls` calls of the hosts; the same for the same seed."""
+        """`num_faults` faults spread over the first `num_calls` calls of the hosts; the same for the same seed.
+
+        At most one host corrupts: two that answer the same damage are believed.
+        """
         rng = random.Random(seed)
-        kinds: Sequence[FaultKind] = ("drop", "delay", "duplicate", "reorder", "kill")
-        return cls(
-            tuple(
-                Fault(rng.choice(kinds), rng.choice(hosts), rng.randint(1, num_calls), delay_s=rng.uniform(0, 0.02))
-                for _ in range(num_faults)
+        kinds: Sequence[FaultKind] = ("drop", "delay", "duplicate", "reorder", "kill", "slow", "corrupt")
+        corrupting = rng.choice(hosts)
+        faults = []
+        for _ in range(num_faults):
+            kind, host_id = rng.choice(kinds), rng.choice(hosts)
+            faults.append(
+                Fault(
+                    kind,
+                    corrupting if kind == "corrupt" else host_id,
+                    rng.randint(1, num_calls),
+                    delay_s=rng.uniform(0, 0.02),
+                )
             )
-        )
+        return cls(tuple(faults))
 
     def at(self, host_id: HostId, nth: int) -> Fault | None:
         return next((fault for fault in self.faults if (fault.host_id, fault.nth) == (host_id, nth)), None)
@@ -123,6 +136,7 @@ class LocalConnection:
         self._in_flight: set[Future[ExpertReply]] = set()
         self._held_back: list[tuple[Future[ExpertReply], ExpertReply | RayMoEError]] = []
         self._closed = threading.Event()
+        self._slow_s = 0.0
         self._lock = threading.Lock()
 
     def submit(self, call: ExpertCall) -> Future[ExpertReply]:
@@ -153,9 +167,15 @@ class LocalConnection:
             return
         if fault and kind == "delay":
             self._closed.wait(fault.delay_s)
+        if fault and kind == "slow":
+            self._slow_s = fault.delay_s
+        if self._slow_s:
+            self._closed.wait(self._slow_s)
         outcomes = [self._host.run([call])[0] for _ in range(2 if kind == "duplicate" else 1)]
         if kind == "drop":
             return
+        if kind == "corrupt":
+            outcomes = [_corrupted(outcome) for outcome in outcomes]
         if kind == "reorder":
             self._held_back.append((future, outcomes[0]))
             return
@@ -164,6 +184,12 @@ class LocalConnection:
                 self._in_flight.discard(done)
             _complete(done, outcome)
         self._held_back.clear()
+
+
+def _corrupted(outcome: ExpertReply | RayMoEError) -> ExpertReply | RayMoEError:
+    if isinstance(outcome, RayMoEError):
+        return outcome
+    return ExpertReply(torch.full_like(outcome.rows, torch.nan), outcome.release)
 
 
 def _complete(future: Future[ExpertReply], outcome: ExpertReply | RayMoEError) -> None:

@@ -1,6 +1,8 @@
 """The fault plan of the in-process transport does what it says, each fault by itself."""
 
+import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -60,16 +62,31 @@ def test_a_duplicated_call_is_delivered_twice_and_answered_once(connect):
     assert host.num_calls == 2
 
 
+def test_a_slow_host_answers_late_from_that_call_on(connect):
+    _, connection, _ = connect(("slow", 2))
+    started_s = time.monotonic()
+    for number in range(3):
+        connection.submit(call(number)).result(5)
+    assert time.monotonic() - started_s >= 2 * 0.05
+
+
+def test_a_corrupted_call_is_answered_with_nan(connect):
+    _, connection, _ = connect(("corrupt", 1))
+    assert connection.submit(call(1)).result(5).rows.isnan().all()
+    assert connection.submit(call(1)).result(5).rows.isfinite().all()
+
+
 def test_a_kill_fails_every_call_in_flight_and_ends_that_life(connect):
     transport, connection, host = connect(("delay", 1), ("kill", 2))
     dead = connection.address
-    killed: list[str] = []
-    transport.on_kill = killed.append
+    killed: SimpleQueue[str] = SimpleQueue()
+    transport.on_kill = killed.put
     futures = [connection.submit(call(number)) for number in range(4)]
     for future in futures[1:]:
         with pytest.raises(HostLost):
             future.result(5)
-    assert killed == ["expert-0"]
+    assert killed.get(timeout=5) == "expert-0"
+    assert killed.empty()
     with pytest.raises(HostLost):
         connection.submit(call(9)).result(5)
     with pytest.raises(HostLost):
@@ -82,4 +99,5 @@ def test_a_kill_fails_every_call_in_flight_and_ends_that_life(connect):
 def test_a_random_plan_is_the_same_for_the_same_seed():
     plans = [FaultPlan.random(seed, ["a", "b"], num_faults=5, num_calls=20) for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
+    assert len({fault.host_id for fault in plans[0].faults if fault.kind == "corrupt"}) <= 1
     assert all(fault.host_id in ("a", "b") and 1 <= fault.nth <= 20 for fault in plans[0].faults)
