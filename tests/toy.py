@@ -12,8 +12,9 @@ from torch import nn
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import place_by_index
 from ray_moe.runtime.expert_host import ExpertHost
+from ray_moe.runtime.own_experts import OwnExperts
 from ray_moe.transport.local import LocalTransport
-from ray_moe.types import HostId, RoutingTable
+from ray_moe.types import HostId, Placement, RoutingTable
 
 LAYER = "model.layers.0.mlp.experts"
 
@@ -66,6 +67,17 @@ def random_routing(
     return torch.from_numpy(index), torch.from_numpy(rng.random((num_tokens, top_k), dtype=np.float32))
 
 
+def own_experts(module: ToyExperts, *, cache: int = 0, lifeboat: int = 0) -> OwnExperts:
+    """A router's own experts out of `module`, with room for so many."""
+    num_bytes = sum(parameter[0].nbytes for parameter in module.parameters())
+    return OwnExperts(
+        lambda layer, experts: StackedExperts(module.shard(experts)),
+        {LAYER: num_bytes},
+        cache_bytes=cache * num_bytes,
+        lifeboat_bytes=lifeboat * num_bytes,
+    )
+
+
 def hold_all(host: ExpertHost, module: ToyExperts, table: RoutingTable, layer: str = LAYER) -> dict[str, Any]:
     """Give `host` the experts that `table` places on it; returns its shard by layer."""
     shards = {}
@@ -77,11 +89,17 @@ def hold_all(host: ExpertHost, module: ToyExperts, table: RoutingTable, layer: s
 
 
 def local_cluster(
-    module: ToyExperts, num_hosts: int
+    module: ToyExperts, num_hosts: int, num_replicas: int = 1
 ) -> tuple[LocalTransport, RoutingTable, dict[HostId, ExpertHost], dict[HostId, ToyExperts]]:
-    """`num_hosts` hosts in this process that share the experts of `module`, with the table that says so."""
+    """`num_hosts` hosts in this process that share the experts of `module`, with the table that says so.
+
+    An expert's further replicas are on the hosts after its first one.
+    """
     names = [f"expert-{number}" for number in range(num_hosts)]
-    placement = place_by_index({LAYER: len(module.down_proj)}, names)
+    firsts = [names.index(hosts[0]) for hosts in place_by_index({LAYER: len(module.down_proj)}, names).hosts_of[LAYER]]
+    placement = Placement(
+        {LAYER: tuple(tuple(names[(first + n) % num_hosts] for n in range(num_replicas)) for first in firsts)}
+    )
     hosts = {name: ExpertHost(name) for name in names}
     transport = LocalTransport(hosts)
     table = RoutingTable(1, placement, {name: transport.address(name) for name in names})

@@ -1,56 +1,38 @@
-"""The routed experts of a model, wherever they live: dispatch, exchange, combine, and retry.
+"""The routed experts of a model, wherever they live: dispatch, exchange and combine.
 
 This is the one dispatch core behind every door. It is given the gate's choice (index and weight) and answers the sum
-of the chosen experts' outputs; a host that dies, hangs or has lost an expert is retried here and never seen by the
-model. It decides no placement: the routing table comes from outside, and the loss of a host is reported outside.
+of the chosen experts' outputs; a host that dies, hangs, is slow, answers damaged rows or has lost an expert is dealt
+with here and never seen by the model. It decides no placement: the routing table comes from outside, and what is found
+out about hosts is reported outside.
 
 Shape legend: T tokens, K experts per token, N = T*K slots, E experts, D model width, n rows of one host.
 """
 
 from __future__ import annotations
 
-import threading
-import time
+import math
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from ray_moe.errors import HostLost, StaleRouting, Unavailable
-from ray_moe.ops.dispatch import HostShare, Ints, combine, cut, split_by_host
-from ray_moe.runtime.routing import Routes
-from ray_moe.transport.base import Connection, ExpertCall, ExpertReply, Transport
-from ray_moe.types import HostAddress, LayerPath, RoutingTable
+from ray_moe.errors import ExpertFailed, Unavailable
+from ray_moe.ops.dispatch import HostShare, Ints, combine
+from ray_moe.runtime.exchange import Answer, CombineAt, DispatchSettings, Exchange, How, MakeCall, Router
+from ray_moe.runtime.lines import Lines
+from ray_moe.runtime.own_experts import OwnExperts
+from ray_moe.runtime.reports import Reports
+from ray_moe.runtime.routing import Reach, Routes
+from ray_moe.runtime.statistics import Statistics
+from ray_moe.transport.base import ExpertCall, Transport
+from ray_moe.types import HostAddress, HostId, LayerPath, RoutingTable
 
-CombineAt = Literal["router", "host"]
-RECONNECT_EVERY_S = 0.1
-"""While no newer table has come, a lost host is tried again this often: perhaps only its line broke."""
+__all__ = ["CombineAt", "DispatchSettings", "ExpertDispatcher"]
 
-REPORT_EVERY_S = 1.0
-"""A host that stays out of reach is reported again after this: the first report may have reached nobody."""
-MAX_ROWS_PER_CALL = 4096
-"""Larger shares are cut, so that a host with a huge batch still answers something now and then."""
-
-MakeCall = Callable[[HostShare, int], ExpertCall]
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchSettings:
-    """How the dispatcher combines and how long it waits."""
-
-    combine: CombineAt = "router"
-    """``router``: unweighted rows come back and are summed in `transformers`' own order (bit-equal).
-    ``host``: weighted partial sums come back; less traffic, other rounding in bf16."""
-    call_timeout_s: float = 30.0
-    """A host that has answered nothing for so long is taken for lost."""
-    recovery_timeout_s: float = 60.0
-    """How long rows wait for a host that can compute them before the batch fails with `Unavailable`."""
+Sources = list[tuple[Ints, HostAddress | None]]
+"""Slots, and the host that computed them; None is the router itself."""
 
 
 class ExpertDispatcher:
@@ -61,34 +43,90 @@ class ExpertDispatcher:
         transport: Transport,
         settings: DispatchSettings | None = None,
         on_lost: Callable[[HostAddress], None] = lambda address: None,
+        *,
+        on_slow: Callable[[HostAddress, float], None] = lambda address, seconds: None,
+        on_corrupt: Callable[[HostAddress], None] = lambda address: None,
+        own: OwnExperts | None = None,
     ) -> None:
-        """`on_lost` is called from the thread that finds a host lost, again each second while it stays so."""
+        """
+        Args:
+            transport: makes the lines to hosts; closed by whoever made it.
+            settings: how to combine, wait and hedge.
+            on_lost: told of a host that cannot be reached, again each second while it stays so, from any thread.
+            on_slow: told of a host that keeps answering late, and for how many seconds it owes its answer; likewise.
+            on_corrupt: told of a host that answered NaN or infinity where another computed numbers; likewise.
+            own: the router's own experts: its cache and its lifeboat.
+        """
         self.settings = settings or DispatchSettings()
-        self.num_retried_calls = 0
-        self.tokens_per_expert: dict[LayerPath, Ints] = {}
-        """[E] tokens routed to each expert since the start, by layer."""
-        self._routes = Routes(transport)
-        self._on_lost = on_lost
+        self.statistics = Statistics()
+        self.own = own
+        self._reports = Reports(on_lost, on_slow, on_corrupt)
+        self._routes = Routes(has_lifeboat=own is not None and own.has_lifeboat)
+        self._lines = Lines(transport, self._routes, self._reports, self.settings.call_timeout_s)
+        self._router = Router(self.settings, self._routes, self._lines, self.statistics, own)
         self._anchor = torch.zeros((), requires_grad=True)
-        self._counting = threading.Lock()
-        self._last_reply_s: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
-        self._reported_s: dict[str, float] = {}
-        self._reporting = threading.Lock()
 
     # --- the routing table ---------------------------------------------------------------------------------
     def update(self, table: RoutingTable) -> None:
         """Route by `table` from the next batch on (and for what is being retried); older tables are ignored."""
-        self._routes.update(table)
-        for layer, experts in table.placement.hosts_of.items():
-            self.tokens_per_expert.setdefault(layer, np.zeros(len(experts), dtype=np.int64))
+        self.statistics.add_layers({layer: len(experts) for layer, experts in table.placement.hosts_of.items()})
+        if not self._routes.update(table):
+            return
+        self._lines.end_lives()
+        if self.own is not None:
+            self.own.disembark(self._has_host)
+            self._router.note_own()
+
+    def _has_host(self, layer: LayerPath, expert: int) -> bool:
+        view = self._routes.view
+        if layer not in view.table.placement.hosts_of:
+            return False
+        return bool(view.routes(layer, "hosts").owner[expert] != view.here)
 
     @property
     def table(self) -> RoutingTable:
         return self._routes.view.table
 
+    def report_lost(self, address: HostAddress) -> None:
+        """Tell of a host whose line broke while nothing was in flight."""
+        self._reports.lost(address)
+
+    def rebalance_cache(self, now_s: float) -> None:
+        """Bring the router's cache of experts up to date with the load; reads weights, so not in an event loop."""
+        if self.own is not None:
+            self.own.rebalance(self.statistics.tokens_per_expert, now_s)
+            self._router.note_own()
+
+    def clear_own(self) -> None:
+        """Let go of the router's own experts: the weights have changed."""
+        if self.own is not None:
+            self.own.clear()
+            self._router.note_own()
+
     def close(self) -> None:
         """Close every line; batches in flight fail over and then end with `Unavailable`."""
-        self._routes.close()
+        self._lines.close()
+
+    # --- what it tells of itself ---------------------------------------------------------------------------
+    @property
+    def tokens_per_expert(self) -> Mapping[LayerPath, Ints]:
+        """[E] tokens routed to each expert since the start, by layer."""
+        return self.statistics.tokens_per_expert
+
+    @property
+    def num_retried_calls(self) -> int:
+        """Calls whose rows were sent again, because a host was lost or did not hold an expert."""
+        return self.statistics.num_retried_calls
+
+    @property
+    def rows_in_flight(self) -> dict[HostId, int]:
+        """Rows that each host has been sent and has not answered."""
+        return self._lines.rows_in_flight
+
+    @property
+    def rows_per_host(self) -> dict[HostId, int]:
+        """Rows sent to each host since the start."""
+        return self._lines.rows_per_host
 
     # --- the contract --------------------------------------------------------------------------------------
     def forward(
@@ -108,33 +146,47 @@ class ExpertDispatcher:
         Raises: `Unavailable` when rows found no living host within `recovery_timeout_s`; `ExpertFailed`.
         """
         slots = index.detach().cpu().numpy().astype(np.int64, copy=False).reshape(-1)
-        self._count(layer, slots)
+        self.statistics.add_tokens(layer, slots)
         if torch.is_grad_enabled():
             anchor = self._anchor.to(hidden.device)
             return combine(_RemoteRows.apply(hidden, anchor, self, layer, slots), weight)  # type: ignore[no-untyped-call]
         tokens = hidden if hidden.device.type == "cpu" else hidden.cpu()
         if self.settings.combine == "host":
-            return self._partial_sums(layer, tokens, slots, weight.cpu()).to(hidden.device)
-        return combine(self._rows(layer, tokens, slots).to(hidden.device), weight)
+            out = self._partial_sums(layer, tokens, slots, weight.cpu())
+            if not self.settings.check_finite or _is_finite(out):
+                return out.to(hidden.device)
+            # Whose rows are at fault cannot be seen in a sum: let them all come unweighted.
+        rows, sources = self._rows(layer, tokens, slots, "any")
+        if not self.settings.check_finite:
+            return combine(rows.to(hidden.device), weight)
+        if hidden.device.type != "cpu":
+            return combine(self._checked(layer, tokens, slots, rows, sources).to(hidden.device), weight)
+        out = combine(rows, weight)
+        if _is_finite(out):  # a K-th of the numbers that the rows have
+            return out
+        return combine(self._checked(layer, tokens, slots, rows, sources), weight)
 
-    def _count(self, layer: LayerPath, slots: Ints) -> None:
-        counts = self.tokens_per_expert.get(layer)
-        if counts is not None:
-            with self._counting:
-                counts += np.bincount(slots, minlength=len(counts) + 1)[:-1]
-
-    def _rows(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints) -> torch.Tensor:
-        """[T, D], [N] -> [N, D] unweighted outputs by slot; zeros where a slot goes nowhere."""
+    def _rows(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, reach: Reach) -> tuple[torch.Tensor, Sources]:
+        """[T, D], [N] -> [N, D] unweighted outputs by slot, zeros where a slot goes nowhere; and who computed them."""
         rows: torch.Tensor | None = None
-        for share, reply in self._exchange(layer, slots, len(hidden), lambda s, e: _call(layer, e, hidden, s)):
+        sources: Sources = []
+        exchange = self._exchange(layer, hidden, slots, how=How(reach))
+        for answer in exchange.answers():
             if rows is None:
-                every = len(share.slot) == len(slots)
-                rows = (torch.empty if every else torch.zeros)(len(slots), reply.shape[-1], dtype=hidden.dtype)
-            rows.index_copy_(0, torch.from_numpy(share.slot), reply)
-        return hidden.new_zeros(len(slots), hidden.shape[-1]) if rows is None else rows
+                every = exchange.num_rows == len(slots)
+                rows = (torch.empty if every else torch.zeros)(len(slots), answer.rows.shape[-1], dtype=hidden.dtype)
+            rows.index_copy_(0, torch.from_numpy(answer.share.slot), answer.rows)
+            sources.append((answer.share.slot, answer.address))
+        return hidden.new_zeros(len(slots), hidden.shape[-1]) if rows is None else rows, sources
+
+    def _exchange(
+        self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, make: MakeCall | None = None, how: How | None = None
+    ) -> Exchange:
+        make = make or (lambda share, epoch: _call(layer, epoch, hidden, share))
+        return Exchange(self._router, layer, slots, len(slots) // max(len(hidden), 1), make, how or How())
 
     def _partial_sums(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, weight: torch.Tensor) -> torch.Tensor:
-        """The same with the hosts combining: one row per token and host comes back."""
+        """[T, D] with the hosts combining: one row per token and host comes back."""
         flat_weight = weight.reshape(-1)
         sums = torch.zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, weight.dtype))
 
@@ -143,11 +195,8 @@ class ExpertDispatcher:
             call.weight = flat_weight[torch.from_numpy(share.slot)]
             return call
 
-        for share, reply in self._exchange(layer, slots, len(hidden), make):
-            if share.gather is None:
-                sums += reply
-            else:
-                sums.index_add_(0, torch.from_numpy(share.gather), reply.to(sums.dtype))
+        for answer in self._exchange(layer, hidden, slots, make, How(in_order=True)).answers():
+            _add(sums, answer)
         return sums.to(hidden.dtype)
 
     def backward_rows(
@@ -155,7 +204,8 @@ class ExpertDispatcher:
     ) -> torch.Tensor:
         """Push gradients back through the rows: `grad` [N, D] -> [T, D], the gradient in `hidden`.
 
-        The hosts recompute the rows from `hidden` and add to their experts' gradients, each call counted once.
+        The hosts recompute the rows from `hidden` and add to their experts' gradients, each call counted once. All rows
+        of an expert go to its first host, and are never sent to two.
         """
         sums = torch.zeros_like(hidden)
 
@@ -167,102 +217,70 @@ class ExpertDispatcher:
             call.call_id = f"{call_id}:{','.join(map(str, share.slot[firsts].tolist()))}"
             return call
 
-        for share, reply in self._exchange(layer, slots, len(hidden), make):
-            if share.gather is None:
-                sums += reply
-            else:
-                sums.index_add_(0, torch.from_numpy(share.gather), reply)
+        for answer in self._exchange(layer, hidden, slots, make, How("first", in_order=True)).answers():
+            _add(sums, answer)
         return sums
 
-    # --- exchange and retry --------------------------------------------------------------------------------
-    def _exchange(
-        self, layer: LayerPath, slots: Ints, num_tokens: int, make: MakeCall
-    ) -> Iterator[tuple[HostShare, torch.Tensor]]:
-        """Every share of the batch with its reply's rows (valid until the next is asked for), in any order.
+    # --- damage --------------------------------------------------------------------------------------------
+    def checked_rows(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints) -> torch.Tensor:
+        """[T, D], [N] -> [N, D] from hosts alone, for a batch with gradients."""
+        rows, sources = self._rows(layer, hidden, slots, "hosts")
+        return self._checked(layer, hidden, slots, rows, sources, "hosts") if self.settings.check_finite else rows
 
-        Shares whose host was lost, or did not hold an expert, are regrouped by the newest table and sent again.
+    def _checked(
+        self,
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        slots: Ints,
+        rows: torch.Tensor,
+        sources: Sources,
+        reach: Reach = "any",
+    ) -> torch.Tensor:
+        """[N, D] rows, of which those that a host damaged have been computed elsewhere.
+
+        NaN and infinity are damage if the token had none and another copy of the expert answers numbers; otherwise they
+        are the model's own, or nobody can tell.
         """
-        if not len(slots):
+        if _is_finite(rows):
+            return rows
+        top_k = len(slots) // len(hidden)
+        is_bad = ~rows.isfinite().all(1) & hidden.isfinite().all(1).repeat_interleave(top_k)
+        bad = is_bad.numpy()
+        for slot, address in sources:
+            mine = np.sort(slot[bad[slot]])
+            if address is not None and len(mine):
+                self._ask_another(layer, hidden, slots, rows, mine, address, reach)
+        return rows
+
+    def _ask_another(
+        self,
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        slots: Ints,
+        rows: torch.Tensor,
+        suspect: Ints,
+        address: HostAddress,
+        reach: Reach,
+    ) -> None:
+        """Compute the slots in `suspect` without the host at `address`; what comes back as numbers goes into `rows`."""
+        view, avoid = self._routes.view, frozenset((address.host_id,))
+        if reach == "hosts" or self.own is None or not self.own.has_lifeboat:
+            owner = view.routes(layer, reach, avoid).owner[slots[suspect]]
+            suspect = suspect[owner != view.here]
+        if not len(suspect):
             return
-        top_k = len(slots) // num_tokens
-        pending: Ints | None = None
-        give_up_at = 0.0
-        while True:
-            view = self._routes.view
-            index = slots if pending is None else slots[pending]
-            shares = split_by_host(index, view.owner_of(layer), top_k, pending)
-            sent: list[tuple[HostShare, Connection, Future[ExpertReply]]] = []
-            failed: list[HostShare] = []
-            try:
-                for share in shares:
-                    host_id = view.hosts[share.host]
-                    connection = self._routes.connection(host_id)
-                    if connection is None:
-                        failed.append(share)
-                        self.report_lost(view.table.addresses.get(host_id))
-                        continue
-                    sent += [
-                        (piece, connection, connection.submit(make(piece, view.table.epoch)))
-                        for piece in cut(share, top_k, MAX_ROWS_PER_CALL)
-                    ]
-                for share, connection, future in sent:
-                    reply = self._await(connection, future)
-                    if reply is None:
-                        self.num_retried_calls += 1
-                        failed.append(share)
-                        continue
-                    try:
-                        yield share, reply.rows
-                    finally:
-                        reply.release()
-            finally:  # after an error the other replies are nobody's
-                for _, _, future in sent:
-                    future.cancel()
-            if not failed:
-                return
-            give_up_at = give_up_at or time.monotonic() + self.settings.recovery_timeout_s
-            if time.monotonic() > give_up_at:
-                experts = sorted({expert for share in failed for expert in share.experts})
-                raise Unavailable(
-                    f"experts {experts} of {layer} had no living host for {self.settings.recovery_timeout_s:g} s; "
-                    "retry when the service has recovered"
-                )
-            self._routes.wait_newer(view.table.epoch, RECONNECT_EVERY_S)
-            pending = np.sort(np.concatenate([share.slot for share in failed]))
-
-    def _await(self, connection: Connection, future: Future[ExpertReply]) -> ExpertReply | None:
-        """The reply; None when the rows must be sent again. Reports a lost host.
-
-        A host with much to do is slow, not lost: what counts is the time since it answered anything.
-        """
-        while True:
-            try:
-                reply = future.result(self.settings.call_timeout_s)
-            except StaleRouting:
-                return None
-            except FutureTimeoutError:
-                if time.monotonic() - self._last_reply_s.get(connection, 0.0) < self.settings.call_timeout_s:
-                    continue
-                future.cancel()
-            except HostLost:
-                pass
-            else:
-                self._last_reply_s[connection] = time.monotonic()
-                return reply
-            self._routes.lose(connection)
-            self.report_lost(connection.address)
-            return None
-
-    def report_lost(self, address: HostAddress | None) -> None:
-        """Tell of a host that cannot be reached; again while that goes on, but not more than once a second."""
-        if address is None:
+        is_damaged = False
+        try:
+            for answer in self._exchange(layer, hidden, slots, how=How(reach, only=suspect, avoid=avoid)).answers():
+                is_good = answer.rows.isfinite().all(1)
+                if bool(is_good.any()):
+                    is_damaged = True
+                    rows[torch.from_numpy(answer.share.slot)[is_good]] = answer.rows[is_good]
+        except (Unavailable, ExpertFailed):  # no second opinion: the first is what there is
             return
-        now_s = time.monotonic()
-        with self._reporting:
-            if now_s - self._reported_s.get(address.incarnation, -REPORT_EVERY_S) < REPORT_EVERY_S:
-                return
-            self._reported_s[address.incarnation] = now_s
-        self._on_lost(address)
+        finally:
+            if is_damaged:
+                self._reports.corrupt(address)
 
 
 def _call(layer: LayerPath, epoch: int, hidden: torch.Tensor, share: HostShare) -> ExpertCall:
@@ -275,6 +293,19 @@ def _call(layer: LayerPath, epoch: int, hidden: torch.Tensor, share: HostShare) 
         experts=share.experts,
         counts=share.counts,
     )
+
+
+def _add(sums: torch.Tensor, answer: Answer) -> None:
+    """Add [t, D], one row for each token of a share, to [T, D]."""
+    if answer.share.gather is None:
+        sums += answer.rows
+    else:
+        sums.index_add_(0, torch.from_numpy(answer.share.gather), answer.rows.to(sums.dtype))
+
+
+def _is_finite(numbers: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, by one sum; in rare cases numbers so large that their sum is none."""
+    return math.isfinite(numbers.sum(dtype=torch.float32 if numbers.itemsize < 4 else None).item())
 
 
 class _RemoteRows(torch.autograd.Function):
@@ -296,7 +327,7 @@ class _RemoteRows(torch.autograd.Function):
         tokens = hidden.detach().cpu()
         ctx.dispatcher, ctx.layer, ctx.slots, ctx.call_id = dispatcher, layer, slots, uuid.uuid4().hex
         ctx.save_for_backward(tokens)
-        return dispatcher._rows(layer, tokens, slots).to(hidden.device)
+        return dispatcher.checked_rows(layer, tokens, slots).to(hidden.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

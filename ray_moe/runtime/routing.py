@@ -1,108 +1,241 @@
-"""The routing table as a router uses it: owners as arrays, and one connection per living host.
+"""The routing table as a router uses it: for each layer, which hosts can compute which expert at this moment.
 
-Turns a `RoutingTable` into what the dispatcher needs per batch, keeps the connections of hosts that live on across
-tables, and lets callers wait for a newer table. Never decides a placement. Called by `runtime/moe_layer.py`.
+A `View` is one table and what the router itself has found out since it came: who is out of reach, who is late, who does
+not hold what the table says, and which experts the router holds itself. `Routes` has the newest view and lets callers
+wait for the next. Never decides a placement and opens no line. Called by `runtime/exchange.py` and `runtime/lines.py`.
+
+Shape legend: E experts of a layer, R replicas, H hosts with an address, m slots. Host numbers are 0..H-1 as in
+`View.hosts`, and H is the router's own process.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from ray_moe.errors import HostLost, NotFound
-from ray_moe.ops.dispatch import NOWHERE, Ints
-from ray_moe.transport.base import Connection, Transport
+from ray_moe.errors import NotFound
+from ray_moe.ops.dispatch import FEW_SLOTS, NOWHERE, Ints, spread
+from ray_moe.policy.split import Replicas, choose_replicas, split_tokens
 from ray_moe.types import HostId, LayerPath, Placement, RoutingTable
 
+Floats = npt.NDArray[np.float64]
 
-@dataclass(frozen=True, slots=True)
+Reach = Literal["any", "hosts", "first"]
+"""Who may compute rows. ``any``: hosts, and the router's own copies. ``hosts``: hosts only. ``first``: each expert's
+first host and no other, in reach or not, so that gradients are summed in one place."""
+
+FADING = 0.9
+"""What is left, after each batch, of the turns that a host has had."""
+
+Load = Callable[[Sequence[HostId]], tuple[Floats, Floats]]
+"""Tells, for the hosts named, the rows and the experts that they are at for this router."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerRoutes:
+    """Where the experts of one layer are computed."""
+
+    hosts: tuple[HostId, ...]
+    owner: Ints
+    """[E + 1] host number of each expert's first replica, H where nobody else can; the last entry is `NOWHERE`."""
+    replicas: Replicas | None
+    """Replicas by host number; None when no expert has a choice."""
+    speed: Floats | None
+    """[H + 1] relative; None when all are equal."""
+    num_holding: int
+    """Hosts that hold an expert of this layer."""
+    turns: Floats
+    """[H + 1] fading count of the rows sent to each host: where all else is equal, replicas take turns. The one thing
+    here that changes, and a lost update does no harm."""
+
+    def hosts_of(self, index: Ints, load: Load) -> Ints | None:
+        """[m] expert of each slot (E is the sentinel) -> [m] host number of each; None where `owner` says it all."""
+        replicas = self.replicas
+        if replicas is None:
+            return None
+        rows, experts = load(self.hosts)
+        num_experts = len(self.owner) - 1
+        if len(index) <= FEW_SLOTS:
+            wanted = index.tolist()
+            touched = sorted({expert for expert in wanted if expert < num_experts})
+            # At most 32 slots a batch, so the turns of a host add up to less than 320 and stay below one expert.
+            chosen = choose_replicas(
+                np.array(touched, dtype=np.int64), replicas, self.speed, experts + self.turns * 1e-3
+            )
+            homes = dict(zip(touched, replicas.host[chosen].tolist(), strict=True))
+            of_slot = [homes.get(expert, NOWHERE) for expert in wanted]
+            self.turns[:] *= FADING
+            for home in of_slot:
+                self.turns[home] += 1.0
+            return np.array(of_slot, dtype=np.int64)
+        count = np.bincount(index, minlength=num_experts + 1)[:num_experts]
+        return spread(index, replicas.host, split_tokens(count, replicas, self.speed, rows))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """One routing table, ready for use."""
+    """One routing table, and what has been found out since."""
 
     table: RoutingTable
-    hosts: tuple[HostId, ...] = ()
-    owner: Mapping[LayerPath, Ints] = field(default_factory=dict)
-    """[E + 1] number (in `hosts`) of each expert's host; the last entry, the sentinel's, is `NOWHERE`."""
+    out: frozenset[HostId] = frozenset()
+    """Hosts out of reach."""
+    late: frozenset[HostId] = frozenset()
+    """Hosts that owe an answer for longer than usual: used where there is nobody else."""
+    hung: frozenset[HostId] = frozenset()
+    """Of those, the ones so late that the lifeboat is the better way."""
+    missing: frozenset[tuple[HostId, LayerPath, int]] = frozenset()
+    """Replicas that the table names and the host did not have."""
+    cached: Mapping[LayerPath, frozenset[int]] = field(default_factory=dict)
+    """Experts that the router computes itself whoever else holds them."""
+    aboard: Mapping[LayerPath, frozenset[int]] = field(default_factory=dict)
+    """Experts in the router's lifeboat."""
+    has_lifeboat: bool = False
+    hosts: tuple[HostId, ...] = field(init=False)
+    """Those with an address; their numbers are their places."""
+    _made: dict[tuple[LayerPath, Reach], LayerRoutes] = field(init=False, repr=False, default_factory=dict)
 
-    @classmethod
-    def of(cls, table: RoutingTable) -> View:
-        numbers: dict[HostId, int] = {}
-        owner = {}
-        for layer, experts in table.placement.hosts_of.items():
-            firsts = [numbers.setdefault(hosts[0], len(numbers)) for hosts in experts]
-            owner[layer] = np.array([*firsts, NOWHERE], dtype=np.int64)
-        return cls(table, tuple(numbers), owner)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hosts", tuple(self.table.addresses))
 
-    def owner_of(self, layer: LayerPath) -> Ints:
-        try:
-            return self.owner[layer]
-        except KeyError:
-            raise NotFound(f"no layer {layer!r} in the routing table; it has {sorted(self.owner)}") from None
+    @property
+    def here(self) -> int:
+        """H, the number of the router's own process: the way of last resort."""
+        return len(self.hosts)
+
+    def routes(self, layer: LayerPath, reach: Reach, avoid: frozenset[HostId] = frozenset()) -> LayerRoutes:
+        """Where the experts of `layer` are computed, leaving out the hosts in `avoid`; made when first asked for.
+
+        Raises: `NotFound` for a layer that the table does not have.
+        """
+        if avoid:
+            return self._make(layer, reach, avoid)
+        made = self._made.get((layer, reach))
+        if made is None:
+            made = self._made[layer, reach] = self._make(layer, reach, avoid)
+        return made
+
+    def _make(self, layer: LayerPath, reach: Reach, avoid: frozenset[HostId]) -> LayerRoutes:
+        placed = self.table.placement.hosts_of.get(layer)
+        if placed is None:
+            known = sorted(self.table.placement.hosts_of)
+            raise NotFound(f"no layer {layer!r} in the routing table; it has {known}")
+        number = {host: place for place, host in enumerate(self.hosts)}
+        homes = [
+            [number[host] for host in self._homes(layer, expert, hosts, reach, avoid)] or [self.here]
+            for expert, hosts in enumerate(placed)
+        ]
+        has_choice = any(len(each) > 1 for each in homes)
+        speed = np.array([*(self.table.speeds.get(host, 1.0) for host in self.hosts), 1.0])
+        return LayerRoutes(
+            hosts=self.hosts,
+            owner=np.array([*(each[0] for each in homes), NOWHERE], dtype=np.int64),
+            replicas=Replicas.of(homes, len(number) + 1) if has_choice else None,
+            speed=None if (speed == 1.0).all() else speed,
+            num_holding=len({host for hosts in placed for host in hosts} & number.keys()),
+            turns=np.zeros(len(number) + 1),
+        )
+
+    def _homes(
+        self, layer: LayerPath, expert: int, hosts: Sequence[HostId], reach: Reach, avoid: frozenset[HostId]
+    ) -> list[HostId]:
+        """The hosts that may compute the expert; empty for the router itself."""
+        there = [host for host in hosts if host in self.table.addresses]
+        if reach == "first":
+            return there[:1]
+        if reach == "any" and expert in self.cached.get(layer, ()):
+            return []
+        live = [
+            host
+            for host in there
+            if host not in self.out and host not in avoid and (host, layer, expert) not in self.missing
+        ]
+        prompt = [host for host in live if host not in self.late]
+        if prompt or reach == "hosts":
+            return prompt or live
+        is_aboard = expert in self.aboard.get(layer, ())
+        return [] if is_aboard or (self.has_lifeboat and self.hung.issuperset(live)) else live
 
 
 class Routes:
-    """The newest view, and the connections it needs. Thread-safe."""
+    """The newest view. Thread-safe; whoever changes something makes a new view."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, has_lifeboat: bool = False) -> None:
         self._changed = threading.Condition()
-        self._connections: dict[HostId, Connection] = {}
-        self._dialing: dict[HostId, threading.Lock] = {}
-        self.view = View(RoutingTable(epoch=0, placement=Placement({})))
+        self.view = View(RoutingTable(epoch=0, placement=Placement({})), has_lifeboat=has_lifeboat)
 
-    def update(self, table: RoutingTable) -> None:
-        """Use `table` from now on; older ones than the present are ignored. Connections to ended lives close."""
+    def update(self, table: RoutingTable) -> bool:
+        """Use `table` from now on; false for one that is not newer, which is ignored.
+
+        A host that is out of reach or late stays so while its address is the same: whether it can be reached is what
+        this router finds out, not the table.
+        """
         with self._changed:
-            if table.epoch <= self.view.table.epoch:
-                return
-            self.view = View.of(table)
-            ended = [
-                self._connections.pop(host_id)
-                for host_id, connection in list(self._connections.items())
-                if table.addresses.get(host_id) != connection.address
-            ]
-            self._changed.notify_all()
-        for connection in ended:
-            connection.close()
+            before = self.view
+            if table.epoch <= before.table.epoch:
+                return False
 
-    def connection(self, host_id: HostId) -> Connection | None:
-        """The line to the host's present life, opened when needed; None while it cannot be reached."""
-        connection = self._connections.get(host_id)
-        if connection is not None:
-            return connection
-        with self._dialing.setdefault(host_id, threading.Lock()):  # one dials; tables and other hosts do not wait
-            connection = self._connections.get(host_id)
-            address = self.view.table.addresses.get(host_id)
-            if connection is not None or address is None:
-                return connection
-            try:
-                connection = self._transport.connect(address)
-            except HostLost:
-                return None
-            with self._changed:
-                if self.view.table.addresses.get(host_id) == address:
-                    self._connections[host_id] = connection
-                    return connection
-        connection.close()  # the table moved on meanwhile
-        return None
+            def same(hosts: frozenset[HostId]) -> frozenset[HostId]:
+                return frozenset(h for h in hosts if table.addresses.get(h) == before.table.addresses.get(h))
 
-    def lose(self, connection: Connection) -> None:
-        """Close a line that failed; the next call opens another."""
+            self._show(
+                replace(
+                    before,
+                    table=table,
+                    out=same(before.out),
+                    late=same(before.late),
+                    hung=same(before.hung),
+                    missing=frozenset(),
+                )
+            )
+            return True
+
+    def set_out(self, host_id: HostId, is_out: bool) -> None:
+        """A host went out of reach (and is not late any more), or is back."""
         with self._changed:
-            if self._connections.get(connection.address.host_id) is connection:
-                del self._connections[connection.address.host_id]
-        connection.close()
+            view, one = self.view, frozenset((host_id,))
+            self._show(
+                replace(
+                    view, out=view.out | one if is_out else view.out - one, late=view.late - one, hung=view.hung - one
+                )
+            )
 
-    def wait_newer(self, epoch: int, timeout_s: float) -> bool:
-        """Wait until the table is newer than `epoch`; False when `timeout_s` passed first."""
+    def set_late(self, host_id: HostId, is_late: bool, is_hung: bool = False) -> None:
+        """A host owes an answer for longer than usual, or has given it."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.view.table.epoch > epoch, timeout_s)
+            view, one = self.view, frozenset((host_id,))
+            late = view.late | one if is_late else view.late - one
+            hung = view.hung | one if is_late and is_hung else view.hung - one
+            if (late, hung) != (view.late, view.hung):
+                self._show(replace(view, late=late, hung=hung))
 
-    def close(self) -> None:
+    def add_missing(self, host_id: HostId, layer: LayerPath, expert: int) -> None:
+        """The host does not hold the expert, whatever the table says."""
         with self._changed:
-            open_lines, self._connections = list(self._connections.values()), {}
-        for connection in open_lines:
-            connection.close()
+            self._show(replace(self.view, missing=self.view.missing | {(host_id, layer, expert)}))
+
+    def forget_missing(self, layer: LayerPath) -> None:
+        """Ask again for what was missing of a layer: by now it may be there."""
+        with self._changed:
+            kept = frozenset(entry for entry in self.view.missing if entry[1] != layer)
+            if kept != self.view.missing:
+                self._show(replace(self.view, missing=kept))
+
+    def set_own(self, cached: Mapping[LayerPath, frozenset[int]], aboard: Mapping[LayerPath, frozenset[int]]) -> None:
+        """The router holds these experts itself from now on."""
+        with self._changed:
+            if (cached, aboard) != (self.view.cached, self.view.aboard):
+                self._show(replace(self.view, cached=cached, aboard=aboard))
+
+    def wait_changed(self, view: View, timeout_s: float) -> bool:
+        """Wait for another view than `view`; false when `timeout_s` passed first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.view is not view, timeout_s)
+
+    def _show(self, view: View) -> None:
+        self.view = view
+        self._changed.notify_all()

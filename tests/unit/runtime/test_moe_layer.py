@@ -7,12 +7,12 @@ import torch
 from ray_moe.errors import ExpertFailed, NotFound, Unavailable
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import replace_host
-from ray_moe.runtime import moe_layer
-from ray_moe.runtime.expert_host import ExpertHost
+from ray_moe.runtime import exchange
 from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
 from ray_moe.transport.local import Fault, FaultPlan
 from ray_moe.types import HostAddress, RoutingTable
-from tests.toy import LAYER, ToyExperts, hold_all, local_cluster, random_routing
+from tests.toy import LAYER, ToyExperts, local_cluster, random_routing
+from tests.unit.runtime.repairing import Repairing
 
 
 def batch(num_tokens=11, num_experts=6, top_k=2, width=8, dtype=torch.float32, sentinels=True):
@@ -97,52 +97,22 @@ def test_a_backward_call_delivered_twice_counts_once():
     transport.close()
 
 
-class Repairing:
-    """Plays the controller: a killed host's experts go to a spare, with the next epoch."""
-
-    def __init__(self, module, num_hosts):
-        self.module = module
-        self.transport, self.table, _, _ = local_cluster(module, num_hosts)
-        self.lock = threading.Lock()
-        self.transport.on_kill = self.repair
-        self.dispatcher = ExpertDispatcher(
-            self.transport, DispatchSettings(call_timeout_s=0.3, recovery_timeout_s=10), on_lost=self.lost
-        )
-        self.dispatcher.update(self.table)
-        self.losses = []
-
-    def lost(self, address):
-        self.losses.append(address)
-        if address.incarnation == self.transport.address(address.host_id).incarnation:
-            self.transport.kill(address.host_id)  # a host that does not answer is put down
-
-    def repair(self, host_id):
-        with self.lock:
-            spare = f"spare-{self.table.epoch}"
-            placement = replace_host(self.table.placement, host_id, spare)
-            host = ExpertHost(spare)
-            table = RoutingTable(self.table.epoch + 1, placement)
-            hold_all(host, self.module, table)
-            addresses = {name: address for name, address in self.table.addresses.items() if name != host_id} | {
-                spare: self.transport.revive(spare, host)
-            }
-            self.table = RoutingTable(table.epoch, placement, addresses)
-            self.dispatcher.update(self.table)
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_no_fault_plan_changes_an_answer(seed):
+@pytest.mark.parametrize("lifeboat", [0, 6])
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_fault_plan_changes_an_answer(seed, num_replicas, lifeboat):
     module = ToyExperts()
-    cluster = Repairing(module, 3)
-    cluster.transport.faults = FaultPlan.random(seed, [f"expert-{n}" for n in range(3)], num_faults=4, num_calls=8)
+    cluster = Repairing(module, 3, num_replicas, lifeboat)
+    plan = FaultPlan.random(seed, [f"expert-{n}" for n in range(3)], num_faults=4, num_calls=8)
+    if num_replicas == 1 and not lifeboat:  # nobody could tell damage from what the model computes
+        plan = FaultPlan(tuple(fault for fault in plan.faults if fault.kind != "corrupt"))
+    cluster.transport.faults = plan
     with torch.no_grad():
         for step in range(8):
             hidden, index, weight = batch(num_tokens=5 + step)
             out = cluster.dispatcher.forward(LAYER, hidden, index, weight)
             torch.testing.assert_close(out, module.oracle(hidden, index, weight))
-    if cluster.table.epoch > 1:  # somebody died
-        assert cluster.dispatcher.num_retried_calls > 0
-    cluster.transport.close()
+    cluster.close()
 
 
 def test_a_hung_host_is_reported_once_and_its_rows_go_elsewhere():
@@ -173,7 +143,7 @@ def test_a_host_that_cannot_be_dialled_is_reported():
 
 
 def test_a_slow_host_is_not_a_lost_one(monkeypatch):
-    monkeypatch.setattr(moe_layer, "MAX_ROWS_PER_CALL", 4)
+    monkeypatch.setattr(exchange, "MAX_ROWS_PER_CALL", 4)
     module = ToyExperts()
     transport, table, hosts, _ = local_cluster(module, 1)
     run = hosts["expert-0"].run
@@ -196,7 +166,7 @@ def test_a_slow_host_is_not_a_lost_one(monkeypatch):
 
 @pytest.mark.parametrize("max_rows", [1, 3, 7])
 def test_cutting_changes_neither_forward_nor_backward(monkeypatch, max_rows):
-    monkeypatch.setattr(moe_layer, "MAX_ROWS_PER_CALL", max_rows)
+    monkeypatch.setattr(exchange, "MAX_ROWS_PER_CALL", max_rows)
     test_forward_equals_the_plain_loop(2, 40, "router")
     test_forward_equals_the_plain_loop(2, 40, "host")
     test_gradients_equal_autograd_of_the_plain_loop(3, torch.float64)
@@ -211,6 +181,8 @@ def test_gradients_count_once_when_rows_move_to_a_host_that_counted_its_own():
     shard = module.shard(range(6))
 
     def take_over(address):
+        if address.host_id != "expert-0":
+            return  # the loss of host 1 is found first
         for name, parameter in shard.named_parameters():
             grad = getattr(shards["expert-0"], name).grad
             parameter.grad = torch.cat([grad, torch.zeros_like(grad)])
@@ -282,7 +254,7 @@ def test_an_expert_that_raises_fails_the_batch_and_no_other():
     dispatcher = ExpertDispatcher(transport)
     dispatcher.update(table)
     with torch.no_grad():
-        with pytest.raises(ExpertFailed, match="expert-0"):
+        with pytest.raises(ExpertFailed, match=r"host expert-[01]"):
             dispatcher.forward(LAYER, torch.randn(3, 7), *random_routing(3, 6, 2))
         hidden, index, weight = batch()
         assert dispatcher.forward(LAYER, hidden, index, weight).isfinite().all()

@@ -1,0 +1,69 @@
+"""What a dispatcher counts: tokens of each expert, repeated and hedged calls, and how evenly batches load the hosts.
+
+Cheap enough for every step of a decode. Called by `runtime/moe_layer.py` and `runtime/exchange.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ray_moe.ops.dispatch import Ints
+from ray_moe.types import LayerPath
+
+WINDOW = 1024
+"""Batches whose balancedness is remembered."""
+
+
+class Statistics:
+    """Counters of one dispatcher. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.tokens_per_expert: dict[LayerPath, Ints] = {}
+        """[E] tokens routed to each expert since the start, by layer."""
+        self.num_retried_calls = 0
+        """Calls whose rows were sent again, because a host was lost or did not hold an expert."""
+        self.num_hedged_calls = 0
+        """Calls that were overdue and sent to others as well."""
+        self.num_hedges_won = 0
+        """Of those, the ones that the others answered first."""
+        self._balancedness: deque[float] = deque(maxlen=WINDOW)
+        self._lock = threading.Lock()
+
+    def add_layers(self, num_experts: Mapping[LayerPath, int]) -> None:
+        for layer, number in num_experts.items():
+            self.tokens_per_expert.setdefault(layer, np.zeros(number, dtype=np.int64))
+
+    def add_tokens(self, layer: LayerPath, slots: Ints) -> None:
+        """[N] expert of each slot; what is above all experts is "no expert"."""
+        counts = self.tokens_per_expert.get(layer)
+        if counts is not None:
+            with self._lock:
+                counts += np.bincount(slots, minlength=len(counts) + 1)[:-1]
+
+    def add_batch(self, rows: Sequence[int], num_hosts: int) -> None:
+        """Rows that a batch sent to each host that got any, of `num_hosts` that hold the layer."""
+        if rows:
+            self._balancedness.append(sum(rows) / (max(rows) * max(num_hosts, len(rows))))
+
+    def balancedness(self) -> list[float]:
+        """Mean over largest host load in rows of each of the last batches, the oldest first; 1 is perfect.
+
+        The mean is over the hosts that hold an expert of the batch's layer; rows computed in the router are on none.
+        """
+        return list(self._balancedness)
+
+    def add_retry(self) -> None:
+        with self._lock:
+            self.num_retried_calls += 1
+
+    def add_hedge(self) -> None:
+        with self._lock:
+            self.num_hedged_calls += 1
+
+    def add_hedge_won(self) -> None:
+        with self._lock:
+            self.num_hedges_won += 1
