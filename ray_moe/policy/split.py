@@ -29,6 +29,9 @@ MAX_SWEEPS = 12
 CLOSE_ENOUGH = 1.002
 """Largest host load over its lower bound, from which on another sweep is not worth its time."""
 
+STILL_FALLING = 0.999
+"""Largest host load over the one two sweeps ago, up to which another sweep is worth its time."""
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -113,9 +116,14 @@ def split_tokens(
     at = rows.tolist()
     pairs = [(i, a, b, 1.0 / (cost[a] + cost[b])) for i, a, b in replicas.pairs if at[i]]
     groups = [(i, hosts) for i, hosts in replicas.groups if at[i]]
+    before_last, last = float("inf"), max(level)
     for _ in range(MAX_SWEEPS):
-        if max(level) <= enough or not _sweep(at, pairs, groups, level, cost):
+        if last <= enough or not _sweep(at, pairs, groups, level, cost):
             break
+        most = max(level)
+        if most > STILL_FALLING * before_last:
+            break
+        before_last, last = last, most
         pairs.reverse()  # so that load travels along chains of hosts both ways
     return np.array(at, dtype=np.int64)
 

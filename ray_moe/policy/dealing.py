@@ -1,0 +1,148 @@
+"""Which host gets which replica: the construction behind `planner.py`, for many layers and variants at once.
+
+Replicas are dealt one by one to the host with the least load, in an order and with a preference that serve the split of
+each batch (`split.py`) rather than the last window:
+
+- Experts with more homes than one come first, hottest replica first. So every host gets its part of the load that can
+  flow elsewhere; dealt together with the others, some hosts would have none of it and be stuck with what they hold.
+- The next home of an expert is looked for among the hosts that no flow joins to it yet. With as many spare slots as
+  hosts that joins all hosts: an island of two hosts would have to bear its batches alone.
+
+Pure arrays. Called by `planner.py`.
+
+Shape legend: P placements, E experts, H hosts, N replicas to deal (the most of a placement; shorter ones end in -1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ray_moe.policy.forecast import Bools
+from ray_moe.policy.split import Floats, Ints
+
+FLATTEN = 0.9
+"""A further replica goes to the expert with the most load / replicas**FLATTEN: a little below 1, so that somewhat more
+go to the hottest experts, whose homes reach furthest. Measured on drifting batches, see `benchmarks/balance.py`."""
+
+OWED = 1e6
+"""Outweighs any load: the expert has fewer replicas than each is to have."""
+
+# What a host's load is raised by in the comparison, in mean loads of a host: each outweighs all that follow.
+SAME_NODE, SAME_DOMAIN, SAME_ISLAND = 1e4, 1e2, 0.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hosts:
+    """The hosts as arrays, in the order of their ids."""
+
+    slots: Ints
+    """[H] replicas of a layer that each may hold."""
+    speed: Floats
+    """[H] relative; their mean is 1."""
+    same_node: Floats | None
+    """[H, H] 1 where two hosts are on one node; None when no two are."""
+    same_domain: Floats | None
+    """[H, H] likewise for failure domains."""
+    num_nodes: int
+
+
+def choose_counts(load: Floats, number: Ints, limit: Ints, target: int, num_hosts: int) -> Ints:
+    """Which experts get further replicas, the most needed first.
+
+    Args:
+        load: [P, E] of each expert.
+        number: [P, E] replicas of each so far, at least 1.
+        limit: [P] how many may be added.
+        target: replicas that each expert is to have before any gets more.
+
+    Returns: [P, N] the expert of each further replica; -1 from where no more can be added.
+    """
+    number = number.copy()
+    rows = np.arange(len(load))
+    added = np.full((len(load), int(limit.max(initial=0))), -1)
+    need = np.where(number < num_hosts, load / number**FLATTEN + OWED * (number < target), -1.0)
+    for step in range(added.shape[1]):
+        expert = need.argmax(-1)
+        there = (limit > step) & (need[rows, expert] >= 0)
+        added[there, step] = expert[there]
+        number[rows, expert] += there
+        now = number[rows, expert]
+        need[rows, expert] = np.where(now < num_hosts, load[rows, expert] / now**FLATTEN + OWED * (now < target), -1.0)
+    return added
+
+
+def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: Floats, hosts: Hosts) -> Bools:
+    """Give hosts to the replicas that have none yet.
+
+    Args:
+        load: [P, E] of each expert, in mean loads of a host.
+        number: [P, E] replicas that each expert is to have; their sum is within the slots.
+        kept: [P, E, H] replicas that are where they are to be.
+        before: [P, E, H] replicas that are there now.
+        stays: [P] load by which a host that holds the expert now may exceed the least loaded one.
+
+    Returns: [P, E, H] `kept` and what was dealt. Every expert has a host; a further replica for which each host with a
+        free slot holds the expert already is left out.
+    """
+    held: Bools = kept.copy()
+    have = kept.sum(-1)
+    share = load / number
+    placement, expert, host = np.nonzero(kept)
+    at = placement * kept.shape[-1] + host
+    level = np.zeros((len(held), held.shape[-1]))
+    level += np.bincount(at, share[placement, expert], level.size).reshape(level.shape)
+    free = hosts.slots - kept.sum(1)
+    island = _islands(kept, have)
+    for now in _order(share, number, number - have).T:
+        rows = np.flatnonzero(now >= 0)
+        expert = now[rows]
+        mine, part = held[rows, expert], share[rows, expert]
+        score = (level[rows] + part[:, None]) / hosts.speed - stays[rows, None] * before[rows, expert]
+        again = have[rows, expert] > 0
+        home = island[rows, mine.argmax(-1)]
+        if again.any():
+            score += SAME_ISLAND * ((island[rows] == home[:, None]) & again[:, None])
+            for weight, same in ((SAME_NODE, hosts.same_node), (SAME_DOMAIN, hosts.same_domain)):
+                if same is not None:
+                    score += weight * (mine @ same)
+        score[mine | (free[rows] <= 0)] = np.inf
+        host = score.argmin(-1)
+        placed = np.isfinite(score[np.arange(len(rows)), host])
+        rows, expert, host, part, again, home = (x[placed] for x in (rows, expert, host, part, again, home))
+        held[rows, expert, host] = True
+        have[rows, expert] += 1
+        level[rows, host] += part
+        free[rows, host] -= 1
+        if again.any():
+            _join(island, rows[again], home[again], island[rows, host][again])
+    return held
+
+
+def _order(share: Floats, number: Ints, missing: Ints) -> Ints:
+    """[P, N] experts in the order in which their replicas are dealt."""
+    order = np.lexsort((-share, number == 1))
+    each = np.take_along_axis(missing, order, -1).ravel()
+    length = missing.sum(-1)
+    sequence = np.full((len(share), int(length.max(initial=0))), -1)
+    sequence[np.arange(sequence.shape[1]) < length[:, None]] = np.repeat(order.ravel(), each)
+    return sequence
+
+
+def _islands(kept: Bools, have: Ints) -> Ints:
+    """[P, H] a number for each host; the same where experts with several homes among `kept` join hosts."""
+    island = np.tile(np.arange(kept.shape[-1]), (len(kept), 1))
+    placement, expert, host = np.nonzero(kept & (have > 1)[..., None])
+    link = np.flatnonzero((placement[1:] == placement[:-1]) & (expert[1:] == expert[:-1]))
+    turn = np.arange(len(link)) - np.searchsorted(placement[link], placement[link])
+    for step in range(int(turn.max(initial=-1)) + 1):
+        at = link[turn == step]
+        rows = placement[at]
+        _join(island, rows, island[rows, host[at]], island[rows, host[at + 1]])
+    return island
+
+
+def _join(island: Ints, rows: Ints, into: Ints, other: Ints) -> None:
+    """Make one island of two, in each of `rows`."""
+    island[rows] = np.where(island[rows] == other[:, None], into[:, None], island[rows])

@@ -1,0 +1,90 @@
+"""What is there, made valid with as few moves as possible: every expert somewhere, as often and as far apart as asked.
+
+Hosts come and go and their slots change, so a placement may name too many experts for a host, leave an expert without
+any, or keep its replicas on one node. What breaks no rule stays; where there is no free slot for what is missing, the
+replicas that carry least make room.
+
+Pure arrays. Called by `planner.py`.
+
+Shape legend: L layers, E experts, H hosts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ray_moe.policy.dealing import Hosts, choose_counts, deal
+from ray_moe.policy.forecast import Bools
+from ray_moe.policy.split import Floats, Ints
+
+STAYS = 10.0
+"""Load, in mean loads of a host, by which a host that held an expert may exceed the least loaded and get it back."""
+
+
+def mended(load: Floats, before: Bools, target: int, hosts: Hosts) -> Bools:
+    """[L, E, H] `before` where it is valid, else with the least changes that make it so.
+
+    Args:
+        load: [L, E] of each expert, in mean loads of a host.
+        before: [L, E, H] which host holds which expert; no expert needs to be anywhere.
+        target: replicas, on as many nodes, that each expert is to have. The slots are enough for that.
+    """
+    held: Bools = before.copy()
+    broken = np.flatnonzero(
+        (before.sum(-1) < target).any(-1)
+        | (before.sum(1) > hosts.slots).any(-1)
+        | (num_nodes(before, hosts) < min(target, hosts.num_nodes)).any(-1)
+    )
+    if not len(broken):
+        return held
+    kept = np.stack([_kept(load[layer], before[layer], target, hosts) for layer in broken])
+    number = np.maximum(kept.sum(-1), 1)
+    owed = np.maximum(target - number, 0).sum(-1)
+    number = with_added(number, choose_counts(load[broken], number, owed, target, len(hosts.slots)))
+    held[broken] = deal(load[broken], number, kept, before[broken], np.full(len(broken), STAYS), hosts)
+    return held
+
+
+def with_added(number: Ints, added: Ints) -> Ints:
+    """[P, E] replicas of each expert, those of `choose_counts` included."""
+    row, step = np.nonzero(added >= 0)
+    sum_of: Ints = number.copy()
+    np.add.at(sum_of, (row, added[row, step]), 1)
+    return sum_of
+
+
+def num_nodes(held: Bools, hosts: Hosts) -> Ints:
+    """[..., E] nodes on which each expert is."""
+    if hosts.same_node is None:
+        number: Ints = held.sum(-1)
+        return number
+    first_of_node = np.unique(hosts.same_node.argmax(-1))
+    nodes: Ints = ((held.astype(np.float64) @ hosts.same_node[:, first_of_node]) > 0).sum(-1)
+    return nodes
+
+
+def _kept(load: Floats, before: Bools, target: int, hosts: Hosts) -> Bools:
+    """[E, H] the replicas of one layer that stay where they are."""
+    kept: Bools = before.copy()
+    if hosts.same_node is not None:
+        for expert in np.flatnonzero(num_nodes(kept, hosts) < min(target, hosts.num_nodes)):
+            homes = np.flatnonzero(kept[expert])
+            kept[expert, homes[1:][[hosts.same_node[h, homes[:i]].any() for i, h in enumerate(homes[1:], 1)]]] = False
+    number = kept.sum(-1)
+    for host in np.flatnonzero(kept.sum(0) > hosts.slots):
+        mine = np.flatnonzero(kept[:, host])
+        # Those that are elsewhere as well go first, then those with the least load.
+        leave = mine[np.lexsort((load[mine], number[mine] == 1))][: len(mine) - hosts.slots[host]]
+        kept[leave, host] = False
+        number[leave] -= 1
+    free = int((hosts.slots - kept.sum(0)).sum())
+    missing = int(np.maximum(target - number, 0).sum())
+    while missing > free:
+        spare = np.flatnonzero(number > target)
+        expert = spare[(load[spare] / number[spare]).argmin()]
+        homes = np.flatnonzero(kept[expert])
+        fullest = homes[((load / np.maximum(number, 1)) @ kept[:, homes] / hosts.speed[homes]).argmax()]
+        kept[expert, fullest] = False
+        number[expert] -= 1
+        free += 1
+    return kept
