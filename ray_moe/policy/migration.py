@@ -1,0 +1,207 @@
+"""From one placement to another without an expert ever being without a replica.
+
+The way goes in waves. In a wave all that is new is loaded first (prepare), then the table changes at once (commit),
+then what is no longer named is dropped: make before break. What does not fit beside the old waits for the next wave.
+Pure. Called by `cluster_state.py`, by the dry run and by the simulator.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ray_moe.policy.load import Floats
+from ray_moe.policy.rows import ExpertKey, Row
+from ray_moe.types import HostId, LayerPath, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What changes for one expert."""
+
+    layer: LayerPath
+    expert: int
+    before: Row
+    after: Row
+
+    @property
+    def added(self) -> Row:
+        """Hosts that get a replica."""
+        return tuple(host for host in self.after if host not in self.before)
+
+    @property
+    def removed(self) -> Row:
+        """Hosts that give theirs up."""
+        return tuple(host for host in self.before if host not in self.after)
+
+    @property
+    def kind(self) -> Literal["move", "replicate", "drop"]:
+        """By whether hosts come, go, or both."""
+        if self.added and self.removed:
+            return "move"
+        return "replicate" if self.added else "drop"
+
+
+def moves(current: Placement, target: Placement) -> list[Move]:
+    """What differs, in the order of the model. The order of an expert's hosts is no difference."""
+    changes = []
+    for layer, experts in target.hosts_of.items():
+        before = current.hosts_of.get(layer, ((),) * len(experts))
+        for expert, (old, new) in enumerate(zip(before, experts, strict=True)):
+            if old != new and set(old) != set(new):
+                changes.append(Move(layer, expert, old, new))
+    return changes
+
+
+def copied_bytes(changes: Iterable[Move], expert_bytes: Mapping[LayerPath, int]) -> int:
+    """Bytes of weights that `changes` load somewhere."""
+    return sum(expert_bytes[move.layer] * len(move.added) for move in changes)
+
+
+def held_bytes(placement: Placement, expert_bytes: Mapping[LayerPath, int]) -> dict[HostId, int]:
+    """Bytes of weights on each host that holds any."""
+    total: defaultdict[HostId, int] = defaultdict(int)
+    for layer, experts in placement.hosts_of.items():
+        for hosts in experts:
+            for host in hosts:
+                total[host] += expert_bytes[layer]
+    return dict(total)
+
+
+def waves(
+    current: Placement,
+    target: Placement,
+    expert_bytes: Mapping[LayerPath, int],
+    max_bytes: Mapping[HostId, int],
+    load: Mapping[LayerPath, Floats],
+) -> list[list[Move]]:
+    """The moves from `current` to `target`, in the steps in which they are made; empty when there is nothing to do.
+
+    In each step, what a host holds of before and after fits in its `max_bytes` (a host that is not named there has no
+    limit). Experts without a replica go first, then the hottest. When only a ring of full hosts is left, some exceed
+    their limit by an expert for the length of a step: the alternative would be to never get there.
+    """
+    rest = moves(current, target)
+    rest.sort(key=lambda move: (bool(move.before), -_rate(load, move.layer, move.expert)))
+    used = defaultdict(int, held_bytes(current, expert_bytes))
+    steps: list[list[Move]] = []
+    while rest:
+        taken: list[Move] = []
+        left: list[Move] = []
+        for move in rest:
+            size, added = expert_bytes[move.layer], move.added
+            fits = all(used[host] + size <= max_bytes.get(host, used[host] + size) for host in added)
+            (taken if fits else left).append(move)
+            if fits:
+                for host in added:
+                    used[host] += size
+        if not taken:
+            taken = [min(left, key=lambda move: _excess(move, used, expert_bytes, max_bytes))]
+            left.remove(taken[0])
+            for host in taken[0].added:
+                used[host] += expert_bytes[taken[0].layer]
+        for move in taken:
+            for host in move.removed:
+                used[host] -= expert_bytes[move.layer]
+        steps.append(taken)
+        rest = left
+    return steps
+
+
+def _excess(
+    move: Move, used: Mapping[HostId, int], expert_bytes: Mapping[LayerPath, int], max_bytes: Mapping[HostId, int]
+) -> int:
+    """Bytes by which `move` would have a host exceed its limit, at the most."""
+    size = expert_bytes[move.layer]
+    return max(used[host] + size - max_bytes.get(host, used[host] + size) for host in move.added)
+
+
+def find_homes(
+    orphans: Iterable[ExpertKey],
+    room_bytes: Mapping[HostId, int],
+    host_load: Mapping[HostId, float],
+    expert_bytes: Mapping[LayerPath, int],
+    load: Mapping[LayerPath, Floats],
+    speed: Mapping[HostId, float],
+) -> tuple[dict[ExpertKey, HostId], list[ExpertKey]]:
+    """A host for each orphan, the hottest first, and those for which there is no room.
+
+    Each goes to the host that would be least loaded for its speed, of those with room; without any load the room
+    decides, so that a quiet service does not pile everything on one host. Balance is restored later.
+
+    Args:
+        room_bytes: what each host can still take; a host that is not named takes nothing.
+        host_load: tokens per second that each host has already.
+        speed: relative; absent is 1.
+    """
+    room = dict(room_bytes)
+    loads = {host: host_load.get(host, 0.0) for host in room}
+    homes: dict[ExpertKey, HostId] = {}
+    homeless: list[ExpertKey] = []
+    for layer, expert in sorted(orphans, key=lambda key: (-_rate(load, *key), key)):
+        size, rate = expert_bytes[layer], _rate(load, layer, expert)
+        fitting = [host for host, free in room.items() if free >= size]
+        if not fitting:
+            homeless.append((layer, expert))
+            continue
+        home = min(fitting, key=lambda host: ((loads[host] + rate) / speed.get(host, 1.0), -room[host], host))
+        room[home] -= size
+        loads[home] += rate
+        homes[layer, expert] = home
+    return homes, homeless
+
+
+def loads_of(placement: Placement, load: Mapping[LayerPath, Floats]) -> dict[HostId, float]:
+    """Tokens per second of each host, each expert's divided equally over its replicas."""
+    total: defaultdict[HostId, float] = defaultdict(float)
+    for layer, experts in placement.hosts_of.items():
+        rates = load[layer].tolist() if layer in load else [0.0] * len(experts)
+        for hosts, rate in zip(experts, rates, strict=True):
+            for host in hosts:
+                total[host] += rate / len(hosts)
+    return dict(total)
+
+
+def rehome(
+    placement: Placement,
+    leaving: Collection[HostId],
+    room_bytes: Mapping[HostId, int],
+    expert_bytes: Mapping[LayerPath, int],
+    load: Mapping[LayerPath, Floats],
+    speed: Mapping[HostId, float],
+    absent: Collection[HostId] = (),
+) -> tuple[Placement, list[ExpertKey]]:
+    """The same placement without the hosts that are `leaving`, and the experts for which there is no room.
+
+    Only experts that would have no replica left get a new home, by `find_homes`.
+
+    Args:
+        absent: hosts that keep their place, but on which nobody can count now.
+    """
+    leaving_hosts, after = set(leaving), dict[LayerPath, list[Row]]()
+    orphans: list[ExpertKey] = []
+    for layer, experts in placement.hosts_of.items():
+        after[layer] = list(experts)
+        for expert, hosts in enumerate(experts):
+            if not leaving_hosts.isdisjoint(hosts):
+                after[layer][expert] = tuple(host for host in hosts if host not in leaving_hosts)
+                if all(host in absent for host in after[layer][expert]):
+                    orphans.append((layer, expert))
+    if not orphans:
+        return _frozen(after), []
+    staying = loads_of(_frozen(after), load)
+    homes, homeless = find_homes(orphans, room_bytes, staying, expert_bytes, load, speed)
+    for (layer, expert), home in homes.items():
+        after[layer][expert] = (home, *after[layer][expert])
+    return _frozen(after), homeless
+
+
+def _rate(load: Mapping[LayerPath, Floats], layer: LayerPath, expert: int) -> float:
+    rates = load.get(layer)
+    return 0.0 if rates is None else float(rates[expert])
+
+
+def _frozen(rows: Mapping[LayerPath, Sequence[Row]]) -> Placement:
+    return Placement({layer: tuple(experts) for layer, experts in rows.items()})

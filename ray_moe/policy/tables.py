@@ -1,0 +1,70 @@
+"""The routing table of a cluster, kept up to date row by row.
+
+A table names the replicas that are placed and really there. Where the placement has none of an expert but somebody
+holds it all the same (it was moving, or belongs to a standby or a leaving host), that one is named: nobody's request
+fails for the sake of order. Changed by `cluster_state.py` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ray_moe.policy.hosts import HostState
+from ray_moe.policy.rows import ExpertKey, Row, Rows
+from ray_moe.types import HostId, LayerPath, RoutingTable
+
+
+class Tables:
+    """See the module."""
+
+    def __init__(self, num_experts: Mapping[LayerPath, int], epoch: int) -> None:
+        self.named = Rows(num_experts)
+        self.table = RoutingTable(epoch, self.named.placement())
+        self.exposed: set[ExpertKey] = set(self.named.empty)
+        """Experts that no host holds which is to stay."""
+        self._epoch = epoch
+        self.is_behind = False
+        """Whether a router has a later table than the last one made here."""
+
+    def route(
+        self, keys: Iterable[ExpertKey], placed: Rows, held: Rows, hosts: Mapping[HostId, HostState], now_s: float
+    ) -> None:
+        """Look at some experts anew: where they are placed, who holds them, or who is to stay has changed."""
+        for layer, expert in keys:
+            before = self.named.of(layer, expert)
+            row = self.row(placed.of(layer, expert), held.of(layer, expert), hosts)
+            if self.named.put(layer, expert, row):
+                for host in before:
+                    if host not in row and host in hosts:
+                        hosts[host].unnamed_s = now_s
+            is_safe = any(hosts[host].role != "leaving" for host in row)
+            (self.exposed.discard if is_safe else self.exposed.add)((layer, expert))
+
+    @staticmethod
+    def row(placed: Row, held: Row, hosts: Mapping[HostId, HostState]) -> Row:
+        """The hosts that a table names for an expert."""
+        there = tuple(host for host in placed if host in held)
+        if there or not held:
+            return there
+        others = [host for host in held if not hosts[host].is_dismissed]
+        return (min(others, key=lambda host: (hosts[host].role == "leaving", host)),) if others else ()
+
+    def epoch_seen(self, epoch: int) -> None:
+        """A router has a table of this epoch: if it is not one of ours, the next is later than that."""
+        if epoch > self._epoch:
+            self._epoch, self.is_behind = epoch, True
+
+    def publish(self, hosts: Mapping[HostId, HostState], held: Rows, speeds: Mapping[HostId, float]) -> bool:
+        """Make the next table if anything differs from the last one; whether it does."""
+        addresses = {
+            host.host_id: host.address
+            for host in hosts.values()
+            if host.phase == "up" and host.address is not None and not host.is_dismissed and held.on(host.host_id)
+        }
+        placement, last = self.named.placement(), self.table
+        same = placement is last.placement and addresses == last.addresses and speeds == last.speeds
+        if same and not self.is_behind:
+            return False
+        self._epoch, self.is_behind = self._epoch + 1, False
+        self.table = RoutingTable(self._epoch, placement, addresses, dict(speeds))
+        return True
