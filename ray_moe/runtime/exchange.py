@@ -79,16 +79,6 @@ class Router:
             self.routes.set_own(self.own.cached, self.own.aboard)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Computed rows, valid until the next answer is asked for."""
-
-    share: HostShare
-    rows: torch.Tensor
-    address: HostAddress | None
-    """Who computed them; None for the router itself."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class How:
     """Who may compute which of a batch's slots, and how the answers come."""
@@ -102,30 +92,21 @@ class How:
     """Hosts that are not asked. What then finds nobody fails at once."""
 
 
-class _Job:
-    """Slots that are answered together: by the host they were sent to, or by all of those they were sent to later."""
+class _Hedge:
+    """Shares that together have the slots of an overdue one, sent to others. It is answered when all of them are."""
 
-    __slots__ = ("hedge_at_s", "is_open", "number", "slot", "ways")
+    __slots__ = ("first", "is_open", "num_open", "sent")
 
-    def __init__(self, number: int, slot: Ints) -> None:
-        self.number = number
-        self.slot = slot
-        self.ways: list[_Way] = []
-        self.is_open = True
-        self.hedge_at_s = math.inf
-
-
-class _Way:
-    """One way to answer a job: shares that together have its slots. The job is done when all are answered."""
-
-    __slots__ = ("is_hedge", "job", "num_open", "sent")
-
-    def __init__(self, job: _Job, is_hedge: bool) -> None:
-        self.job = job
-        self.is_hedge = is_hedge
+    def __init__(self, first: Sent) -> None:
+        self.first = first
         self.sent: list[Sent] = []
         self.num_open = 0
-        job.ways.append(self)
+        self.is_open = True
+
+    def close(self) -> None:
+        self.is_open = False
+        for sent in self.sent:
+            sent.release()
 
 
 class Exchange:
@@ -160,12 +141,18 @@ class Exchange:
         self._avoid = how.avoid
         self._arrived: SimpleQueue[Sent] = SimpleQueue()
         self._is_over = False
-        self._jobs: dict[int, _Job] = {}
-        self._num_jobs = 0
-        self._answered: dict[int, list[Sent]] = {}
-        self._next = 0
+        self._open: dict[int, Sent] = {}
+        """What has been sent and not been answered."""
+        self._hedge_of: dict[int, _Hedge] = {}
+        self._look_at_s: dict[int, float] = {}
+        """When to look again at what was overdue."""
+        self._answered: dict[int, Sequence[Sent]] = {}
+        self._num_sent = 0
+        self._num_told = 0
         self._again: list[Ints] = []
+        """Slots whose host failed."""
         self._waiting: list[Ints] = []
+        """Slots that nobody can compute."""
         self._view: View = router.routes.view
         self._stuck_view: View = self._view
         """By which the slots that wait found nobody."""
@@ -174,46 +161,46 @@ class Exchange:
         self._wake_at_s = math.inf
         self._may_hedge = router.settings.hedge and how.reach != "first"
         self.num_rows = 0
-        """Slots that go somewhere, once the first answer is there."""
+        """Slots that go somewhere; known with the first answer."""
 
-    def answers(self) -> Iterator[Answer]:
-        """Every row of the batch exactly once.
+    def answers(self) -> Iterator[tuple[HostShare, torch.Tensor, HostAddress | None]]:
+        """Every row of the batch exactly once, in shares.
+
+        Yields: a share, its rows (valid until the next share is asked for), and the host that computed them (None is
+        the router itself).
 
         Raises: `Unavailable` when rows found nobody within the recovery time-out; what a computation raised.
         """
+        answered = self._answered
         try:
             if len(self._slots):
                 self._group(self._only, is_first=True)
             while True:
-                for sent in self._ready():
-                    if sent.reply is not None:
-                        try:
-                            yield Answer(sent.share, sent.reply.rows, sent.address)
-                        finally:
-                            sent.reply.release()
+                while answered:
+                    number = self._num_told if self._in_order else next(iter(answered))
+                    if number not in answered:
+                        break
+                    self._num_told += 1
+                    for sent in answered.pop(number):
+                        if sent.reply is not None:
+                            try:
+                                yield sent.share, sent.reply.rows, sent.address
+                            finally:
+                                sent.release()
                 if self._waiting:
                     self._wait_for_somebody()
-                elif self._jobs:
-                    self._wait(self._router.settings.call_timeout_s + time.monotonic())
-                elif not self._answered:
+                elif self._open:
+                    self._wait(math.inf)
+                else:
                     return
-        finally:  # what still comes is nobody's
+        finally:
+            if self._open or answered:  # after an error, what still comes is nobody's
+                for sent in [sent for each in answered.values() for sent in each]:
+                    sent.release()
+                for hedge in self._hedge_of.values():
+                    hedge.close()
             self._is_over = True
-            for ready in self._answered.values():
-                for sent in ready:
-                    _release(sent)
-            for job in self._jobs.values():
-                _abandon(job)
             self._release_late()
-
-    def _ready(self) -> Iterator[Sent]:
-        if not self._in_order:
-            while self._answered:
-                yield from self._answered.pop(next(iter(self._answered)))
-            return
-        while self._next in self._answered:
-            self._next += 1
-            yield from self._answered.pop(self._next - 1)
 
     # --- sending -------------------------------------------------------------------------------------------
     def _group(self, pending: Ints | None, is_first: bool = False) -> None:
@@ -233,17 +220,21 @@ class Exchange:
                 peer = router.lines.peer(view.hosts[share.host])
                 if peer is None:
                     unreached.append(share.slot)
-                    continue
-                for piece in cut(share, self._top_k, MAX_ROWS_PER_CALL):
-                    job = self._new_job(piece.slot)
-                    self._send(_Way(job, is_hedge=False), piece, peer)
+                elif len(share.slot) <= MAX_ROWS_PER_CALL:
+                    self._send(share, peer)
+                else:
+                    for piece in cut(share, self._top_k, MAX_ROWS_PER_CALL):
+                        self._send(piece, peer)
             if is_first:
                 is_first = False
                 self.num_rows = sum(loads) + sum(len(share.slot) for share in here)
                 router.statistics.add_batch(loads, routes.num_holding)
             for share in here:  # while the hosts are at theirs
-                if not self._compute(self._new_job(share.slot), share):
+                sent = self._compute(share)
+                if sent is None:
                     self._set_aside(share.slot, view)
+                else:
+                    self._answered[sent.number] = (sent,)
             if not unreached:
                 return
             if router.routes.view is view:  # nobody else is known
@@ -261,44 +252,40 @@ class Exchange:
         host = None if routes.replicas is None else routes.hosts_of(index, self._router.lines.load)
         return split_by_host(index, routes.owner, self._top_k, pending, host)
 
-    def _new_job(self, slot: Ints) -> _Job:
-        job = self._jobs[self._num_jobs] = _Job(self._num_jobs, slot)
-        self._num_jobs += 1
-        return job
+    def _next_number(self) -> int:
+        self._num_sent += 1
+        return self._num_sent - 1
 
-    def _send(self, way: _Way, share: HostShare, peer: Peer) -> None:
-        settings = self._router.settings
-        sent = Sent(share, peer, way)
-        way.sent.append(sent)
-        way.num_open += 1
-        peer.submit(self._make(share, self._view.table.epoch), sent, self._hear)
-        expected_s = peer.expected_s(sent.ahead_rows)
-        if math.isinf(expected_s):
-            expected_s = UNKNOWN_SHARE * settings.call_timeout_s / settings.hedge_factor
-        sent.deadline_s = max(settings.hedge_min_s, settings.hedge_factor * expected_s)
-        if self._may_hedge:
-            way.job.hedge_at_s = min(way.job.hedge_at_s, sent.sent_s + sent.deadline_s)
-        self._wake_at_s = min(self._wake_at_s, sent.sent_s + settings.call_timeout_s, way.job.hedge_at_s)
-
-    def _compute(self, job: _Job, share: HostShare, way: _Way | None = None) -> bool:
-        """Compute a share in this process; false, and the job is no more, when that cannot be."""
-        own = self._router.own if self._reach == "any" else None
-        call = None if own is None else self._make(share, self._view.table.epoch)
-        sent = Sent(share, None, None)
-        if own is not None and call is not None:
-            num_loads = own.num_lifeboat_loads
-            sent.reply = own.run(call)
-            if own.num_lifeboat_loads != num_loads:
-                self._router.note_own()
-        if sent.reply is None:
-            if way is None:
-                self._close(job, [])
-            return False
-        if way is None:
-            self._close(job, [sent])
+    def _send(self, share: HostShare, peer: Peer, hedge: _Hedge | None = None) -> None:
+        sent = Sent(share, peer, -1 if hedge is not None else self._next_number(), self._hear)
+        if hedge is None:
+            self._open[sent.number] = sent
         else:
-            way.sent.append(sent)
-        return True
+            sent.hedge = hedge
+            hedge.sent.append(sent)
+            hedge.num_open += 1
+        peer.submit(self._make(share, self._view.table.epoch), sent)
+        # When it is overdue is worked out if it is still open when the quickest could be.
+        settings = self._router.settings
+        soon_s = settings.hedge_min_s if self._may_hedge else settings.call_timeout_s
+        self._wake_at_s = min(self._wake_at_s, sent.sent_s + soon_s)
+
+    def _compute(self, share: HostShare, hedge: _Hedge | None = None) -> Sent | None:
+        """Compute a share in this process; None when that cannot be."""
+        own = self._router.own
+        if own is None or self._reach != "any":
+            return None
+        num_loads = own.num_lifeboat_loads
+        reply = own.run(self._make(share, self._view.table.epoch))
+        if own.num_lifeboat_loads != num_loads:
+            self._router.note_own()
+        if reply is None:
+            return None
+        sent = Sent(share, None, -1 if hedge is not None else self._next_number(), self._hear)
+        sent.reply = reply
+        if hedge is not None:
+            hedge.sent.append(sent)
+        return sent
 
     # --- hearing -------------------------------------------------------------------------------------------
     def _hear(self, sent: Sent) -> None:
@@ -308,9 +295,9 @@ class Exchange:
             self._release_late()
 
     def _release_late(self) -> None:
-        while True:
+        while not self._arrived.empty():
             try:
-                _release(self._arrived.get_nowait())
+                self._arrived.get_nowait().release()
             except Empty:
                 return
 
@@ -318,78 +305,105 @@ class Exchange:
         """Take in what arrives, until something has been done; look at the clocks when they say so."""
         timeout_s = min(self._wake_at_s, until_s) - time.monotonic()
         try:
-            sent = self._arrived.get(timeout=timeout_s) if timeout_s > 0 else self._arrived.get_nowait()
-            while True:
-                self._take(sent)
-                sent = self._arrived.get_nowait()
+            # A batch is never left alone for longer than a host may be silent.
+            longest_s = self._router.settings.call_timeout_s
+            self._take(
+                self._arrived.get(timeout=min(timeout_s, longest_s)) if timeout_s > 0 else self._arrived.get_nowait()
+            )
+            while not self._arrived.empty():
+                self._take(self._arrived.get_nowait())
         except Empty:
             pass
         if self._again:
             pending, self._again = np.sort(np.concatenate(self._again)), []
             self._group(pending)
-        now_s = time.monotonic()
-        if now_s >= self._wake_at_s:
-            self._look_at_clocks(now_s)
+        if self._open and time.monotonic() >= self._wake_at_s:
+            self._look_at_clocks(time.monotonic())
 
     def _take(self, sent: Sent) -> None:
-        way = sent.tag
-        peer = sent.peer
-        if not isinstance(way, _Way) or peer is None:
-            return
-        job = way.job
-        if not job.is_open or way not in job.ways:
-            _release(sent)
+        hedge = sent.hedge
+        if hedge is None and sent.error is None and not self._hedge_of:  # as a rule
+            if self._open.pop(sent.number, None) is None:
+                sent.release()
+            else:
+                self._answered[sent.number] = (sent,)
+        elif isinstance(hedge, _Hedge):
+            self._take_hedged(hedge, sent)
+        elif sent.number not in self._open:  # the others were quicker
+            sent.release()
         elif sent.error is None:
-            way.num_open -= 1
-            if not way.num_open:
-                self._close(job, way.sent)
-                if way.is_hedge:
-                    self._router.statistics.add_hedge_won()
+            self._close(sent, (sent,))
         elif isinstance(sent.error, HostLost):
-            self._router.lines.lose(peer)
-            self._fail(way)
+            if sent.peer is not None:
+                self._router.lines.lose(sent.peer)
+            self._fail(sent)
         elif isinstance(sent.error, StaleRouting):
-            self._fail_stale(way, sent, peer)
+            self._fail_stale(sent)
         else:
             raise sent.error
 
-    def _close(self, job: _Job, winners: Sequence[Sent]) -> None:
-        job.is_open = False
-        del self._jobs[job.number]
-        self._answered[job.number] = list(winners)
-        for way in job.ways:
-            for sent in way.sent:
-                if sent not in winners:
-                    _release(sent)
+    def _take_hedged(self, hedge: _Hedge, sent: Sent) -> None:
+        if not hedge.is_open:
+            sent.release()
+        elif sent.error is None:
+            hedge.num_open -= 1
+            if not hedge.num_open:
+                self._won(hedge)
+        else:
+            if isinstance(sent.error, HostLost) and sent.peer is not None:
+                self._router.lines.lose(sent.peer)
+            elif isinstance(sent.error, StaleRouting):
+                self._note_missing(sent)
+            else:
+                raise sent.error
+            hedge.close()
+            first = hedge.first
+            if first.is_done:  # it failed before
+                self._fail(first)
+            else:
+                del self._hedge_of[first.number]
+                self._look_at_s[first.number] = self._wake_at_s = 0.0
 
-    def _fail(self, way: _Way) -> None:
-        """A way came to nothing. Another may be open; otherwise the job's slots are sent again."""
-        job = way.job
-        job.ways.remove(way)
-        for sent in way.sent:
-            _release(sent)
-        if job.ways:
-            job.hedge_at_s = time.monotonic()
-            self._wake_at_s = 0.0
+    def _won(self, hedge: _Hedge) -> None:
+        self._router.statistics.add_hedge_won()
+        self._hedge_of.pop(hedge.first.number)
+        self._close(hedge.first, hedge.sent)
+
+    def _close(self, sent: Sent, answer: Sequence[Sent]) -> None:
+        """The slots of `sent` are answered, by itself or by others, or are sent again (no answer)."""
+        del self._open[sent.number]
+        self._answered[sent.number] = answer
+        hedge = self._hedge_of.pop(sent.number, None)
+        if hedge is not None:
+            hedge.close()
+
+    def _fail(self, sent: Sent) -> None:
+        """What was sent came to nothing: others may be at it already; otherwise its slots are sent again."""
+        hedge = self._hedge_of.get(sent.number)
+        if hedge is not None and hedge.is_open:
             return
-        self._close(job, [])
+        self._close(sent, ())
         self._router.statistics.add_retry()
-        self._again.append(job.slot)
+        self._again.append(sent.share.slot)
 
-    def _fail_stale(self, way: _Way, sent: Sent, peer: Peer) -> None:
+    def _note_missing(self, sent: Sent) -> None:
+        if sent.peer is not None:
+            for expert in sent.share.experts:
+                self._router.routes.add_missing(sent.peer.address.host_id, self._layer, expert)
+
+    def _fail_stale(self, sent: Sent) -> None:
         """A host does not hold some of the experts. Which ones is found by asking for each alone."""
-        share = sent.share
-        if len(share.experts) == 1 or way.is_hedge:
-            for expert in share.experts:
-                self._router.routes.add_missing(peer.address.host_id, self._layer, expert)
-            self._fail(way)
+        share, peer = sent.share, sent.peer
+        if len(share.experts) == 1 or peer is None:
+            self._note_missing(sent)
+            self._fail(sent)
             return
-        self._close(way.job, [])
+        self._close(sent, ())
         self._router.statistics.add_retry()
-        for slot in np.split(share.slot, np.cumsum(share.counts)[:-1]):
-            owner = np.zeros(int(self._slots.max(initial=0)) + 2, dtype=np.int64)
+        for expert, slot in zip(share.experts, np.split(share.slot, np.cumsum(share.counts)[:-1]), strict=True):
+            owner = np.zeros(expert + 1, dtype=np.int64)
             for alone in split_by_host(self._slots[slot], owner, self._top_k, slot):
-                self._send(_Way(self._new_job(slot), is_hedge=False), alone, peer)
+                self._send(alone, peer)
 
     # --- waiting and hedging -------------------------------------------------------------------------------
     def _wait_for_somebody(self) -> None:
@@ -405,7 +419,7 @@ class Exchange:
                 "retry when the service has recovered"
             )
         if is_same and now_s < self._try_again_at_s:
-            if self._jobs:
+            if self._open:
                 self._wait(self._try_again_at_s)
             else:
                 routes.wait_changed(self._stuck_view, min(self._try_again_at_s, self._give_up_at_s) - now_s)
@@ -419,71 +433,60 @@ class Exchange:
 
     def _look_at_clocks(self, now_s: float) -> None:
         """Give up hosts that have answered nothing for too long, and ask others beside those that are late."""
-        call_timeout_s = self._router.settings.call_timeout_s
+        settings = self._router.settings
         self._wake_at_s = math.inf
-        for job in list(self._jobs.values()):
-            for sent in [sent for way in job.ways for sent in way.sent]:
-                if sent.peer is None or sent.reply is not None or sent.error is not None:
-                    continue
-                lost_at_s = max(sent.sent_s, sent.peer.last_answer_s) + call_timeout_s
-                if now_s >= lost_at_s:
-                    self._router.lines.lose(sent.peer)
-                else:
+        for sent in list(self._open.values()):
+            for each in (sent, *(self._hedge_of[sent.number].sent if sent.number in self._hedge_of else ())):
+                if each.peer is not None and not each.is_done:
+                    lost_at_s = max(each.sent_s, each.peer.last_answer_s) + settings.call_timeout_s
+                    if now_s >= lost_at_s:
+                        self._router.lines.lose(each.peer)
                     self._wake_at_s = min(self._wake_at_s, lost_at_s)
-            if now_s >= job.hedge_at_s:
-                self._hedge(job, now_s)
-            self._wake_at_s = min(self._wake_at_s, job.hedge_at_s)
+            if self._may_hedge and not sent.is_done:
+                if now_s >= self._look_at_s.get(sent.number, sent.sent_s + self._deadline_s(sent)):
+                    self._hedge(sent, now_s)
+                look_at_s = self._look_at_s.get(sent.number, sent.sent_s + sent.deadline_s)
+                self._wake_at_s = min(self._wake_at_s, look_at_s)
 
-    def _hedge(self, job: _Job, now_s: float) -> None:
-        """Send a late job to others as well, if there are others for all of it."""
-        router = self._router
-        late = [sent for way in job.ways for sent in way.sent if sent.reply is None and sent.error is None]
-        overdue = [sent for sent in late if now_s - sent.sent_s >= sent.deadline_s]
-        may_load = any(now_s - sent.sent_s >= LOAD_PATIENCE * sent.deadline_s for sent in late)
-        for sent in overdue:
-            router.lines.late(sent, now_s - sent.sent_s >= LOAD_PATIENCE * sent.deadline_s)
-        again_s = min((sent.deadline_s for sent in overdue), default=router.settings.hedge_min_s)
-        job.hedge_at_s = now_s + again_s
-        if len(job.ways) > 1:
+    def _deadline_s(self, sent: Sent) -> float:
+        """Seconds after its sending when a call is overdue."""
+        settings = self._router.settings
+        if math.isinf(sent.deadline_s) and sent.peer is not None:
+            expected_s = sent.peer.expected_s(sent.ahead_rows)
+            if math.isinf(expected_s):
+                sent.deadline_s = max(settings.hedge_min_s, UNKNOWN_SHARE * settings.call_timeout_s)
+            else:
+                sent.deadline_s = max(settings.hedge_min_s, settings.hedge_factor * expected_s)
+        return sent.deadline_s
+
+    def _hedge(self, sent: Sent, now_s: float) -> None:
+        """Send an overdue share to others as well, if there are others for all of it."""
+        router, late_s = self._router, now_s - sent.sent_s
+        is_very_late = late_s >= LOAD_PATIENCE * sent.deadline_s
+        router.lines.late(sent, is_very_late)
+        self._look_at_s[sent.number] = now_s + sent.deadline_s
+        if sent.number in self._hedge_of or sent.address is None:
             return
-        asked = {sent.address.host_id for sent in late if sent.address is not None}
         view = self._view = router.routes.view
-        shares = self._shares(view.routes(self._layer, self._reach, self._avoid | asked), job.slot)
+        avoid = self._avoid | {sent.address.host_id}
+        shares = self._shares(view.routes(self._layer, self._reach, avoid), np.sort(sent.share.slot))
         here = [share for share in shares if share.host == view.here]
-        if here and not self._may_compute(here, may_load):
+        away = [(share, router.lines.peer(view.hosts[share.host])) for share in shares if share.host != view.here]
+        if any(peer is None for _, peer in away) or not all(self._may_compute(share, is_very_late) for share in here):
             return
-        peers = {share.host: router.lines.peer(view.hosts[share.host]) for share in shares if share.host != view.here}
-        if None in peers.values():
-            return
-        way = _Way(job, is_hedge=True)
+        hedge = self._hedge_of[sent.number] = _Hedge(sent)
         router.statistics.add_hedge()
-        for share in shares:
-            peer = peers.get(share.host)
+        for share, peer in away:
             if peer is not None:
-                self._send(way, share, peer)
-        job.hedge_at_s = now_s + again_s
-        if not all(self._compute(job, share, way) for share in here):
-            self._fail(way)
-        elif not way.num_open:
-            self._close(job, way.sent)
-            router.statistics.add_hedge_won()
+                self._send(share, peer, hedge)
+        if any(self._compute(share, hedge) is None for share in here):
+            hedge.close()
+            del self._hedge_of[sent.number]
+        elif not hedge.num_open:
+            self._won(hedge)
 
-    def _may_compute(self, shares: Sequence[HostShare], may_load: bool) -> bool:
+    def _may_compute(self, share: HostShare, may_load: bool) -> bool:
         own = self._router.own
         if own is None or self._reach != "any":
             return False
-        return all(own.has(self._layer, share.experts) or (may_load and own.may_load(self._layer)) for share in shares)
-
-
-def _release(sent: Sent) -> None:
-    """Give the memory of a reply back that nobody wants."""
-    reply, sent.reply = sent.reply, None
-    if reply is not None:
-        reply.release()
-
-
-def _abandon(job: _Job) -> None:
-    job.is_open = False
-    for way in job.ways:
-        for sent in way.sent:
-            _release(sent)
+        return own.has(self._layer, share.experts) or (may_load and own.may_load(self._layer))

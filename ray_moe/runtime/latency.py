@@ -1,14 +1,20 @@
 """How long a host's answers have taken, and by when the next one should be there.
 
-Pure: fed with observations, reads no clock. On the hot path: `runtime/lines.py` calls it once for each answer.
+Pure: fed with observations, reads no clock. `runtime/lines.py` adds every answer; that is on the hot path and only notes
+it; what the answers amount to is worked out when somebody wonders, which is when one is late.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections import deque
 
 WEIGHT = 0.1
 """Share of the newest answer in the means: they follow the last ten or twenty answers."""
+
+MOST_NOTED = 64
+"""Answers that are noted; older ones would count less than a thousandth."""
 
 FEWEST = 5
 """Answers before the history is worth asking."""
@@ -24,10 +30,10 @@ class LatencyHistory:
     waiting behind one's own calls is not taken for slowness.
     """
 
-    __slots__ = ("_deviation_s", "_mean_rows", "_mean_s", "_most_rows", "_row_s", "_rows_s", "_variance", "count")
-
     def __init__(self) -> None:
-        self.count = 0
+        self._noted: deque[tuple[float, float]] = deque(maxlen=MOST_NOTED)
+        self._lock = threading.Lock()
+        self._count = 0
         self._mean_rows = 0.0
         self._mean_s = 0.0
         self._variance = 0.0
@@ -42,13 +48,16 @@ class LatencyHistory:
 
     def add(self, rows: float, seconds: float) -> None:
         """An answer came `seconds` after its call, with `rows` for the host to compute in that time."""
-        self.count += 1
+        self._noted.append((rows, seconds))
+
+    def _fold(self, rows: float, seconds: float) -> None:
+        self._count += 1
         # The first answers are averaged evenly: no start value lingers.
-        weight = max(WEIGHT, 1.0 / self.count)
+        weight = max(WEIGHT, 1.0 / self._count)
         off_rows, off_s = rows - self._mean_rows, seconds - self._mean_s
-        if self.count > 1:
+        if self._count > 1:
             distance_s = abs(off_s - self._row_s * off_rows)
-            self._deviation_s += max(WEIGHT, 1.0 / (self.count - 1)) * (distance_s - self._deviation_s)
+            self._deviation_s += max(WEIGHT, 1.0 / (self._count - 1)) * (distance_s - self._deviation_s)
         self._mean_rows += weight * off_rows
         self._mean_s += weight * off_s
         self._variance = (1.0 - weight) * (self._variance + weight * off_rows * off_rows)
@@ -63,7 +72,13 @@ class LatencyHistory:
         Beyond the rows that were seen the time grows in proportion, the worst that a host can do: a first long prompt
         after many single tokens is not late because its like has never been seen.
         """
-        if self.count < FEWEST:
+        with self._lock:
+            while self._noted:
+                self._fold(*self._noted.popleft())
+            return self._at(rows)
+
+    def _at(self, rows: float) -> float:
+        if self._count < FEWEST:
             return math.inf
         seen = min(rows, self._most_rows)
         line_s = self._mean_s + self._row_s * (seen - self._mean_rows)

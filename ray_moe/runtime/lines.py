@@ -12,7 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from functools import partial
 
 import numpy as np
 
@@ -37,24 +38,54 @@ MISSES = 3
 class Sent:
     """A share of a batch on its way to a host, or computed."""
 
-    __slots__ = ("ahead_rows", "deadline_s", "error", "peer", "reply", "sent_s", "share", "tag")
+    __slots__ = (
+        "ahead_rows",
+        "deadline_s",
+        "error",
+        "hear",
+        "hedge",
+        "num_experts",
+        "num_rows",
+        "number",
+        "peer",
+        "reply",
+        "sent_s",
+        "share",
+    )
 
-    def __init__(self, share: HostShare, peer: Peer | None, tag: object) -> None:
+    def __init__(self, share: HostShare, peer: Peer | None, number: int, hear: Callable[[Sent], None]) -> None:
         self.share = share
         self.peer = peer
         """The host's line; None when the router computes it."""
-        self.tag = tag
-        """The sender's own."""
+        self.number = number
+        """The exchange's own."""
+        self.hear = hear
+        """Told of the reply or error, from any thread."""
+        self.hedge: object = None
+        """The exchange's own."""
         self.reply: ExpertReply | None = None
         self.error: BaseException | None = None
-        self.sent_s = math.inf
+        self.sent_s = 0.0
         self.deadline_s = math.inf
-        """Seconds after which the answer is overdue."""
+        """Seconds after which the answer is overdue; known once somebody wonders."""
+        self.num_rows = len(share.slot)
+        self.num_experts = len(share.experts)
         self.ahead_rows = 0
+        """Rows that the host had to compute for this answer: its own and those sent before."""
 
     @property
     def address(self) -> HostAddress | None:
         return None if self.peer is None else self.peer.address
+
+    @property
+    def is_done(self) -> bool:
+        return self.reply is not None or self.error is not None
+
+    def release(self) -> None:
+        """Give the memory of a reply back that nobody wants."""
+        reply, self.reply = self.reply, None
+        if reply is not None:
+            reply.release()
 
 
 class Peer:
@@ -75,52 +106,54 @@ class Peer:
         self._on_relief = on_relief
         self._lock = threading.Lock()
 
-    def submit(self, call: ExpertCall, sent: Sent, on_done: Callable[[Sent], None]) -> None:
-        """Send `call`; `on_done` hears of its reply or error, from any thread, perhaps before this returns."""
-        num_rows = call.num_rows
+    def submit(self, call: ExpertCall, sent: Sent) -> None:
+        """Send `call`; `sent.hear` is told of its reply or error, perhaps before this returns."""
         with self._lock:
-            self.rows_sent += num_rows
-            self.rows_in_flight += num_rows
-            self.experts_in_flight += len(call.experts)
+            self.rows_sent += sent.num_rows
+            self.rows_in_flight += sent.num_rows
+            self.experts_in_flight += sent.num_experts
             sent.ahead_rows = self.rows_in_flight
         sent.sent_s = time.monotonic()
         try:
             future = self.connection.submit(call)
         except BaseException:
-            self._landed(call)
+            self._landed(sent)
             raise
-        future.add_done_callback(lambda done: self._done(call, sent, done, on_done))
+        future.add_done_callback(partial(self._done, sent))
 
-    def _landed(self, call: ExpertCall) -> None:
+    def _landed(self, sent: Sent) -> None:
         with self._lock:
-            self.rows_in_flight -= call.num_rows
-            self.experts_in_flight -= len(call.experts)
+            self.rows_in_flight -= sent.num_rows
+            self.experts_in_flight -= sent.num_experts
 
-    def _done(self, call: ExpertCall, sent: Sent, future: Future[ExpertReply], on_done: Callable[[Sent], None]) -> None:
+    def _done(self, sent: Sent, future: Future[ExpertReply]) -> None:
         now_s = time.monotonic()
-        self._landed(call)
+        reply: ExpertReply | None = None
+        error: BaseException | None = None
         try:
-            sent.error = future.exception()
-        except BaseException as cancelled:  # asyncio's and concurrent.futures' cancellations differ
-            sent.error = HostLost(f"the call to host {self.address.host_id} was cancelled: {cancelled!r}")
-        if sent.error is None:
-            sent.reply = future.result()
+            reply = future.result()
+        except CancelledError:
+            error = HostLost(f"the call to host {self.address.host_id} was cancelled")
+        except BaseException as raised:
+            error = raised
         is_relieved = False
-        if not isinstance(sent.error, HostLost):
-            seconds = now_s - sent.sent_s
-            with self._lock:
+        with self._lock:
+            self.rows_in_flight -= sent.num_rows
+            self.experts_in_flight -= sent.num_experts
+            sent.reply, sent.error = reply, error
+            if reply is not None:
+                self._history.add(sent.ahead_rows, now_s - sent.sent_s)
+                self._everyone.add(sent.ahead_rows, now_s - sent.sent_s)
+            if not isinstance(error, HostLost):
                 self.last_answer_s = now_s
-                if sent.error is None:
-                    self._history.add(sent.ahead_rows, seconds)
-                    self._everyone.add(sent.ahead_rows, seconds)
-                if sent in self.overdue:
+                if not self.overdue:
+                    self.num_missed = 0
+                elif sent in self.overdue:
                     self.overdue.discard(sent)
                     is_relieved = not self.overdue
-                elif seconds <= sent.deadline_s:
-                    self.num_missed = 0
         if is_relieved:
             self._on_relief(self)
-        on_done(sent)
+        sent.hear(sent)
 
     def expected_s(self, rows: int) -> float:
         """Seconds in which an answer comes as a rule; infinite while nothing is known, of this host or another."""
@@ -129,7 +162,7 @@ class Peer:
 
     def add_overdue(self, sent: Sent) -> None:
         with self._lock:
-            if sent.reply is None and sent.error is None and sent not in self.overdue:
+            if not sent.is_done and sent not in self.overdue:
                 self.overdue.add(sent)
                 self.num_missed += 1
 

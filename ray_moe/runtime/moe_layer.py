@@ -20,7 +20,7 @@ import torch
 
 from ray_moe.errors import ExpertFailed, Unavailable
 from ray_moe.ops.dispatch import HostShare, Ints, combine
-from ray_moe.runtime.exchange import Answer, CombineAt, DispatchSettings, Exchange, How, MakeCall, Router
+from ray_moe.runtime.exchange import CombineAt, DispatchSettings, Exchange, How, MakeCall, Router
 from ray_moe.runtime.lines import Lines
 from ray_moe.runtime.own_experts import OwnExperts
 from ray_moe.runtime.reports import Reports
@@ -171,12 +171,12 @@ class ExpertDispatcher:
         rows: torch.Tensor | None = None
         sources: Sources = []
         exchange = self._exchange(layer, hidden, slots, how=How(reach))
-        for answer in exchange.answers():
+        for share, reply, address in exchange.answers():
             if rows is None:
                 every = exchange.num_rows == len(slots)
-                rows = (torch.empty if every else torch.zeros)(len(slots), answer.rows.shape[-1], dtype=hidden.dtype)
-            rows.index_copy_(0, torch.from_numpy(answer.share.slot), answer.rows)
-            sources.append((answer.share.slot, answer.address))
+                rows = (torch.empty if every else torch.zeros)(len(slots), reply.shape[-1], dtype=hidden.dtype)
+            rows.index_copy_(0, torch.from_numpy(share.slot), reply)
+            sources.append((share.slot, address))
         return hidden.new_zeros(len(slots), hidden.shape[-1]) if rows is None else rows, sources
 
     def _exchange(
@@ -195,8 +195,8 @@ class ExpertDispatcher:
             call.weight = flat_weight[torch.from_numpy(share.slot)]
             return call
 
-        for answer in self._exchange(layer, hidden, slots, make, How(in_order=True)).answers():
-            _add(sums, answer)
+        for share, reply, _ in self._exchange(layer, hidden, slots, make, How(in_order=True)).answers():
+            _add(sums, share, reply)
         return sums.to(hidden.dtype)
 
     def backward_rows(
@@ -217,8 +217,8 @@ class ExpertDispatcher:
             call.call_id = f"{call_id}:{','.join(map(str, share.slot[firsts].tolist()))}"
             return call
 
-        for answer in self._exchange(layer, hidden, slots, make, How("first", in_order=True)).answers():
-            _add(sums, answer)
+        for share, reply, _ in self._exchange(layer, hidden, slots, make, How("first", in_order=True)).answers():
+            _add(sums, share, reply)
         return sums
 
     # --- damage --------------------------------------------------------------------------------------------
@@ -271,11 +271,12 @@ class ExpertDispatcher:
             return
         is_damaged = False
         try:
-            for answer in self._exchange(layer, hidden, slots, how=How(reach, only=suspect, avoid=avoid)).answers():
-                is_good = answer.rows.isfinite().all(1)
+            how = How(reach, only=suspect, avoid=avoid)
+            for share, reply, _ in self._exchange(layer, hidden, slots, how=how).answers():
+                is_good = reply.isfinite().all(1)
                 if bool(is_good.any()):
                     is_damaged = True
-                    rows[torch.from_numpy(answer.share.slot)[is_good]] = answer.rows[is_good]
+                    rows[torch.from_numpy(share.slot)[is_good]] = reply[is_good]
         except (Unavailable, ExpertFailed):  # no second opinion: the first is what there is
             return
         finally:
@@ -295,17 +296,19 @@ def _call(layer: LayerPath, epoch: int, hidden: torch.Tensor, share: HostShare) 
     )
 
 
-def _add(sums: torch.Tensor, answer: Answer) -> None:
+def _add(sums: torch.Tensor, share: HostShare, reply: torch.Tensor) -> None:
     """Add [t, D], one row for each token of a share, to [T, D]."""
-    if answer.share.gather is None:
-        sums += answer.rows
+    if share.gather is None:
+        sums += reply
     else:
-        sums.index_add_(0, torch.from_numpy(answer.share.gather), answer.rows.to(sums.dtype))
+        sums.index_add_(0, torch.from_numpy(share.gather), reply.to(sums.dtype))
 
 
 def _is_finite(numbers: torch.Tensor) -> bool:
     """Whether there is neither NaN nor infinity, by one sum; in rare cases numbers so large that their sum is none."""
-    return math.isfinite(numbers.sum(dtype=torch.float32 if numbers.itemsize < 4 else None).item())
+    if numbers.dtype in (torch.float32, torch.float64):  # numpy starts sooner, and half of decoding is starting
+        return math.isfinite(np.add.reduce(numbers.numpy(), axis=None))
+    return math.isfinite(numbers.sum(dtype=torch.float32 if numbers.dtype is torch.float16 else None).item())
 
 
 class _RemoteRows(torch.autograd.Function):
