@@ -12,7 +12,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 
 from ray_moe.config import RayConfig
 from ray_moe.errors import Unavailable
-from ray_moe.service.memory import available_bytes
+from ray_moe.runtime.memory import available_bytes
 from ray_moe.service.preflight import Node, Room
 
 NAMESPACE = "ray_moe"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from ray_moe.service.memory import available_bytes
+from ray_moe.runtime.memory import available_bytes
 
 GIB = 2**30
 NAMES = {

@@ -1,7 +1,7 @@
 """How much memory of this machine may still be taken: by the system's word, and by that of the container.
 
 Inside a container the system tells of the whole machine; the control group's limit is what ends a process. Reads
-files only. Called by `service/cluster.py`.
+files only. Called by the expert actors and `service/cluster.py`.
 """
 
 from __future__ import annotations
