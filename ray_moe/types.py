@@ -96,7 +96,7 @@ class HostStatus:
 
     host_id: HostId
     state: str
-    """``starting``, ``loading``, ``ready``, ``standby`` or ``lost``."""
+    """``starting``, ``loading``, ``ready``, ``draining``, ``standby`` or ``lost``."""
     node_id: str = ""
     pid: int = 0
     restarts: int = 0
@@ -111,6 +111,10 @@ class HostStatus:
     num_calls: int = 0
     num_rows: int = 0
     """(token, expert) rows computed in this life."""
+    utilisation: float = 0.0
+    """Share of the last seconds in which it was computing, 0 to 1."""
+    queued_rows: int = 0
+    """Rows that wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +125,37 @@ class RouterStatus:
     rss_bytes: int
     backbone_bytes: int
     """Bytes of the weights it holds (everything but the routed experts)."""
-    active_requests: int
-    queued_requests: int
-    generated_tokens: int
-    retried_calls: int
+    active_requests: int = 0
+    queued_requests: int = 0
+    generated_tokens: int = 0
+    retried_calls: int = 0
     """Calls to hosts that were sent again after a host was lost or did not hold the expert."""
+    failed_requests: int = 0
+    """Generations and layer calls that ended with an error that was not the caller's."""
+    hedged_calls: int = 0
+    """Calls that were also sent to another host because the first was slow."""
+    own_rows: int = 0
+    """(token, expert) rows computed in the router itself: its cache and its lifeboat."""
+    own_bytes: int = 0
+    """Bytes of the experts it holds for that."""
+    lifeboat_loads: int = 0
+    """Experts that it has read because nobody held them."""
+    balancedness: float = 1.0
+    """Mean over the last batches of (mean / highest load of a host); 1 is perfect."""
+    longest_pause_s: float = 0.0
+    """Longest time between two tokens of a running generation, over the last minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterEvent:
+    """Something that happened to the cluster."""
+
+    at_s: float
+    """Unix time."""
+    kind: str
+    """``lost``, ``repaired``, ``planned``, ``replicated``, ``moved``, ``freed``, ``resizing``, ``resized``,
+    ``aborted``, ``failed`` ..."""
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +174,78 @@ class ServiceStatus:
     hosts: tuple[HostStatus, ...]
     tokens_per_expert: Mapping[LayerPath, tuple[int, ...]]
     """Tokens routed to each expert since the router started."""
+    changing: str = ""
+    """The change of the cluster that is under way; empty when there is none."""
+    events: tuple[ClusterEvent, ...] = ()
+    """What happened last to the cluster, oldest first."""
+    p_lossless: float = 1.0
+    """Chance that every expert survives the loss of `balance.survive_nodes` nodes (of one, where that is 0)."""
+
+
+# --- Changing the cluster ------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class PlannedMove:
+    """What a plan does with one expert."""
+
+    layer: LayerPath
+    expert: int
+    added: tuple[HostId, ...]
+    """Hosts that get a replica."""
+    removed: tuple[HostId, ...]
+    """Hosts that give theirs up."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """A better placement: what it takes, and what it brings."""
+
+    moves: tuple[PlannedMove, ...]
+    copied_bytes: int
+    """Weights that hosts load for it."""
+    num_steps: int
+    """Each is loaded whole, then routed to at once: make before break."""
+    balancedness_before: float
+    """Predicted (mean / highest load of a host, averaged over the layers, at the present load)."""
+    balancedness_after: float
+    pause_s: float
+    """How long requests are predicted to stand still: 0, unless an expert has no living replica now."""
+    duration_s: float
+    """How long the copying is predicted to take, beside the requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosRequest:
+    """A fault on purpose."""
+
+    kind: str
+    """``kill``, ``hang``, ``slow``, ``corrupt`` or ``partition``."""
+    target: str = "random"
+    """A host, ``node:ID``, ``controller``, or ``random``: a host drawn by `seed`."""
+    at_s: float = 0.0
+    """Seconds from now."""
+    duration_s: float = 5.0
+    """How long it lasts; a kill is for ever."""
+    factor: float = 10.0
+    """For ``slow``: how many times longer everything takes."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosReport:
+    """What a fault did, seen from the router."""
+
+    kind: str
+    targets: tuple[str, ...]
+    stall_s: float
+    """Longest time between two tokens of a running generation, from the fault until it was repaired."""
+    failed_requests: int
+    repaired_s: float
+    """Until every expert had its replicas and every host was back; negative when that was given up."""
+    balancedness_before: float
+    balancedness_after: float
+    retried_calls: int
+    hedged_calls: int
+    lifeboat_loads: int
 
 
 # --- Generation ----------------------------------------------------------------------------------------------

@@ -119,6 +119,75 @@ def status(
         run(server, as_json, timeout)
 
 
+Wait = Annotated[bool, typer.Option(help="Return when it is done, or at once.")]
+
+
+@commands.command()
+def plan(
+    server: Server = DEFAULT_SERVER,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    wait: Wait = True,
+    timeout: Timeout = 300.0,
+    debug: Debug = False,
+) -> None:
+    """Place the experts anew for the present load: moves, bytes, predicted balancedness and pause."""
+    with told(debug):
+        from ray_moe.cli.cluster import run_plan
+
+        run_plan(server, dry_run, wait, timeout)
+
+
+@commands.command()
+def resize(
+    actors: Annotated[int, typer.Argument(help="Expert actors wanted.")],
+    server: Server = DEFAULT_SERVER,
+    wait: Wait = True,
+    timeout: Timeout = 300.0,
+    debug: Debug = False,
+) -> None:
+    """Change the number of expert actors while requests go on."""
+    with told(debug):
+        from ray_moe.cli.cluster import run_resize
+
+        run_resize(server, actors, wait, timeout)
+
+
+@commands.command()
+def drain(
+    target: Annotated[str, typer.Argument(help="An expert actor, or the id of a node (its beginning is enough).")],
+    server: Server = DEFAULT_SERVER,
+    replace: Annotated[bool, typer.Option("--replace", help="Start as many others in their place.")] = False,
+    wait: Wait = True,
+    timeout: Timeout = 300.0,
+    debug: Debug = False,
+) -> None:
+    """Empty an expert actor, or those of a node, and end them while requests go on."""
+    with told(debug):
+        from ray_moe.cli.cluster import run_drain
+
+        run_drain(server, target, replace, wait, timeout)
+
+
+@commands.command()
+def chaos(
+    kind: Annotated[str, typer.Argument(help="kill, hang, slow, corrupt or partition.")],
+    target: Annotated[str, typer.Option(help="An expert actor, node:ID, controller, or random.")] = "random",
+    at: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="From now.")] = 0.0,
+    duration: Annotated[float, typer.Option(min=0.01, metavar="SECONDS", help="How long; a kill is for ever.")] = 5.0,
+    factor: Annotated[float, typer.Option(min=1, help="For slow: how many times longer everything takes.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Chooses the target when it is random.")] = 0,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 300.0,
+    debug: Debug = False,
+) -> None:
+    """Hurt a service that allows it (chaos.enabled), and report how it recovered."""
+    with told(debug):
+        from ray_moe.cli.cluster import run_chaos
+        from ray_moe.types import ChaosRequest
+
+        run_chaos(server, ChaosRequest(kind, target, at, duration, factor, seed), timeout)
+
+
 @commands.command()
 def config(
     show: Annotated[bool, typer.Option("--show", help="Print the settings in force (the default).")] = True,

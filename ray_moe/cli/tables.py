@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -10,13 +11,24 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_moe.cli.terminal import format_bytes
-from ray_moe.types import HostStatus, LayerPath, RoutingTable, ServiceStatus
+from ray_moe.types import ClusterEvent, HostStatus, LayerPath, RoutingTable, ServiceStatus
 
 HEAT = "·▁▂▃▄▅▆▇█"
 """Not used at all, then eight steps up to the busiest of the row."""
 MAX_LAYER_ROWS = 24
 """A model with more layers than this shows the average of several in each row."""
-_STATE_STYLES = {"ready": "green", "standby": "cyan", "lost": "bold red", "degraded": "bold yellow"}
+MAX_EVENTS = 8
+_STATE_STYLES = {
+    "failed": "bold red",
+    "aborted": "bold yellow",
+    "draining": "yellow",
+    "repaired": "green",
+    "resized": "green",
+    "ready": "green",
+    "standby": "cyan",
+    "lost": "bold red",
+    "degraded": "bold yellow",
+}
 
 
 def service(status: ServiceStatus, table: RoutingTable | None, width: int) -> Iterator[RenderableType]:
@@ -27,22 +39,37 @@ def service(status: ServiceStatus, table: RoutingTable | None, width: int) -> It
     yield ""
     if any(map(sum, status.tokens_per_expert.values())):
         yield tokens_per_expert(status.tokens_per_expert, width)
+    if status.events:
+        yield ""
+        yield events(status.events)
 
 
 def summary(status: ServiceStatus) -> Text:
     """The service and its router in a few lines."""
     router = status.router
     state = (status.state, _STATE_STYLES.get(status.state, "yellow"))
+    lines = [
+        f"ray_moe {status.version}, routing epoch {status.epoch}",
+        f"router: pid {router.pid}, memory {format_bytes(router.rss_bytes)} "
+        f"(weights {format_bytes(router.backbone_bytes)})",
+        f"requests: {router.active_requests} active, {router.queued_requests} queued, {router.failed_requests} failed; "
+        f"{router.generated_tokens} tokens generated",
+        f"experts: balancedness {router.balancedness:.2f}, {100 * status.p_lossless:.0f}% to survive a lost node; "
+        f"{router.retried_calls} calls again, {router.hedged_calls} hedged",
+    ]
+    if router.own_bytes or router.own_rows:
+        lines.append(
+            f"router's own experts: {format_bytes(router.own_bytes)}, {router.own_rows} rows computed, "
+            f"{router.lifeboat_loads} read by the lifeboat"
+        )
+    if status.changing:
+        lines.append(f"changing: {status.changing}")
     return Text.assemble(
         (status.model, "bold"),
         f" ({status.model_type})  ",
         state,
         f" for {_duration(status.uptime_s)}\n",
-        f"ray_moe {status.version}, routing epoch {status.epoch}\n",
-        f"router: pid {router.pid}, memory {format_bytes(router.rss_bytes)} "
-        f"(weights {format_bytes(router.backbone_bytes)})\n",
-        f"requests: {router.active_requests} active, {router.queued_requests} queued; "
-        f"{router.generated_tokens} tokens generated, {router.retried_calls} expert calls sent again",
+        "\n".join(lines),
     )
 
 
@@ -52,7 +79,7 @@ def hosts(statuses: Sequence[HostStatus], table: RoutingTable | None = None) -> 
     out = _table("expert hosts")
     for name in ("host", "state", *(["node"] if several_nodes else []), "pid", "experts"):
         out.add_column(name, no_wrap=True)
-    for name in ("weights", "memory", "rows", "restarts"):
+    for name in ("weights", "memory", "rows", "busy", "restarts"):
         out.add_column(name, justify="right", no_wrap=True)
     for host in statuses:
         loading = host.loaded_bytes < host.weight_bytes
@@ -65,8 +92,21 @@ def hosts(statuses: Sequence[HostStatus], table: RoutingTable | None = None) -> 
             f"{100 * host.loaded_bytes / host.weight_bytes:.0f}%" if loading else format_bytes(host.weight_bytes),
             format_bytes(host.rss_bytes),
             str(host.num_rows),
+            f"{100 * host.utilisation:.0f}%",
             Text(str(host.restarts), "bold yellow" if host.restarts else ""),
         )
+    return out
+
+
+def events(happened: Sequence[ClusterEvent]) -> Table:
+    """The last of what happened to the cluster, a line each."""
+    out = _table("what happened last")
+    for name in ("time", "what"):
+        out.add_column(name, no_wrap=True)
+    out.add_column("")
+    for event in happened[-MAX_EVENTS:]:
+        clock = time.strftime("%H:%M:%S", time.localtime(event.at_s))
+        out.add_row(clock, Text(event.kind, _STATE_STYLES.get(event.kind, "")), event.text)
     return out
 
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from ray_moe.errors import InvalidRequest, WireError
 from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath
 from ray_moe.wire import arrays, messages
+from ray_moe.wire.v1 import admin_pb2
 from ray_moe.wire.v1 import inference_pb2 as pb
 
 
@@ -127,6 +128,14 @@ class ForwardCodec:
             raise WireError(f"response {message.request_id!r} came where {self._num_answered} was due")
         self._num_answered += 1
         return arrays.decode(message.hidden, name="hidden").astype(self._dtypes.popleft(), copy=False)
+
+
+def resize_request(num_actors: int) -> admin_pb2.ResizeRequest:
+    """Raises `InvalidRequest` for what is no number."""
+    try:
+        return admin_pb2.ResizeRequest(num_actors=num_actors)
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequest(f"num_actors is {num_actors!r}; expected a whole number: {exc}") from exc
 
 
 def _array(name: str, data: ArrayLike) -> NDArray[Any]:

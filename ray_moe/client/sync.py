@@ -17,8 +17,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from ray_moe.client import channel
 from ray_moe.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
-from ray_moe.client.requests import Forward, ForwardCodec, GenerateOptions, Generation, generate_request
-from ray_moe.types import GenerateChunk, LayerPath, RoutingTable, ServiceStatus
+from ray_moe.client.requests import Forward, ForwardCodec, GenerateOptions, Generation, generate_request, resize_request
+from ray_moe.types import (
+    ChaosReport,
+    ChaosRequest,
+    GenerateChunk,
+    HostId,
+    LayerPath,
+    PlanSummary,
+    RoutingTable,
+    ServiceStatus,
+)
 from ray_moe.wire import messages
 from ray_moe.wire.v1 import admin_pb2, inference_pb2
 from ray_moe.wire.v1.admin_pb2_grpc import AdminStub
@@ -137,6 +146,36 @@ class Client:
         timeout_s = self._timeout(timeout_s)
         with channel.errors(self.target, timeout_s):
             return messages.table_from_proto(self._admin.Placement(admin_pb2.PlacementRequest(), timeout=timeout_s))
+
+    def plan(self, *, dry_run: bool = True, timeout_s: float | None = None) -> PlanSummary:
+        """A better placement for the present load; with ``dry_run=False`` it is also carried out."""
+        timeout_s = self._timeout(timeout_s)
+        with channel.errors(self.target, timeout_s):
+            return messages.plan_from_proto(self._admin.Plan(admin_pb2.PlanRequest(dry_run=dry_run), timeout=timeout_s))
+
+    def resize(self, num_actors: int, *, timeout_s: float | None = None) -> None:
+        """Begin to change the number of expert actors, beside the requests; `status().changing` tells how long."""
+        timeout_s = self._timeout(timeout_s)
+        message = resize_request(num_actors)
+        with channel.errors(self.target, timeout_s):
+            self._admin.Resize(message, timeout=timeout_s)
+
+    def drain(self, target: str, *, replace: bool = False, timeout_s: float | None = None) -> tuple[HostId, ...]:
+        """Begin to empty and end an expert actor, or all on a node (by id); returns their names.
+
+        With `replace`, as many others start in their place.
+        """
+        timeout_s = self._timeout(timeout_s)
+        message = admin_pb2.DrainRequest(target=target, replace=replace)
+        with channel.errors(self.target, timeout_s):
+            return tuple(self._admin.Drain(message, timeout=timeout_s).host_ids)
+
+    def chaos(self, request: ChaosRequest, *, timeout_s: float | None = None) -> ChaosReport:
+        """Hurt the service as `request` says, wait until it is whole again, and tell what clients felt."""
+        timeout_s = self._timeout(timeout_s)
+        message = messages.chaos_request_to_proto(request)
+        with channel.errors(self.target, timeout_s):
+            return messages.chaos_report_from_proto(self._admin.Chaos(message, timeout=timeout_s))
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when the service answers requests; `Unavailable`, with the reason, when it does not in time."""

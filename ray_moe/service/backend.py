@@ -13,7 +13,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath, LayerSpec, RoutingTable, ServiceStatus
+from ray_moe.types import (
+    ChaosReport,
+    ChaosRequest,
+    GenerateChunk,
+    GenerateRequest,
+    HostId,
+    LayerPath,
+    LayerSpec,
+    PlanSummary,
+    RoutingTable,
+    ServiceStatus,
+)
 
 FloatArray = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
 
@@ -70,3 +81,19 @@ class Backend(Protocol):
     async def status(self) -> ServiceStatus: ...
 
     async def placement(self) -> RoutingTable: ...
+
+    async def plan(self, dry_run: bool) -> PlanSummary:
+        """A better placement; unless `dry_run` it is also carried out, beside the requests."""
+        ...
+
+    async def resize(self, num_actors: int) -> None:
+        """Begin to change the number of expert actors."""
+        ...
+
+    async def drain(self, target: str, replace: bool) -> tuple[HostId, ...]:
+        """Begin to empty and end an actor, or those of a node; returns them."""
+        ...
+
+    async def chaos(self, request: ChaosRequest) -> ChaosReport:
+        """Do what `request` says, and tell when it is over what came of it."""
+        ...

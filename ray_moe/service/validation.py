@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ray_moe.errors import InvalidRequest, NotFound, UnsupportedModel
 from ray_moe.service.backend import Backend
-from ray_moe.types import GenerateRequest, LayerPath, LayerSpec
+from ray_moe.types import ChaosRequest, GenerateRequest, LayerPath, LayerSpec
 
 MAX_NEW_TOKENS = 2**20
 """For a model that has no bound of its own."""
@@ -177,3 +177,30 @@ def _check_length(backend: Backend, request: GenerateRequest) -> None:
             f"the prompt has {at_least}{num_prompt:,} tokens and max_new_tokens is {wanted:,}, together more than the "
             f"model's {bound:,} positions: shorten the prompt or ask for fewer tokens"
         )
+
+
+# --- Changing the cluster ------------------------------------------------------------------------------------
+MAX_ACTORS = 100_000
+CHAOS_KINDS = ("kill", "hang", "slow", "corrupt", "partition")
+MAX_CHAOS_S = 3600.0
+
+
+def num_actors(wanted: int) -> int:
+    """Raise unless it is a number of actors at all; whether the cluster can have so many is not known here."""
+    if not 0 <= wanted <= MAX_ACTORS:
+        raise InvalidRequest(f"num_actors is {wanted}; expected 0 to {MAX_ACTORS:,}")
+    return wanted
+
+
+def chaos(request: ChaosRequest) -> ChaosRequest:
+    """Raise unless `request` names a fault that there is, with times and factors that make sense."""
+    if request.kind not in CHAOS_KINDS:
+        raise InvalidRequest(f"kind is {request.kind[:_MAX_NAME]!r}; expected one of {', '.join(CHAOS_KINDS)}")
+    if not request.target:
+        raise InvalidRequest("target is empty; expected an expert actor, node:ID, controller or random")
+    for name, value, lowest in (("at_s", request.at_s, 0.0), ("duration_s", request.duration_s, 0.01)):
+        if not lowest <= value <= MAX_CHAOS_S:
+            raise InvalidRequest(f"{name} is {value}; expected {lowest:g} to {MAX_CHAOS_S:g} seconds")
+    if not 1.0 <= request.factor <= 1e6:
+        raise InvalidRequest(f"factor is {request.factor}; expected 1 to 1,000,000")
+    return request

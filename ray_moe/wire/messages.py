@@ -13,11 +13,16 @@ from google.protobuf.message import DecodeError, Message
 
 from ray_moe.errors import InvalidRequest, WireError
 from ray_moe.types import (
+    ChaosReport,
+    ChaosRequest,
+    ClusterEvent,
     GenerateChunk,
     GenerateRequest,
     HostAddress,
     HostStatus,
     Placement,
+    PlannedMove,
+    PlanSummary,
     RouterStatus,
     RoutingTable,
     ServiceStatus,
@@ -95,6 +100,7 @@ def status_to_proto(status: ServiceStatus) -> admin_pb2.StatusResponse:
             "router": admin_pb2.RouterStatus(**_fields(status.router)),
             "hosts": [admin_pb2.HostStatus(**_fields(host)) for host in status.hosts],
             "tokens_per_expert": [admin_pb2.LayerTokens(layer=layer, tokens=counts) for layer, counts in tokens],
+            "events": [admin_pb2.ClusterEvent(**_fields(event)) for event in status.events],
         }
     )
 
@@ -106,6 +112,7 @@ def status_from_proto(message: admin_pb2.StatusResponse) -> ServiceStatus:
         router=_value(RouterStatus, message.router),
         hosts=tuple(_value(HostStatus, host) for host in message.hosts),
         tokens_per_expert={entry.layer: tuple(entry.tokens) for entry in message.tokens_per_expert},
+        events=tuple(_value(ClusterEvent, event) for event in message.events),
     )
 
 
@@ -122,3 +129,34 @@ def table_from_proto(message: admin_pb2.PlacementResponse) -> RoutingTable:
     hosts_of = {entry.layer: tuple(tuple(hosts.host_ids) for hosts in entry.experts) for entry in message.layers}
     addresses = {address.host_id: _value(HostAddress, address) for address in message.addresses}
     return RoutingTable(message.epoch, Placement(hosts_of), addresses)
+
+
+# --- Changing the cluster ------------------------------------------------------------------------------------
+def plan_to_proto(plan: PlanSummary) -> admin_pb2.PlanResponse:
+    moves = [admin_pb2.PlannedMove(**_fields(move)) for move in plan.moves]
+    return admin_pb2.PlanResponse(**_fields(plan) | {"moves": moves})
+
+
+def plan_from_proto(message: admin_pb2.PlanResponse) -> PlanSummary:
+    moves = (_value(PlannedMove, move, added=tuple(move.added), removed=tuple(move.removed)) for move in message.moves)
+    return _value(PlanSummary, message, moves=tuple(moves))
+
+
+def chaos_request_to_proto(request: ChaosRequest) -> admin_pb2.ChaosRequest:
+    """Raises `InvalidRequest` for what the message cannot hold."""
+    try:
+        return admin_pb2.ChaosRequest(**_fields(request))
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequest(f"the request cannot be sent: {exc}") from exc
+
+
+def chaos_request_from_proto(message: admin_pb2.ChaosRequest) -> ChaosRequest:
+    return _value(ChaosRequest, message)
+
+
+def chaos_report_to_proto(report: ChaosReport) -> admin_pb2.ChaosResponse:
+    return admin_pb2.ChaosResponse(**_fields(report))
+
+
+def chaos_report_from_proto(message: admin_pb2.ChaosResponse) -> ChaosReport:
+    return _value(ChaosReport, message, targets=tuple(message.targets))

@@ -1,4 +1,4 @@
-"""`ray_moe.v1.Admin` and the standard health service: what the service tells about itself.
+"""`ray_moe.v1.Admin` and the standard health service: what the service tells about itself, and changes of its cluster.
 
 These calls are not counted against the limit of concurrent requests: one wants them most when it is reached.
 """
@@ -12,6 +12,8 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from ray_moe.errors import InvalidRequest
+from ray_moe.service import validation
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.guard import Context, Guard
 from ray_moe.wire import messages
@@ -35,6 +37,10 @@ class AdminService:
             {
                 "Status": grpc.unary_unary_rpc_method_handler(self.status),
                 "Placement": grpc.unary_unary_rpc_method_handler(self.placement),
+                "Plan": grpc.unary_unary_rpc_method_handler(self.plan),
+                "Resize": grpc.unary_unary_rpc_method_handler(self.resize),
+                "Drain": grpc.unary_unary_rpc_method_handler(self.drain),
+                "Chaos": grpc.unary_unary_rpc_method_handler(self.chaos),
             },
         )
 
@@ -47,6 +53,31 @@ class AdminService:
         async with self._guard.errors(context):
             messages.parse(pb.PlacementRequest, data)
             return messages.table_to_proto(await self._backend.placement()).SerializeToString()
+
+    async def plan(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.errors(context):
+            request = messages.parse(pb.PlanRequest, data)
+            return messages.plan_to_proto(await self._backend.plan(request.dry_run)).SerializeToString()
+
+    async def resize(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.errors(context):
+            request = messages.parse(pb.ResizeRequest, data)
+            await self._backend.resize(validation.num_actors(request.num_actors))
+            return pb.ResizeResponse().SerializeToString()
+
+    async def drain(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.errors(context):
+            request = messages.parse(pb.DrainRequest, data)
+            if not request.target:
+                raise InvalidRequest("expected the name of an expert actor, or the id of a node, as the target")
+            host_ids = await self._backend.drain(request.target, request.replace)
+            return pb.DrainResponse(host_ids=host_ids).SerializeToString()
+
+    async def chaos(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.errors(context):
+            request = messages.chaos_request_from_proto(messages.parse(pb.ChaosRequest, data))
+            report = await self._backend.chaos(validation.chaos(request))
+            return messages.chaos_report_to_proto(report).SerializeToString()
 
 
 HealthContext = grpc.aio.ServicerContext[HealthCheckRequest, HealthCheckResponse]

@@ -46,6 +46,9 @@ class StatusResponse(_message.Message):
     ROUTER_FIELD_NUMBER: _builtins.int
     HOSTS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_EXPERT_FIELD_NUMBER: _builtins.int
+    CHANGING_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    P_LOSSLESS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     model_type: _builtins.str
     """The family, as in the checkpoint's config, e.g. "mixtral"."""
@@ -58,6 +61,10 @@ class StatusResponse(_message.Message):
     uptime_s: _builtins.float
     epoch: _builtins.int
     """Version of the routing table in use."""
+    changing: _builtins.str
+    """The change of the cluster that is under way; empty when there is none."""
+    p_lossless: _builtins.float
+    """Chance that every expert survives the loss of balance.survive_nodes nodes (of one, where that is 0)."""
     @_builtins.property
     def router(self) -> Global___RouterStatus: ...
     @_builtins.property
@@ -65,6 +72,10 @@ class StatusResponse(_message.Message):
     @_builtins.property
     def tokens_per_expert(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerTokens]:
         """One entry for each MoE layer, in the order of the model."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterEvent]:
+        """What happened last to the cluster, oldest first."""
 
     def __init__(
         self,
@@ -78,14 +89,44 @@ class StatusResponse(_message.Message):
         router: Global___RouterStatus | None = ...,
         hosts: _abc.Iterable[Global___HostStatus] | None = ...,
         tokens_per_expert: _abc.Iterable[Global___LayerTokens] | None = ...,
+        changing: _builtins.str = ...,
+        events: _abc.Iterable[Global___ClusterEvent] | None = ...,
+        p_lossless: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["router", b"router"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "hosts", b"hosts", "model", b"model", "model_type", b"model_type", "router", b"router", "state", b"state", "tokens_per_expert", b"tokens_per_expert", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changing", b"changing", "epoch", b"epoch", "events", b"events", "hosts", b"hosts", "model", b"model", "model_type", b"model_type", "p_lossless", b"p_lossless", "router", b"router", "state", b"state", "tokens_per_expert", b"tokens_per_expert", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class ClusterEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    at_s: _builtins.float
+    """Unix time."""
+    kind: _builtins.str
+    """"lost", "repaired", "planned", "replicated", "moved", "freed", "resizing", "resized", "aborted", "failed" ..."""
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        at_s: _builtins.float = ...,
+        kind: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterEvent: _TypeAlias = ClusterEvent  # noqa: Y015
 
 @_typing.final
 class RouterStatus(_message.Message):
@@ -98,6 +139,13 @@ class RouterStatus(_message.Message):
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     RETRIED_CALLS_FIELD_NUMBER: _builtins.int
+    FAILED_REQUESTS_FIELD_NUMBER: _builtins.int
+    HEDGED_CALLS_FIELD_NUMBER: _builtins.int
+    OWN_ROWS_FIELD_NUMBER: _builtins.int
+    OWN_BYTES_FIELD_NUMBER: _builtins.int
+    LIFEBOAT_LOADS_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_FIELD_NUMBER: _builtins.int
+    LONGEST_PAUSE_S_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     rss_bytes: _builtins.int
     backbone_bytes: _builtins.int
@@ -107,6 +155,19 @@ class RouterStatus(_message.Message):
     generated_tokens: _builtins.int
     retried_calls: _builtins.int
     """Calls sent to a host again, after a host was lost or did not hold the expert."""
+    failed_requests: _builtins.int
+    """Generations and layer calls that ended with an error that was not the caller's."""
+    hedged_calls: _builtins.int
+    """Calls that were also sent to another host because the first was slow."""
+    own_rows: _builtins.int
+    """(token, expert) rows computed in the router itself, by experts of its cache or lifeboat, and the size of those."""
+    own_bytes: _builtins.int
+    lifeboat_loads: _builtins.int
+    """Experts that it has read because nobody held them."""
+    balancedness: _builtins.float
+    """Mean over the last batches of (mean / highest load of a host); 1 is perfect."""
+    longest_pause_s: _builtins.float
+    """Longest time between two tokens of a running generation, over the last minute."""
     def __init__(
         self,
         *,
@@ -117,10 +178,17 @@ class RouterStatus(_message.Message):
         queued_requests: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
         retried_calls: _builtins.int = ...,
+        failed_requests: _builtins.int = ...,
+        hedged_calls: _builtins.int = ...,
+        own_rows: _builtins.int = ...,
+        own_bytes: _builtins.int = ...,
+        lifeboat_loads: _builtins.int = ...,
+        balancedness: _builtins.float = ...,
+        longest_pause_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "backbone_bytes", b"backbone_bytes", "generated_tokens", b"generated_tokens", "pid", b"pid", "queued_requests", b"queued_requests", "retried_calls", b"retried_calls", "rss_bytes", b"rss_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "backbone_bytes", b"backbone_bytes", "balancedness", b"balancedness", "failed_requests", b"failed_requests", "generated_tokens", b"generated_tokens", "hedged_calls", b"hedged_calls", "lifeboat_loads", b"lifeboat_loads", "longest_pause_s", b"longest_pause_s", "own_bytes", b"own_bytes", "own_rows", b"own_rows", "pid", b"pid", "queued_requests", b"queued_requests", "retried_calls", b"retried_calls", "rss_bytes", b"rss_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -141,9 +209,11 @@ class HostStatus(_message.Message):
     NUM_EXPERTS_FIELD_NUMBER: _builtins.int
     NUM_CALLS_FIELD_NUMBER: _builtins.int
     NUM_ROWS_FIELD_NUMBER: _builtins.int
+    UTILISATION_FIELD_NUMBER: _builtins.int
+    QUEUED_ROWS_FIELD_NUMBER: _builtins.int
     host_id: _builtins.str
     state: _builtins.str
-    """"starting", "loading", "ready", "standby" or "lost"."""
+    """"starting", "loading", "ready", "draining", "standby" or "lost"."""
     node_id: _builtins.str
     pid: _builtins.int
     restarts: _builtins.int
@@ -157,6 +227,10 @@ class HostStatus(_message.Message):
     num_calls: _builtins.int
     num_rows: _builtins.int
     """(token, expert) rows computed in this life."""
+    utilisation: _builtins.float
+    """Share of the last seconds in which it was computing, 0 to 1."""
+    queued_rows: _builtins.int
+    """Rows that wait for it."""
     def __init__(
         self,
         *,
@@ -171,10 +245,12 @@ class HostStatus(_message.Message):
         num_experts: _builtins.int = ...,
         num_calls: _builtins.int = ...,
         num_rows: _builtins.int = ...,
+        utilisation: _builtins.float = ...,
+        queued_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "loaded_bytes", b"loaded_bytes", "node_id", b"node_id", "num_calls", b"num_calls", "num_experts", b"num_experts", "num_rows", b"num_rows", "pid", b"pid", "restarts", b"restarts", "rss_bytes", b"rss_bytes", "state", b"state", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "loaded_bytes", b"loaded_bytes", "node_id", b"node_id", "num_calls", b"num_calls", "num_experts", b"num_experts", "num_rows", b"num_rows", "pid", b"pid", "queued_rows", b"queued_rows", "restarts", b"restarts", "rss_bytes", b"rss_bytes", "state", b"state", "utilisation", b"utilisation", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -335,3 +411,267 @@ class HostAddress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HostAddress: _TypeAlias = HostAddress  # noqa: Y015
+
+@_typing.final
+class PlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Only tell what would be done."""
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_BEFORE_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_AFTER_FIELD_NUMBER: _builtins.int
+    PAUSE_S_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    copied_bytes: _builtins.int
+    """Weights that hosts load for it."""
+    num_steps: _builtins.int
+    """Each is loaded whole, then routed to at once."""
+    balancedness_before: _builtins.float
+    """Predicted mean / highest load of a host, averaged over the layers, at the present load."""
+    balancedness_after: _builtins.float
+    pause_s: _builtins.float
+    """How long requests are predicted to stand still: 0, unless an expert has no living replica now."""
+    duration_s: _builtins.float
+    """How long the copying is predicted to take, beside the requests."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedMove]: ...
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___PlannedMove] | None = ...,
+        copied_bytes: _builtins.int = ...,
+        num_steps: _builtins.int = ...,
+        balancedness_before: _builtins.float = ...,
+        balancedness_after: _builtins.float = ...,
+        pause_s: _builtins.float = ...,
+        duration_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balancedness_after", b"balancedness_after", "balancedness_before", b"balancedness_before", "copied_bytes", b"copied_bytes", "duration_s", b"duration_s", "moves", b"moves", "num_steps", b"num_steps", "pause_s", b"pause_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanResponse: _TypeAlias = PlanResponse  # noqa: Y015
+
+@_typing.final
+class PlannedMove(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    ADDED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    expert: _builtins.int
+    @_builtins.property
+    def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Hosts that get a replica, and hosts that give theirs up."""
+
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str = ...,
+        expert: _builtins.int = ...,
+        added: _abc.Iterable[_builtins.str] | None = ...,
+        removed: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "expert", b"expert", "layer", b"layer", "removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedMove: _TypeAlias = PlannedMove  # noqa: Y015
+
+@_typing.final
+class ResizeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ACTORS_FIELD_NUMBER: _builtins.int
+    num_actors: _builtins.int
+    """Expert actors wanted, standbys apart."""
+    def __init__(
+        self,
+        *,
+        num_actors: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_actors", b"num_actors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeRequest: _TypeAlias = ResizeRequest  # noqa: Y015
+
+@_typing.final
+class ResizeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeResponse: _TypeAlias = ResizeResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """Name of an expert actor, or the id of a node (or its beginning), with or without "node:" before it."""
+    replace: _builtins.bool
+    """Start as many others in their place."""
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+        replace: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replace", b"replace", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def host_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The expert actors that go."""
+
+    def __init__(
+        self,
+        *,
+        host_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_ids", b"host_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class ChaosRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    AT_S_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"kill", "hang", "slow", "corrupt" or "partition"."""
+    target: _builtins.str
+    """An expert actor, "node:ID", "controller", or "random": an actor drawn by `seed`."""
+    at_s: _builtins.float
+    """Seconds from now."""
+    duration_s: _builtins.float
+    """How long it lasts; a kill is for ever."""
+    factor: _builtins.float
+    """For "slow": how many times longer everything takes."""
+    seed: _builtins.int
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        target: _builtins.str = ...,
+        at_s: _builtins.float = ...,
+        duration_s: _builtins.float = ...,
+        factor: _builtins.float = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "duration_s", b"duration_s", "factor", b"factor", "kind", b"kind", "seed", b"seed", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChaosRequest: _TypeAlias = ChaosRequest  # noqa: Y015
+
+@_typing.final
+class ChaosResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    STALL_S_FIELD_NUMBER: _builtins.int
+    FAILED_REQUESTS_FIELD_NUMBER: _builtins.int
+    REPAIRED_S_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_BEFORE_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_AFTER_FIELD_NUMBER: _builtins.int
+    RETRIED_CALLS_FIELD_NUMBER: _builtins.int
+    HEDGED_CALLS_FIELD_NUMBER: _builtins.int
+    LIFEBOAT_LOADS_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    stall_s: _builtins.float
+    """Longest time between two tokens of a running generation, from the fault until it was repaired."""
+    failed_requests: _builtins.int
+    repaired_s: _builtins.float
+    """Until every expert had its replicas and every host was back; negative when that was given up."""
+    balancedness_before: _builtins.float
+    balancedness_after: _builtins.float
+    retried_calls: _builtins.int
+    hedged_calls: _builtins.int
+    lifeboat_loads: _builtins.int
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        targets: _abc.Iterable[_builtins.str] | None = ...,
+        stall_s: _builtins.float = ...,
+        failed_requests: _builtins.int = ...,
+        repaired_s: _builtins.float = ...,
+        balancedness_before: _builtins.float = ...,
+        balancedness_after: _builtins.float = ...,
+        retried_calls: _builtins.int = ...,
+        hedged_calls: _builtins.int = ...,
+        lifeboat_loads: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balancedness_after", b"balancedness_after", "balancedness_before", b"balancedness_before", "failed_requests", b"failed_requests", "hedged_calls", b"hedged_calls", "kind", b"kind", "lifeboat_loads", b"lifeboat_loads", "repaired_s", b"repaired_s", "retried_calls", b"retried_calls", "stall_s", b"stall_s", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChaosResponse: _TypeAlias = ChaosResponse  # noqa: Y015

@@ -44,6 +44,26 @@ class AdminStub(object):
                 request_serializer=ray__moe_dot_v1_dot_admin__pb2.PlacementRequest.SerializeToString,
                 response_deserializer=ray__moe_dot_v1_dot_admin__pb2.PlacementResponse.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/ray_moe.v1.Admin/Plan',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.PlanRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.PlanResponse.FromString,
+                _registered_method=True)
+        self.Resize = channel.unary_unary(
+                '/ray_moe.v1.Admin/Resize',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.ResizeRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.ResizeResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/ray_moe.v1.Admin/Drain',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.Chaos = channel.unary_unary(
+                '/ray_moe.v1.Admin/Chaos',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.ChaosRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.ChaosResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -63,6 +83,38 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """A better placement for the present load. Unless it is a dry run it is also carried out, beside the requests; Status
+        tells how far it is. UNAVAILABLE while another change is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resize(self, request, context):
+        """Change the number of expert actors, beside the requests. Answers at once; Status tells how far it is.
+        FAILED_PRECONDITION for a number that cannot be, RESOURCE_EXHAUSTED where there is no room for the experts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Let an expert actor, or all on a node, hand over what they hold, and end. Answers at once; Status tells how far it
+        is. NOT_FOUND, naming what there is; RESOURCE_EXHAUSTED where the others have no room.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Chaos(self, request, context):
+        """A fault on purpose; answers when it is repaired, with a report. FAILED_PRECONDITION unless the service allows it
+        (chaos.enabled).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +127,26 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Placement,
                     request_deserializer=ray__moe_dot_v1_dot_admin__pb2.PlacementRequest.FromString,
                     response_serializer=ray__moe_dot_v1_dot_admin__pb2.PlacementResponse.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.PlanRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.PlanResponse.SerializeToString,
+            ),
+            'Resize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resize,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.ResizeRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.ResizeResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'Chaos': grpc.unary_unary_rpc_method_handler(
+                    servicer.Chaos,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.ChaosRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.ChaosResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +203,114 @@ class Admin(object):
             '/ray_moe.v1.Admin/Placement',
             ray__moe_dot_v1_dot_admin__pb2.PlacementRequest.SerializeToString,
             ray__moe_dot_v1_dot_admin__pb2.PlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/Plan',
+            ray__moe_dot_v1_dot_admin__pb2.PlanRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.PlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/Resize',
+            ray__moe_dot_v1_dot_admin__pb2.ResizeRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.ResizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/Drain',
+            ray__moe_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Chaos(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/Chaos',
+            ray__moe_dot_v1_dot_admin__pb2.ChaosRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.ChaosResponse.FromString,
             options,
             channel_credentials,
             insecure,

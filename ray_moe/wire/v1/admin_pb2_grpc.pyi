@@ -35,6 +35,22 @@ class AdminStub:
     """How the service, its router and its hosts are. Answers while the service is still starting, too."""
     Placement: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlacementRequest, _admin_pb2.PlacementResponse]
     """Which host holds which experts, as the router uses it now."""
+    Plan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.PlanResponse]
+    """A better placement for the present load. Unless it is a dry run it is also carried out, beside the requests; Status
+    tells how far it is. UNAVAILABLE while another change is under way.
+    """
+    Resize: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ResizeRequest, _admin_pb2.ResizeResponse]
+    """Change the number of expert actors, beside the requests. Answers at once; Status tells how far it is.
+    FAILED_PRECONDITION for a number that cannot be, RESOURCE_EXHAUSTED where there is no room for the experts.
+    """
+    Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
+    """Let an expert actor, or all on a node, hand over what they hold, and end. Answers at once; Status tells how far it
+    is. NOT_FOUND, naming what there is; RESOURCE_EXHAUSTED where the others have no room.
+    """
+    Chaos: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ChaosRequest, _admin_pb2.ChaosResponse]
+    """A fault on purpose; answers when it is repaired, with a report. FAILED_PRECONDITION unless the service allows it
+    (chaos.enabled).
+    """
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -43,6 +59,22 @@ class AdminAsyncStub(AdminStub):
     """How the service, its router and its hosts are. Answers while the service is still starting, too."""
     Placement: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlacementRequest, _admin_pb2.PlacementResponse]  # type: ignore[assignment]
     """Which host holds which experts, as the router uses it now."""
+    Plan: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.PlanResponse]  # type: ignore[assignment]
+    """A better placement for the present load. Unless it is a dry run it is also carried out, beside the requests; Status
+    tells how far it is. UNAVAILABLE while another change is under way.
+    """
+    Resize: _aio.UnaryUnaryMultiCallable[_admin_pb2.ResizeRequest, _admin_pb2.ResizeResponse]  # type: ignore[assignment]
+    """Change the number of expert actors, beside the requests. Answers at once; Status tells how far it is.
+    FAILED_PRECONDITION for a number that cannot be, RESOURCE_EXHAUSTED where there is no room for the experts.
+    """
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
+    """Let an expert actor, or all on a node, hand over what they hold, and end. Answers at once; Status tells how far it
+    is. NOT_FOUND, naming what there is; RESOURCE_EXHAUSTED where the others have no room.
+    """
+    Chaos: _aio.UnaryUnaryMultiCallable[_admin_pb2.ChaosRequest, _admin_pb2.ChaosResponse]  # type: ignore[assignment]
+    """A fault on purpose; answers when it is repaired, with a report. FAILED_PRECONDITION unless the service allows it
+    (chaos.enabled).
+    """
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -60,5 +92,45 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.PlacementResponse, _abc.Awaitable[_admin_pb2.PlacementResponse]]:
         """Which host holds which experts, as the router uses it now."""
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _admin_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PlanResponse, _abc.Awaitable[_admin_pb2.PlanResponse]]:
+        """A better placement for the present load. Unless it is a dry run it is also carried out, beside the requests; Status
+        tells how far it is. UNAVAILABLE while another change is under way.
+        """
+
+    @_abc_1.abstractmethod
+    def Resize(
+        self,
+        request: _admin_pb2.ResizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ResizeResponse, _abc.Awaitable[_admin_pb2.ResizeResponse]]:
+        """Change the number of expert actors, beside the requests. Answers at once; Status tells how far it is.
+        FAILED_PRECONDITION for a number that cannot be, RESOURCE_EXHAUSTED where there is no room for the experts.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
+        """Let an expert actor, or all on a node, hand over what they hold, and end. Answers at once; Status tells how far it
+        is. NOT_FOUND, naming what there is; RESOURCE_EXHAUSTED where the others have no room.
+        """
+
+    @_abc_1.abstractmethod
+    def Chaos(
+        self,
+        request: _admin_pb2.ChaosRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ChaosResponse, _abc.Awaitable[_admin_pb2.ChaosResponse]]:
+        """A fault on purpose; answers when it is repaired, with a report. FAILED_PRECONDITION unless the service allows it
+        (chaos.enabled).
+        """
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

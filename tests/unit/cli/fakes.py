@@ -14,11 +14,13 @@ LAYERS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
 
 def status(**changes: Any) -> ServiceStatus:
     """Two hosts of two experts each, in two layers."""
-    host = HostStatus("expert-0", "ready", "n" * 56, 101, 0, 300_000_000, 1_600_000, 1_600_000, 4, 20, 44)
+    host = HostStatus("expert-0", "ready", "n" * 56, 101, 0, 300_000_000, 1_600_000, 1_600_000, 4, 20, 44, 0.62)
     hosts = (host, replace(host, host_id="expert-1", pid=102, restarts=1, num_rows=33))
-    router = RouterStatus(100, 450_000_000, 1_000_000, 1, 2, 64, 3)
+    router = RouterStatus(100, 450_000_000, 1_000_000, 1, 2, 64, 3, failed_requests=5, hedged_calls=9, balancedness=0.5)
     tokens = {LAYERS[0]: (0, 10, 20, 10), LAYERS[1]: (25, 5, 5, 5)}
-    whole = ServiceStatus("models/[tiny]", "qwen3_moe", "0.1.0", "ready", 3725.0, 7, router, hosts, tokens)
+    whole = ServiceStatus(
+        "models/[tiny]", "qwen3_moe", "0.1.0", "ready", 3725.0, 7, router, hosts, tokens, p_lossless=0.75
+    )
     return replace(whole, **changes)
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from ray_moe.cli import tables
 from ray_moe.cli.commands import commands
+from ray_moe.types import ClusterEvent
 from tests.unit.cli.fakes import LAYERS, FakeClient, client_that, status, table
 
 run = CliRunner().invoke
@@ -30,8 +31,8 @@ def row(lines: list[str], name: str) -> list[str]:
 
 def test_hosts_in_eighty_columns() -> None:
     lines = text(tables.hosts(status().hosts, table()))
-    assert row(lines, "expert-0") == "expert-0 ready 101 0-1 × 2 layers 1.6 MB 300.0 MB 44 0".split()
-    assert row(lines, "expert-1") == "expert-1 ready 102 2-3 × 2 layers 1.6 MB 300.0 MB 33 1".split()
+    assert row(lines, "expert-0") == "expert-0 ready 101 0-1 × 2 layers 1.6 MB 300.0 MB 44 62% 0".split()
+    assert row(lines, "expert-1") == "expert-1 ready 102 2-3 × 2 layers 1.6 MB 300.0 MB 33 62% 1".split()
     assert max(map(len, lines)) <= 80
 
 
@@ -39,14 +40,30 @@ def test_a_loading_host_shows_how_far_it_is_and_nodes_show_when_there_are_two() 
     first, second = status().hosts
     second = replace(second, state="loading", loaded_bytes=400_000, node_id="m" * 56, pid=0)
     lines = text(tables.hosts((first, second)), width=100)
-    assert row(lines, "expert-1") == "expert-1 loading mmmmmmmm 4 25% 300.0 MB 33 1".split()
+    assert row(lines, "expert-1") == "expert-1 loading mmmmmmmm 4 25% 300.0 MB 33 62% 1".split()
     assert row(lines, "expert-0")[2] == "nnnnnnnn"
 
 
 def test_summary_says_how_the_service_is() -> None:
     lines = text(tables.summary(status(model="models/[tiny]")))
     assert lines[0] == "models/[tiny] (qwen3_moe)  ready for 1 h 2 min"
-    assert lines[-1] == "requests: 1 active, 2 queued; 64 tokens generated, 3 expert calls sent again"
+    assert lines[-2] == "requests: 1 active, 2 queued, 5 failed; 64 tokens generated"
+    assert lines[-1] == "experts: balancedness 0.50, 75% to survive a lost node; 3 calls again, 9 hedged"
+    assert max(map(len, lines)) <= 80
+
+
+def test_summary_says_what_the_router_computes_itself_and_what_is_changing() -> None:
+    changed = status(changing="resize: 2 to 3 hosts")
+    lines = text(tables.summary(replace(changed, router=replace(changed.router, own_rows=7, lifeboat_loads=2))))
+    assert lines[-2] == "router's own experts: 0 B, 7 rows computed, 2 read by the lifeboat"
+    assert lines[-1] == "changing: resize: 2 to 3 hosts"
+
+
+def test_the_last_events_are_shown() -> None:
+    happened = tuple(ClusterEvent(float(second), "moved", f"expert {second}") for second in range(20))
+    lines = text(tables.events(happened))
+    assert len(lines) == tables.MAX_EVENTS + 3
+    assert lines[-1].split()[1:] == ["moved", "expert", "19"]
 
 
 def test_heat_is_scaled_to_the_row_and_never_hides_a_used_expert() -> None:

@@ -17,9 +17,30 @@ import pytest
 from ray_moe.client.aio import AsyncClient
 from ray_moe.client.requests import Forward, Generation
 from ray_moe.client.sync import Client
-from ray_moe.errors import Cancelled, DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Unavailable, WireError
-from ray_moe.types import GenerateChunk
-from tests.unit.service.fake_backend import GATELESS, LAYER, LAYERS, STATUS, TABLE, WIDTH, FakeBackend, front_door
+from ray_moe.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InsufficientResources,
+    InvalidConfig,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    WireError,
+)
+from ray_moe.types import ChaosRequest, GenerateChunk
+from tests.unit.service.fake_backend import (
+    GATELESS,
+    LAYER,
+    LAYERS,
+    PLAN,
+    REPORT,
+    STATUS,
+    TABLE,
+    WIDTH,
+    FakeBackend,
+    front_door,
+)
 
 HIDDEN = np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
 Connect = Callable[..., Any]
@@ -401,3 +422,48 @@ async def test_with_closes(backend: FakeBackend) -> None:
         for call in (aio.status(), asyncio.to_thread(sync.status)):
             with pytest.raises(Cancelled):
                 await call
+
+
+# --- changing the cluster ------------------------------------------------------------------------------------
+async def test_wishes_reach_the_backend_and_answers_come_back(client: Any, backend: FakeBackend) -> None:
+    request = ChaosRequest("slow", "expert-1", 0.5, 2.0, 8.0, 3)
+    assert await client.plan() == PLAN
+    assert await client.plan(dry_run=False) == PLAN
+    assert await client.resize(3) is None
+    assert await client.drain("expert-0", replace=True) == ("expert-0", "expert-9")
+    assert await client.chaos(request) == REPORT
+    assert backend.wishes == [
+        ("plan", True),
+        ("plan", False),
+        ("resize", 3),
+        ("drain", "expert-0", True),
+        ("chaos", request),
+    ]
+
+
+@pytest.mark.parametrize("failure", [InvalidConfig("too few"), InsufficientResources("no room"), Unavailable("busy")])
+async def test_a_wish_that_cannot_be_granted_says_why(client: Any, backend: FakeBackend, failure: Exception) -> None:
+    backend.failure = failure
+    for wish in (client.resize(0), client.drain("expert-0"), client.chaos(ChaosRequest("kill"))):
+        with pytest.raises(type(failure), match=str(failure)):
+            await wish
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        (lambda client: client.resize(-1), "num_actors is -1"),
+        (lambda client: client.resize(10**9), "num_actors is 1000000000"),
+        (lambda client: client.resize("three"), "num_actors is 'three'"),
+        (lambda client: client.drain(""), "expected the name of an expert actor"),
+        (lambda client: client.chaos(ChaosRequest("explode")), "expected one of kill, hang, slow, corrupt, partition"),
+        (lambda client: client.chaos(ChaosRequest("kill", target="")), "target is empty"),
+        (lambda client: client.chaos(ChaosRequest("slow", duration_s=1e9)), "duration_s is"),
+        (lambda client: client.chaos(ChaosRequest("slow", at_s=float("nan"))), "at_s is nan"),
+        (lambda client: client.chaos(ChaosRequest("slow", factor=0.5)), "factor is 0.5"),
+    ],
+)
+async def test_a_wish_that_makes_no_sense_is_refused(client: Any, backend: FakeBackend, wish: Any, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        await wish(client)
+    assert backend.wishes == []

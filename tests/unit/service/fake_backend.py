@@ -13,13 +13,19 @@ from numpy.typing import NDArray
 from ray_moe.service.backend import FloatArray
 from ray_moe.service.grpc.server import FrontDoor
 from ray_moe.types import (
+    ChaosReport,
+    ChaosRequest,
+    ClusterEvent,
     GenerateChunk,
     GenerateRequest,
     HostAddress,
+    HostId,
     HostStatus,
     LayerPath,
     LayerSpec,
     Placement,
+    PlannedMove,
+    PlanSummary,
     RouterStatus,
     RoutingTable,
     ServiceStatus,
@@ -39,10 +45,23 @@ STATUS = ServiceStatus(
     state="degraded",
     uptime_s=12.5,
     epoch=7,
-    router=RouterStatus(11, 2**40, 3, 4, 5, 6, 7),
-    hosts=(HostStatus("expert-0", "ready", "node", 12, 1, 2, 3, 4, 5, 6, 7), HostStatus("expert-1", "lost")),
+    router=RouterStatus(11, 2**40, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0.5, 0.25),
+    hosts=(HostStatus("expert-0", "ready", "node", 12, 1, 2, 3, 4, 5, 6, 7, 0.75, 9), HostStatus("expert-1", "lost")),
     tokens_per_expert={LAYERS[1]: (1, 0, 2**40), LAYERS[0]: (3, 4, 5)},
+    changing="resize: 2 to 3 hosts",
+    events=(ClusterEvent(1.5, "lost", "expert-1"), ClusterEvent(2.5, "repaired", "expert-0")),
+    p_lossless=0.125,
 )
+PLAN = PlanSummary(
+    moves=(PlannedMove(LAYERS[0], 2, ("expert-0",), ()), PlannedMove(LAYERS[1], 0, (), ("expert-0", "expert-1"))),
+    copied_bytes=2**33,
+    num_steps=2,
+    balancedness_before=0.5,
+    balancedness_after=0.875,
+    pause_s=0.0,
+    duration_s=1.5,
+)
+REPORT = ChaosReport("kill", ("expert-0", "expert-1"), 0.25, 1, -1.0, 0.5, 0.75, 4, 5, 6)
 TABLE = RoutingTable(
     epoch=7,
     placement=Placement({LAYERS[1]: (("expert-0",), ("expert-1", "expert-0"), ()), LAYERS[0]: ()}),
@@ -62,6 +81,7 @@ class FakeBackend:
         self.has_tokenizer = True
         self.calls: list[tuple[LayerPath, NDArray[Any], tuple[NDArray[Any], NDArray[Any]] | None]] = []
         self.requests: list[GenerateRequest] = []
+        self.wishes: list[tuple[Any, ...]] = []
         self.num_open = 0
         self.failure: BaseException | None = None
         self.hold_after: int | None = None
@@ -115,6 +135,27 @@ class FakeBackend:
 
     async def placement(self) -> RoutingTable:
         return TABLE
+
+    async def plan(self, dry_run: bool) -> PlanSummary:
+        self.wishes.append(("plan", dry_run))
+        return PLAN
+
+    async def resize(self, num_actors: int) -> None:
+        self.wishes.append(("resize", num_actors))
+        if self.failure is not None:
+            raise self.failure
+
+    async def drain(self, target: str, replace: bool) -> tuple[HostId, ...]:
+        self.wishes.append(("drain", target, replace))
+        if self.failure is not None:
+            raise self.failure
+        return (target, "expert-9")
+
+    async def chaos(self, request: ChaosRequest) -> ChaosReport:
+        self.wishes.append(("chaos", request))
+        if self.failure is not None:
+            raise self.failure
+        return REPORT
 
 
 @asynccontextmanager

@@ -9,10 +9,22 @@ import pytest
 from google.protobuf.message import Message
 
 from ray_moe.errors import InvalidRequest, WireError
-from ray_moe.types import GenerateChunk, GenerateRequest, HostAddress, HostStatus, RouterStatus, ServiceStatus
+from ray_moe.types import (
+    ChaosReport,
+    ChaosRequest,
+    ClusterEvent,
+    GenerateChunk,
+    GenerateRequest,
+    HostAddress,
+    HostStatus,
+    PlannedMove,
+    PlanSummary,
+    RouterStatus,
+    ServiceStatus,
+)
 from ray_moe.wire import messages
 from ray_moe.wire.v1 import admin_pb2, inference_pb2
-from tests.unit.service.fake_backend import STATUS, TABLE
+from tests.unit.service.fake_backend import PLAN, REPORT, STATUS, TABLE
 
 
 @pytest.mark.parametrize(
@@ -24,6 +36,11 @@ from tests.unit.service.fake_backend import STATUS, TABLE
         (RouterStatus, admin_pb2.RouterStatus),
         (HostStatus, admin_pb2.HostStatus),
         (HostAddress, admin_pb2.HostAddress),
+        (ClusterEvent, admin_pb2.ClusterEvent),
+        (PlannedMove, admin_pb2.PlannedMove),
+        (PlanSummary, admin_pb2.PlanResponse),
+        (ChaosRequest, admin_pb2.ChaosRequest),
+        (ChaosReport, admin_pb2.ChaosResponse),
     ],
 )
 def test_values_and_messages_have_the_same_fields(value: Any, message: type[Message]) -> None:
@@ -71,6 +88,15 @@ def test_chunks_status_and_table_come_back() -> None:
     table = messages.table_from_proto(messages.table_to_proto(TABLE))
     assert table == TABLE
     assert list(table.placement.hosts_of) == list(TABLE.placement.hosts_of)  # the order of the model
+
+
+def test_plans_and_chaos_come_back() -> None:
+    assert messages.plan_from_proto(messages.plan_to_proto(PLAN)) == PLAN
+    request = ChaosRequest("slow", "node:ab", 1.5, 2.5, 30.0, 7)
+    assert messages.chaos_request_from_proto(messages.chaos_request_to_proto(request)) == request
+    assert messages.chaos_report_from_proto(messages.chaos_report_to_proto(REPORT)) == REPORT
+    with pytest.raises(InvalidRequest):
+        messages.chaos_request_to_proto(ChaosRequest("kill", seed="x"))  # type: ignore[arg-type]
 
 
 def test_bytes_that_are_no_message() -> None:
