@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,6 +29,7 @@ from ray_moe.models.experts import install, moe_block
 from ray_moe.models.rope import ThreadLocalRope
 from ray_moe.runtime.detokenizer import Detokenizer
 from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.vitals import Vitals
 from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath, LayerSpec
 
 FORWARD_THREADS = 2
@@ -56,6 +58,7 @@ class Engine:
         """Requests being computed."""
         self.queued_requests = 0
         """Requests accepted and waiting for a thread."""
+        self.vitals = Vitals()
         self._model: Any = model
         self._tokenizer = tokenizer
         self._dispatcher = dispatcher
@@ -93,12 +96,19 @@ class Engine:
         computing = asyncio.get_running_loop().run_in_executor(
             self._forwards, self._forward_layer, layer, hidden, routing
         )
+        self.vitals.opened(computing, waits=False)
         try:
             return await computing
         except asyncio.CancelledError:
             if self._dropped(computing):
                 raise Unavailable("the service is stopping; retry elsewhere or later") from None
             raise
+        except RayMoEError as error:
+            if isinstance(error, (Unavailable, ExpertFailed)):
+                self.vitals.failed()
+            raise
+        finally:
+            self.vitals.closed(computing)
 
     def _dropped(self, computing: asyncio.Future[Array]) -> bool:
         """Whether a queued job was cancelled by closing (and not left by its caller)."""
@@ -149,6 +159,7 @@ class Engine:
 
         self._running[stop] = put
         self._idle.clear()
+        self.vitals.opened(stop)
         job = self._generators.submit(self._generate, request, put, stop)
         try:
             while True:
@@ -164,6 +175,7 @@ class Engine:
                 with self._lock:
                     self.queued_requests -= 1
             del self._running[stop]
+            self.vitals.closed(stop)
             if not self._running:
                 self._idle.set()
 
@@ -172,13 +184,17 @@ class Engine:
         with self._lock:
             self.queued_requests -= 1
             self.active_requests += 1
+        self.vitals.begun(stop)
         self._dynamic_rope.forget()
         try:
             if not stop.is_set():
                 self._run_generate(request, put, stop)
         except RayMoEError as error:
+            if isinstance(error, (Unavailable, ExpertFailed)):
+                self.vitals.failed()
             put(error)
         except Exception as error:
+            self.vitals.failed()
             failure = ExpertFailed(f"generation failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             put(failure)
@@ -250,6 +266,7 @@ class _Streamer(BaseStreamer):
         self._seen_prompt = False
         self._finished = False
         self._num_tokens = 0
+        self._last_s: float | None = None
         self._text = Detokenizer(engine._tokenizer)
 
     def put(self, value: torch.Tensor) -> None:
@@ -257,6 +274,10 @@ class _Streamer(BaseStreamer):
             self._seen_prompt = True
             return
         tokens = tuple(int(token) for token in value.reshape(-1).tolist())
+        now_s = time.monotonic()
+        if self._last_s is not None:
+            self._engine.vitals.paused(now_s - self._last_s)
+        self._last_s = now_s
         self._num_tokens += len(tokens)
         reason = ""
         if self._end_tokens.intersection(tokens):
