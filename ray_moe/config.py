@@ -123,6 +123,8 @@ class RayConfig(Section):
     """Shared memory of a local Ray's object store, 80 MiB or more; Ray's own choice when not set."""
     auth: Literal["token", "disabled"] = "token"
     """`token`: only processes that know the cluster's token may join it."""
+    autoscaling: bool = False
+    """Whether nodes come for actors that find no room: a start then waits for them instead of refusing."""
 
 
 class ExpertsConfig(Section):
@@ -143,6 +145,14 @@ class ExpertsConfig(Section):
     """Labels of the nodes that may hold experts, e.g. `{market-type: spot}`; also `!spot`, `in(a,b)`, `!in(a,b)`."""
     num_threads: Annotated[int, Field(ge=1, le=1024), _Number] = 1
     """Threads each actor computes with."""
+    spare_slots: Annotated[int, Field(ge=0), _Number] = 1
+    """Experts of each layer that an actor may hold beyond its equal share: room for replicas of the hot ones, for those
+    of a lost actor, and for moving."""
+    max_bytes: Annotated[Bytes, Field(ge=1)] | None = None
+    """Expert weights that each actor may hold, instead of `spare_slots`."""
+    copy_from: Literal["node", "any", "none"] = "node"
+    """Where an actor gets the weights of a replica: from an actor of its node that has them, from any that has them, or
+    always from the checkpoint, which is also the way out when the others fail."""
     standby_actors: Annotated[int, Field(ge=0), _Number] = 0
     """Running actors without experts that take over from a lost one in tens of milliseconds."""
     standby_preload: bool = False
@@ -178,6 +188,11 @@ class RouterConfig(Section):
     """Seconds after which an unanswered call to an expert actor is sent again."""
     recovery_timeout_s: Seconds = 60
     """Seconds that a request waits for a lost expert to come back before it fails as unavailable."""
+    expert_cache_bytes: Annotated[Bytes, Field(ge=0)] = 0
+    """The hottest experts, up to this size, are also held by the router itself and computed there without any hop."""
+    lifeboat_bytes: Annotated[Bytes, Field(ge=0)] = 2 * 2**30
+    """Experts that no actor holds any more are read by the router and computed there until one does; the longest unused
+    are given up beyond this size. 0 turns it off: requests then wait."""
 
 
 class DispatchConfig(Section):
@@ -186,6 +201,78 @@ class DispatchConfig(Section):
     combine: Literal["router", "host"] = "router"
     """Who adds up the experts' outputs: `router` in the order of transformers (bit-equal in bfloat16), `host` sends
     one weighted sum for each token instead of one row for each expert (less traffic)."""
+    hedge: bool = True
+    """Whether rows that an actor is unusually slow to answer are also sent to another one; the first answer counts."""
+    hedge_factor: Annotated[float, Field(ge=1), _Number] = 4
+    """Unusually slow is this many times what the actor's own history makes likely."""
+    hedge_min_s: Seconds = 0.05
+    """And at least this many seconds."""
+    check_finite: bool = True
+    """Whether rows with NaN or infinity are computed a second time elsewhere before they are believed."""
+
+
+class BalanceConfig(Section):
+    """Which experts are replicated, and where they are: changed while requests flow."""
+
+    enabled: bool = True
+    """Whether the placement follows the load by itself; `ray-moe plan` changes it on request in any case."""
+    every_s: Seconds = 1
+    """Seconds between two looks at the load."""
+    half_life_s: Seconds = 5
+    """After this many seconds the load of the past counts half."""
+    min_gain: Annotated[float, Field(ge=0, le=1), _Number] = 0.02
+    """Balancedness (mean load of an actor / highest, 1 is perfect) that a change must bring to a layer."""
+    cost_per_move: Annotated[float, Field(ge=0, le=1), _Number] = 0.001
+    """And this much more for each replica it copies."""
+    min_replicas: Count = 1
+    """Replicas that every expert has, where there is room."""
+    survive_nodes: Annotated[int, Field(ge=0), _Number] = 0
+    """Place replicas so that all experts most likely survive the loss of so many nodes, whichever; then balance."""
+    domain_label: str = ""
+    """Label of the nodes that names their failure domain, over which replicas are spread: ray.io/availability-zone."""
+    drain_s: Seconds = 2
+    """Seconds that an actor keeps an expert after no routing table names it there any more."""
+    return_s: Seconds = 60
+    """Seconds that a lost actor is expected back before plans are made without it."""
+
+
+class ScalingConfig(Section):
+    """How many expert actors there are: changed while requests flow. With an autoscaling cluster, nodes follow."""
+
+    enabled: bool = False
+    """Whether the number of actors follows the load by itself; `ray-moe resize` changes it on request in any case."""
+    min_actors: Annotated[int, Field(ge=0), _Number] = 1
+    """Fewest."""
+    max_actors: Count = 8
+    """Most."""
+    target_utilisation: Annotated[float, Field(gt=0, le=1), _Number] = 0.6
+    """Share of the time that actors should be computing."""
+    max_queue_age_s: Seconds = 1
+    """A request that waits longer for its turn calls for more actors."""
+    up_after_s: Annotated[float, Field(ge=0), _Number] = 3
+    """Seconds that more must have been wanted."""
+    down_after_s: Annotated[float, Field(ge=0), _Number] = 60
+    """Seconds that fewer must have been wanted."""
+    cool_down_s: Annotated[float, Field(ge=0), _Number] = 15
+    """Seconds without a change after each change."""
+    zero_after_s: Seconds | None = None
+    """After so many seconds without a request no actor is kept; the router's lifeboat answers the next one, and actors
+    start again. Never, when not set."""
+    start_timeout_s: Seconds = 300
+    """Seconds in which new actors must have started, or the change is rolled back."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScalingConfig:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors is {self.min_actors} and max_actors is {self.max_actors}; swap them")
+        return self
+
+
+class ChaosConfig(Section):
+    """Faults on purpose, with `ray-moe chaos`."""
+
+    enabled: bool = False
+    """Whether the service may be told to hurt itself."""
 
 
 class TransportConfig(Section):
@@ -240,8 +327,17 @@ class Config(Section):
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     dispatch: DispatchConfig = DispatchConfig()
+    balance: BalanceConfig = BalanceConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    chaos: ChaosConfig = ChaosConfig()
     transport: TransportConfig = TransportConfig()
     server: ServerConfig = ServerConfig()
+
+    @model_validator(mode="after")
+    def _sleep_needs_a_lifeboat(self) -> Config:
+        if self.scaling.zero_after_s is not None and not self.router.lifeboat_bytes:
+            raise ValueError("scaling.zero_after_s needs router.lifeboat_bytes: nobody else could answer while asleep")
+        return self
 
 
 # --- Putting it together -------------------------------------------------------------------------------------

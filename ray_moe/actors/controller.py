@@ -1,8 +1,8 @@
-"""The actor that keeps a service whole: it brings hosts up, notices their loss, and publishes routing tables.
+"""The actor that keeps a service whole: the shell around `policy/cluster_state.py`.
 
-One task per actor of the service follows its life: describe it, tell it what to hold, wait for its end, again. Routers
-ask for the next table and report hosts they cannot reach; a standby host, if there is one, takes over at once. If the
-controller itself dies, Ray restarts it, and it takes its picture anew from what the hosts hold.
+It turns what it sees into events (hosts that start and end, routers' counts, wishes of people), hands them to the
+state, and carries out the instructions that come back. It decides nothing itself. One task per actor follows that
+actor's life. If the controller dies, Ray restarts it, and it takes its picture anew from what the hosts hold.
 """
 
 from __future__ import annotations
@@ -10,16 +10,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from ray_moe.actors.spec import ClusterStatus, HostReport, Plan, ServiceSpec
-from ray_moe.errors import RayMoEError
-from ray_moe.policy.placement import replace_host
-from ray_moe.types import HostAddress, HostId, HostStatus, Placement, RoutingTable
+from ray_moe.actors import nodes
+from ray_moe.actors.spec import ClusterStatus, HostReport, RouterReport, ServiceSpec, cluster_settings
+from ray_moe.errors import InvalidRequest, NotFound, RayMoEError
+from ray_moe.policy import events as ev
+from ray_moe.policy import planner
+from ray_moe.policy.cluster_state import ClusterState
+from ray_moe.policy.hosts import HostState
+from ray_moe.policy.scaling import Signals
+from ray_moe.policy.summary import summarise
+from ray_moe.policy.survival import p_lossless
+from ray_moe.types import (
+    ChaosRequest,
+    ClusterEvent,
+    HostAddress,
+    HostId,
+    HostStatus,
+    PlanSummary,
+    RoutingTable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,30 +49,19 @@ CHECK_TIMEOUT_S = 2.0
 """A host that a router could not reach and that does not describe itself within this is hung, and put down."""
 REPORT_EVERY_S = 0.5
 """How often memory, progress and counts of the hosts are read while somebody looks at the status."""
+NUM_EVENTS = 200
+"""Events that are remembered for whoever asks."""
 
 
 @dataclass(slots=True)
-class _Host:
-    """One expert actor, over all its lives."""
+class _Actor:
+    """The expert actor of a host, over all its lives."""
 
-    host_id: HostId
-    plan: dict[str, list[int]]
-    """What it is to hold; empty for a standby."""
-    state: str = "starting"
+    keeper: asyncio.Task[None] | None = None
     handle: Any = None
     report: HostReport | None = None
-    address: HostAddress | None = None
-    num_lives: int = 0
-    incarnation: str = ""
     ended: bool = False
-    """Whether the actor has died for good, so that another one must be started in its place."""
-
-    def meet(self, report: HostReport) -> None:
-        """Take note of what the present life says of itself."""
-        if report.incarnation != self.incarnation:
-            self.num_lives += 1
-            self.incarnation = report.incarnation
-        self.report = report
+    """Whether it has died for good, so that another one must be started in its place."""
 
 
 class Controller:
@@ -62,81 +69,296 @@ class Controller:
 
     def __init__(self, spec: ServiceSpec) -> None:
         self._spec = spec
+        self._settings = cluster_settings(spec)
         self._launcher = ray.get_actor(spec.actor_name("launcher"))
-        self._placement: Placement = spec.placement
-        self._epoch = 0
-        self._table = RoutingTable(0, spec.placement)
-        self._published = asyncio.Condition()
-        self._hosts = {
-            host_id: _Host(host_id, dict(spec.placement.experts_on(host_id)))
-            for host_id in (*spec.hosts, *spec.standbys)
-        }
+        self._state = ClusterState(self._settings, spec.hosts, spec.standbys, spec.placement, now_s=time.monotonic())
+        self._actors: dict[HostId, _Actor] = {}
+        self._published = asyncio.Event()
+        self._events: deque[ClusterEvent] = deque(maxlen=NUM_EVENTS)
         self._router: Any = None
         self._router_port = 0
         self._last_port = 0
+        self._router_report: RouterReport | None = None
         self._failure: RayMoEError | None = None
         self._was_ready = False
         self._stopping = False
-        self._keepers: list[asyncio.Task[None]] = []
-        self._background: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Lock()
+        self._started = False
 
-    # --- asked by the service, the routers and the status ----------------------------------------------------
+    # --- asked by the service and the routers ----------------------------------------------------------------
     async def start(self) -> None:
         """Begin to keep the actors. Idempotent; every method that needs it calls it, also after a restart."""
         async with self._starting:
-            if self._keepers or self._stopping:
+            if self._started or self._stopping:
                 return
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 await self._recover()
-            self._keepers = [asyncio.create_task(self._keep_host(host)) for host in self._hosts.values()]
-            self._keepers.append(asyncio.create_task(self._keep_router()))
-            for keeper in self._keepers:
-                keeper.add_done_callback(_log_end)
+            self._started = True
+            for host_id in list(self._state.hosts):
+                self._keep(host_id)
+            self._spawn(self._keep_router())
+            self._spawn(self._tick())
 
     async def table_after(self, epoch: int, timeout_s: float) -> RoutingTable:
         """The routing table, as soon as it is newer than `epoch`, or the present one after `timeout_s`."""
         await self.start()
-        if epoch > self._epoch:  # routers remember what a restarted controller has forgotten
-            self._epoch = epoch
-            await self._publish()
-        async with self._published:
+        if epoch > self._state.table.epoch:  # routers remember what a restarted controller has forgotten
+            self._handle(ev.EpochSeen(epoch))
+        end_s = time.monotonic() + timeout_s
+        while self._state.table.epoch <= epoch and time.monotonic() < end_s:
+            published = self._published
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._published.wait_for(lambda: self._table.epoch > epoch), timeout_s)
-            return self._table
+                await asyncio.wait_for(published.wait(), max(0.0, end_s - time.monotonic()))
+        return self._state.table
 
     async def host_lost(self, address: HostAddress) -> None:
         """A router's report that it cannot reach a host. Reports about ended lives are ignored."""
         await self.start()
-        host = self._hosts.get(address.host_id)
-        if host is None or host.address != address:
+        host, actor = self._state.hosts.get(address.host_id), self._actors.get(address.host_id)
+        if host is None or actor is None or host.phase != "up" or host.incarnation != address.incarnation:
             return
-        await self._lose(host)
-        self._spawn(self._examine(host, address))
+        self._handle(ev.HostLost(host.host_id, address.incarnation))
+        self._spawn(self._examine(actor, address))
 
-    async def status(self) -> ClusterStatus:
-        """State, hosts and their counts, as last reported (at most `REPORT_EVERY_S` old)."""
+    async def host_slow(self, address: HostAddress) -> None:
+        """A router's report that a host keeps missing its deadlines: one that hangs is put down."""
         await self.start()
-        await asyncio.gather(*(self._refresh(host) for host in self._hosts.values()))
-        failure = self._failure
-        return ClusterStatus(
-            state=self._state(),
-            epoch=self._table.epoch,
-            hosts=tuple(self._host_status(host) for host in self._hosts.values()),
-            router_port=self._router_port,
-            failure="" if failure is None else failure.message,
-            failure_class="" if failure is None else type(failure).__name__,
-        )
+        actor = self._actors.get(address.host_id)
+        if actor is not None:
+            self._spawn(self._examine(actor, address))
+
+    async def host_corrupt(self, address: HostAddress) -> None:
+        """A router's report that a host answered nonsense where another did not: it is put down, and starts anew."""
+        await self.start()
+        host, actor = self._state.hosts.get(address.host_id), self._actors.get(address.host_id)
+        if host is not None and actor is not None and host.incarnation == address.incarnation and host.phase == "up":
+            logger.error("%s computes wrongly: it is put down", address.host_id)
+            ray.kill(actor.handle, no_restart=False)
+
+    async def report(self, report: RouterReport) -> None:
+        """What a router counts and feels."""
+        await self.start()
+        self._router_report = report
+        self._handle(ev.LoadReported(report.counts, report.epoch))
 
     async def stop(self) -> None:
         """Stop the router (it finishes what it has accepted within its grace), then the hosts."""
         self._stopping = True
-        for keeper in (*self._keepers, *self._background):
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, *self._background, return_exceptions=True)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._stop_actor(self._router)
-        await asyncio.gather(*(self._stop_actor(host.handle) for host in self._hosts.values()))
+        await asyncio.gather(*(self._stop_actor(actor.handle) for actor in self._actors.values()))
         await self._launcher.end.remote()
+
+    # --- asked by people -------------------------------------------------------------------------------------
+    async def status(self) -> ClusterStatus:
+        """State, hosts and their counts, as last reported (at most `REPORT_EVERY_S` old)."""
+        await self.start()
+        await asyncio.gather(*(self._refresh(host_id) for host_id in list(self._actors)))
+        failure, state = self._failure, self._state
+        change = state.resize.reason if state.resize else state.transaction.reason if state.transaction else ""
+        nodes_of = {host.host_id: host.node for host in state.hosts.values() if host.phase == "up"}
+        return ClusterStatus(
+            state=self._state_name(),
+            epoch=state.table.epoch,
+            hosts=tuple(self._host_status(host) for host in state.hosts.values()),
+            router_port=self._router_port,
+            changing=change,
+            events=tuple(self._events),
+            p_lossless=p_lossless(state.table.placement, nodes_of, max(1, self._settings.goals.survive_nodes)),
+            failure="" if failure is None else failure.message,
+            failure_class="" if failure is None else type(failure).__name__,
+        )
+
+    async def plan(self, dry_run: bool) -> PlanSummary:
+        """A better placement for the present load; unless `dry_run`, it is also carried out, beside the requests.
+
+        Raises: `Unavailable` when another change is under way, `InsufficientResources` when there is no valid plan.
+        """
+        await self.start()
+        state, now_s = self._state, time.monotonic()
+        load, hosts = state.load.rates(now_s), state.capacities()
+        target = await asyncio.to_thread(planner.plan, load, hosts, state.placement, self._settings.goals)
+        budgets = {host.host_id: state.budget_bytes(host) for host in state.members}
+        summary = summarise(load, hosts, state.table.placement, target, self._settings.expert_bytes, budgets)
+        if not dry_run:
+            self._handle(ev.PlanRequested())
+        return summary
+
+    async def resize(self, num_hosts: int) -> None:
+        """Change the number of expert actors, beside the requests. Returns at once; the status tells how it goes.
+
+        Raises: `InvalidConfig`, `InsufficientResources`, `Unavailable` (another change is under way).
+        """
+        await self.start()
+        self._handle(ev.SizeRequested(num_hosts))
+
+    async def drain(self, target: str, replace_hosts: bool) -> tuple[HostId, ...]:
+        """Let a host, or all on a node, hand over what they hold, and end. Returns them at once.
+
+        Raises: `NotFound`, `InsufficientResources`, `Unavailable`.
+        """
+        await self.start()
+        host_ids = await self.hosts_named(target)
+        self._handle(ev.DrainRequested(host_ids, replace=replace_hosts))
+        return host_ids
+
+    async def hosts_named(self, target: str) -> tuple[HostId, ...]:
+        """The hosts that `target` means: a host, or ``node:ID`` (or a node's id alone, or its beginning).
+
+        Raises: `NotFound`, naming what there is.
+        """
+        hosts = self._state.hosts
+        if target in hosts:
+            return (target,)
+        node_id = target.removeprefix("node:")
+        found = tuple(host.host_id for host in hosts.values() if node_id and host.node.startswith(node_id))
+        if not found:
+            on = sorted({host.node for host in hosts.values() if host.node})
+            raise NotFound(
+                f"no expert actor and no node {target!r}; the actors are {', '.join(hosts)}, on the nodes "
+                f"{', '.join(node[:12] for node in on)}"
+            )
+        return found
+
+    async def inject(self, request: ChaosRequest, targets: Sequence[HostId]) -> None:
+        """Hurt some hosts; a node is killed whole, with everything of Ray's on it."""
+        node_ids = {self._state.hosts[host_id].node for host_id in targets}
+        whole_node = request.kind == "kill" and request.target.startswith("node:")
+        if whole_node and ray.get_runtime_context().get_node_id() in node_ids:
+            raise InvalidRequest(
+                "the controller is on that node, and the service would end with it; choose another node"
+            )
+        for host_id in targets:
+            handle = self._actors[host_id].handle
+            if request.kind == "kill":
+                handle.kill.remote(whole_node)
+            else:
+                await handle.disturb.remote(request.kind, request.duration_s, request.factor, request.seed)
+
+    # --- events and instructions -----------------------------------------------------------------------------
+    def _handle(self, event: ev.Event) -> None:
+        """Tell the state of `event`, and set about what it answers."""
+        for instruction in self._state.handle(event, time.monotonic()):
+            self._carry_out(instruction)
+        self._was_ready = self._was_ready or self._is_whole
+
+    def _carry_out(self, instruction: ev.Instruction) -> None:
+        match instruction:
+            case ev.StartHost(host_id):
+                self._keep(host_id)
+            case ev.StopHost(host_id):
+                self._spawn(self._end_host(host_id))
+            case ev.LoadReplicas():
+                self._spawn(self._load(instruction))
+            case ev.DropReplicas():
+                self._spawn(self._drop(instruction))
+            case ev.PlanPlacement():
+                self._spawn(self._plan(instruction))
+            case ev.PublishTable():
+                self._published.set()
+                self._published = asyncio.Event()
+            case ev.Announce(kind, text):
+                logger.info("%s: %s", kind, text)
+                self._events.append(ClusterEvent(time.time(), kind, text))
+
+    async def _load(self, order: ev.LoadReplicas) -> None:
+        handle = self._actors[order.host_id].handle
+        copies = {}
+        for donor, experts in order.donors.items():
+            giver = self._actors.get(donor)
+            if giver is not None and giver.handle is not None:
+                copies[donor] = (experts, [giver.handle.export.remote(experts)])
+        who = (order.op_id, order.host_id, order.incarnation)
+        try:
+            await handle.load.remote(order.experts, copies)
+        except RayTaskError as error:
+            self._note_failure(f"{order.host_id} cannot hold its experts", error)
+            self._handle(ev.ReplicasFailed(*who, reason=_reason(error)))
+        except RayError:
+            return  # it has died; its keeper knows
+        else:
+            self._handle(ev.ReplicasLoaded(*who))
+
+    async def _drop(self, order: ev.DropReplicas) -> None:
+        with contextlib.suppress(RayError):  # dead: then it holds nothing, and its keeper knows
+            await self._actors[order.host_id].handle.drop.remote(order.experts)
+            self._handle(ev.ReplicasDropped(order.op_id, order.host_id, order.incarnation))
+
+    async def _plan(self, order: ev.PlanPlacement) -> None:
+        try:
+            placement = await asyncio.to_thread(planner.plan, order.load, order.hosts, order.current, order.goals)
+        except RayMoEError as error:
+            self._handle(ev.PlacementPlanned(order.op_id, None, error.message))
+        else:
+            self._handle(ev.PlacementPlanned(order.op_id, placement))
+
+    async def _tick(self) -> None:
+        """Time, and what must be looked at: speeds, signals, nodes that are going."""
+        while True:
+            await asyncio.sleep(self._settings.balance_every_s)
+            reports = await asyncio.gather(*(self._refresh(host_id) for host_id in list(self._actors)))
+            busy = [report.busy_fraction for report in reports if report is not None]
+            for host in list(self._state.members):
+                report = self._actors[host.host_id].report
+                if report is not None and report.flops_per_s:
+                    self._handle(ev.SpeedReported(host.host_id, report.incarnation, report.flops_per_s))
+            felt = self._router_report
+            if felt is not None:
+                utilisation = sum(busy) / len(busy) if busy else 0.0
+                self._handle(ev.SignalsReported(Signals(utilisation, felt.queue_age_s, felt.idle_s)))
+            await self._heed_notices()
+            self._handle(ev.Ticked())
+
+    async def _heed_notices(self) -> None:
+        """Nodes that Ray says are going (a spot notice, `ray drain-node`): save what is on them, start others."""
+        going = await asyncio.to_thread(nodes.draining)
+        hosts = tuple(h.host_id for h in self._state.hosts.values() if h.node in going and not h.draining)
+        if hosts:
+            self._handle(ev.DrainRequested(hosts, replace=True, notice=True))
+
+    # --- the life of a host ----------------------------------------------------------------------------------
+    def _keep(self, host_id: HostId) -> None:
+        actor = self._actors.setdefault(host_id, _Actor())
+        actor.keeper = self._spawn(self._keep_host(host_id, actor))
+
+    async def _keep_host(self, host_id: HostId, actor: _Actor) -> None:
+        """Bring the host up, wait for its end, again and again."""
+        while True:
+            try:
+                actor.handle = await self._launcher.start_host.remote(host_id, actor.ended)
+                actor.ended = False
+                report = actor.report = await actor.handle.start.remote()
+                self._handle(_started(report))
+                await actor.handle.until_lost.remote()
+            except ActorUnavailableError:  # Ray restarts it
+                self._handle(ev.HostLost(host_id, ""))
+            except RayTaskError as error:
+                self._note_failure(f"{host_id} cannot start", error)
+                self._handle(ev.HostFailed(host_id, _reason(error)))
+                await asyncio.sleep(FAILED_S)
+            except RayError as error:  # for good: restarts used up, killed, out of memory, its node gone
+                logger.warning("%s has ended: %s", host_id, error)
+                actor.ended = True
+                self._handle(ev.HostLost(host_id, ""))
+                if actor.report is None:  # it cannot even begin
+                    self._note_failure(f"{host_id} cannot start", error)
+                    self._handle(ev.HostFailed(host_id, _reason(error)))
+                    await asyncio.sleep(FAILED_S)
+            await asyncio.sleep(RETRY_S)
+
+    async def _end_host(self, host_id: HostId) -> None:
+        actor = self._actors.pop(host_id, None)
+        if actor is None:
+            return
+        if actor.keeper is not None:
+            actor.keeper.cancel()
+        if actor.report is not None:
+            await self._stop_actor(actor.handle)
+        await self._launcher.stop_host.remote(host_id)
 
     async def _stop_actor(self, handle: Any) -> None:
         """Let an actor end well. One that does not answer, or is not there, the launcher ends all the same."""
@@ -144,106 +366,26 @@ class Controller:
             with contextlib.suppress(RayError, asyncio.TimeoutError):
                 await asyncio.wait_for(handle.stop.remote(), self._spec.config.server.grace_s + CHECK_TIMEOUT_S)
 
-    # --- the life of a host ----------------------------------------------------------------------------------
-    async def _keep_host(self, host: _Host) -> None:
-        """Bring `host` up, wait for its end, again and again."""
-        while True:
-            try:
-                if host.handle is None:
-                    host.handle = await self._launcher.start_host.remote(host.host_id, host.ended)
-                    host.ended = False
-                host.meet(await host.handle.describe.remote())
-                if host.state not in ("ready", "standby"):  # else: a restarted controller found it so
-                    await self._bring_up(host)
-                await host.handle.until_lost.remote()
-            except ActorUnavailableError:  # Ray restarts it
-                await self._lose(host)
-            except RayTaskError as error:
-                await self._fail(host, error)
-            except RayError as error:  # for good: restarts used up, killed, out of memory, its node gone
-                logger.warning("%s has ended: %s", host.host_id, error)
-                host.handle, host.ended = None, True
-                if host.num_lives:
-                    await self._lose(host)
-                else:  # it cannot even begin
-                    await self._fail(host, error)
-            await asyncio.sleep(RETRY_S)
-
-    async def _bring_up(self, host: _Host) -> None:
-        """Make a fresh life of `host` useful: with its experts, or as a standby."""
-        while True:
-            plan = host.plan
-            host.state = "loading"
-            if plan:
-                host.address = await host.handle.load.remote(plan)
-            elif self._spec.config.experts.standby_preload:
-                host.address = await host.handle.load.remote(self._spec.all_experts)
-            else:
-                await host.handle.prepare.remote()
-            if plan == host.plan:  # else: it has taken over from another host meanwhile
-                break
-        host.state = "ready" if plan else "standby"
-        self._assign_heirs()
-        await self._publish()
-
-    async def _lose(self, host: _Host) -> None:
-        """Take `host` out of the table; a standby, if there is one, gets its experts."""
-        if host.state != "lost":
-            host.state, host.address, host.report = "lost", None, None
-            self._assign_heirs()
-            await self._publish()
-
-    def _assign_heirs(self) -> None:
-        """Give the experts of lost hosts to standbys, as far as there are any."""
-        for lost in [host for host in self._hosts.values() if host.plan and host.state == "lost" and self._was_ready]:
-            heir = next((host for host in self._hosts.values() if host.state == "standby"), None)
-            if heir is None:
-                return
-            self._placement = replace_host(self._placement, lost.host_id, heir.host_id)
-            heir.plan, lost.plan = lost.plan, {}
-            if heir.address is not None:  # preloaded: it holds every expert already
-                heir.state = "ready"
-            else:
-                heir.state = "loading"
-                self._spawn(self._take_over(heir))
-
-    async def _take_over(self, heir: _Host) -> None:
-        try:
-            await self._bring_up(heir)
-        except RayTaskError as error:
-            logger.error("standby %s could not take over: %s", heir.host_id, error.cause)
-            ray.kill(heir.handle, no_restart=False)
-        except RayError:
-            return  # it has died; its keeper knows, and another standby may be next
-
-    async def _examine(self, host: _Host, address: HostAddress) -> None:
+    async def _examine(self, actor: _Actor, address: HostAddress) -> None:
         """Is a host that a router could not reach alive after all? A hung one is put down, and so restarted."""
-        handle = host.handle
+        handle = actor.handle
         try:
             report: HostReport = await asyncio.wait_for(handle.describe.remote(), CHECK_TIMEOUT_S)
         except asyncio.TimeoutError:
+            logger.error("%s does not answer: it is put down", address.host_id)
             ray.kill(handle, no_restart=False)
             return
         except RayError:
             return  # its keeper knows
         if report.busy_s > self._spec.config.router.expert_call_timeout_s:
-            logger.error("%s has been at one batch for %.0f s: it is restarted", host.host_id, report.busy_s)
+            logger.error("%s has been at one batch for %.0f s: it is put down", address.host_id, report.busy_s)
             ray.kill(handle, no_restart=False)
             return
-        if report.incarnation != address.incarnation or host.state != "lost":
-            return
-        host.state = "ready" if host.plan else "standby"
-        host.address = address if host.plan or self._spec.config.experts.standby_preload else None
-        self._assign_heirs()
-        await self._publish()
-
-    async def _fail(self, host: _Host, error: RayError) -> None:
-        """Loading failed. Before the service was ever ready this is the end; afterwards it is tried again."""
-        self._note_failure(f"{host.host_id} cannot hold its experts", error)
-        await self._lose(host)
-        await asyncio.sleep(FAILED_S)
+        if report.incarnation == address.incarnation:
+            self._handle(_started(report))
 
     def _note_failure(self, what: str, error: RayError) -> None:
+        """Before the service was ever ready this is the end; afterwards it is tried again."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         if not isinstance(cause, RayMoEError):
             cause = RayMoEError(f"{what}: {str(cause).strip()}")
@@ -256,36 +398,37 @@ class Controller:
 
         Their lines stay up: the first table that is published names them as they are, in an epoch after the routers'.
         """
-        for host in self._hosts.values():
-            host.handle = await self._launcher.start_host.remote(host.host_id)
-        asked = [host.handle.describe.remote() for host in self._hosts.values()]
+        host_ids: Sequence[HostId] = await self._launcher.hosts.remote()
+        for host_id in host_ids:
+            self._actors[host_id] = _Actor(handle=await self._launcher.start_host.remote(host_id))
+        asked = [actor.handle.describe.remote() for actor in self._actors.values()]
         with contextlib.suppress(ValueError):  # there is no router
             asked.append(ray.get_actor(self._spec.actor_name("router")).epoch.remote())
         answers = await asyncio.gather(
             *(asyncio.wait_for(answer, CHECK_TIMEOUT_S) for answer in asked), return_exceptions=True
         )
-        self._epoch = max([0, *(answer for answer in answers if isinstance(answer, int))])
         reports = {
-            host.host_id: answer
-            for host, answer in zip(self._hosts.values(), answers, strict=False)
+            host_id: answer
+            for host_id, answer in zip(host_ids, answers, strict=False)
             if isinstance(answer, HostReport) and answer.address is not None
         }
-        standbys = [self._hosts[host_id] for host_id in self._spec.standbys if host_id in reports]
-        for host in [self._hosts[host_id] for host_id in self._spec.hosts]:
-            if host.host_id in reports and _covers(reports[host.host_id].held, host.plan):
-                continue
-            heir = next((other for other in standbys if _covers(reports[other.host_id].held, host.plan)), None)
-            if heir is not None:
-                standbys.remove(heir)
-                self._placement = replace_host(self._placement, host.host_id, heir.host_id)
-                heir.plan, host.plan = host.plan, {}
-        for host in self._hosts.values():
-            report = reports.get(host.host_id)
-            if report is not None and host.plan and _covers(report.held, host.plan):
-                host.meet(report)
-                host.state, host.address = "ready", report.address
+        for host_id, report in reports.items():
+            self._actors[host_id].report = report
+        empty = [host_id for host_id in host_ids if host_id in reports and not any(reports[host_id].held.values())]
+        spare = [*self._spec.standbys] if self._settings.preload_standbys else []
+        spare += sorted(empty, key=lambda host_id: host_id not in self._spec.standbys)
+        standbys = [host_id for host_id in dict.fromkeys(spare) if host_id in host_ids][: len(self._spec.standbys)]
+        self._state = ClusterState.recovered(
+            self._settings,
+            [_started(report) for report in reports.values()],
+            [host_id for host_id in host_ids if host_id not in standbys],
+            standbys,
+            self._spec.placement,
+            epoch=max([0, *(answer for answer in answers if isinstance(answer, int))]),
+            now_s=time.monotonic(),
+        )
         self._was_ready = bool(reports)
-        await self._publish()
+        self._handle(ev.Ticked())
 
     # --- the router ------------------------------------------------------------------------------------------
     async def _keep_router(self) -> None:
@@ -305,26 +448,13 @@ class Controller:
                 await asyncio.sleep(FAILED_S)
             await asyncio.sleep(RETRY_S)
 
-    # --- tables and status -----------------------------------------------------------------------------------
-    async def _publish(self) -> None:
-        addresses = {
-            host.host_id: host.address
-            for host in self._hosts.values()
-            if host.state == "ready" and host.address is not None
-        }
-        if self._table == RoutingTable(self._epoch, self._placement, addresses):
-            return
-        self._epoch += 1
-        self._table = RoutingTable(self._epoch, self._placement, addresses)
-        self._was_ready = self._was_ready or self._is_whole
-        async with self._published:
-            self._published.notify_all()
-
+    # --- status ----------------------------------------------------------------------------------------------
     @property
     def _is_whole(self) -> bool:
-        return bool(self._router_port) and all(host.state == "ready" for host in self._hosts.values() if host.plan)
+        """Whether clients are answered and every expert has a living replica (or nobody is meant to have any)."""
+        return bool(self._router_port) and (self._state.table.is_complete or self._state.is_asleep)
 
-    def _state(self) -> str:
+    def _state_name(self) -> str:
         if self._is_whole:
             self._failure = None
             return "ready"
@@ -332,25 +462,25 @@ class Controller:
             return "failed"
         return "degraded" if self._was_ready else "starting"
 
-    async def _refresh(self, host: _Host) -> None:
-        if host.state in ("starting", "lost"):
-            return
-        try:
-            host.report = await asyncio.wait_for(host.handle.describe.remote(), REPORT_EVERY_S)
-        except (RayError, asyncio.TimeoutError):
-            return  # busy or going: the last report stands
+    async def _refresh(self, host_id: HostId) -> HostReport | None:
+        actor, host = self._actors.get(host_id), self._state.hosts.get(host_id)
+        if actor is None or host is None or host.phase != "up":
+            return None
+        with contextlib.suppress(RayError, asyncio.TimeoutError):  # busy or going: the last report stands
+            actor.report = await asyncio.wait_for(actor.handle.describe.remote(), REPORT_EVERY_S)
+        return actor.report
 
-    def _host_status(self, host: _Host) -> HostStatus:
-        preload = self._spec.config.experts.standby_preload and not host.plan
-        plan: Plan = self._spec.all_experts if preload else host.plan
+    def _host_status(self, host: HostState) -> HostStatus:
+        assigned = self._state.assigned(host.host_id)
         status = HostStatus(
             host_id=host.host_id,
-            state=host.state,
+            state=self._state.phase_name(host),
             restarts=max(0, host.num_lives - 1),
-            weight_bytes=self._spec.bytes_of(plan),
-            num_experts=sum(len(experts) for experts in plan.values()),
+            weight_bytes=self._spec.bytes_of(assigned),
+            num_experts=sum(len(experts) for experts in assigned.values()),
         )
-        report = host.report
+        actor = self._actors.get(host.host_id)
+        report = None if actor is None or host.phase != "up" else actor.report
         if report is None:
             return status
         return replace(
@@ -361,19 +491,29 @@ class Controller:
             loaded_bytes=report.loaded_bytes,
             num_calls=report.num_calls,
             num_rows=report.num_rows,
+            utilisation=report.busy_fraction,
+            queued_rows=report.queued_rows,
         )
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_log_end)
+        return task
 
 
-def _covers(held: Plan, plan: Plan) -> bool:
-    """Whether a host that holds `held` can serve `plan`."""
-    return all(set(experts) <= set(held.get(layer, ())) for layer, experts in plan.items())
+def _started(report: HostReport) -> ev.HostStarted:
+    if report.address is None:
+        raise RayMoEError("a host that does not listen has described itself")
+    return ev.HostStarted(report.address, report.held, domain=report.domain)
 
 
-def _log_end(keeper: asyncio.Task[None]) -> None:
-    if not keeper.cancelled():
-        logger.error("a keeper has ended, which it must not", exc_info=keeper.exception())
+def _reason(error: RayError) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}".strip().splitlines()[0]
+
+
+def _log_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("a task of the controller has failed, which it must not", exc_info=task.exception())

@@ -52,6 +52,16 @@ class Launcher:
             runtime_env={"env_vars": worker_env(experts.num_threads)},
         )
 
+    async def stop_host(self, host_id: HostId) -> None:
+        """End the expert actor `host_id`, for good. Nothing happens when there is none."""
+        handle = self._started.pop(host_id, None)
+        if handle is not None:
+            ray.kill(handle)
+
+    async def hosts(self) -> list[HostId]:
+        """The expert actors that were started and not stopped."""
+        return [role for role in self._started if role != "router"]
+
     async def start_router(self, replace: bool = False) -> Any:
         """The handle of the router; with `replace`, of another one after it died for good."""
         router = self._spec.config.router

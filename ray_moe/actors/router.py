@@ -1,8 +1,8 @@
 """The actor around the backbone: it loads everything but the routed experts and answers clients.
 
 A shell: generating is `runtime/engine.py`, dispatching `runtime/moe_layer.py`, listening a front door given from above.
-It implements the `Backend` that front doors serve, follows the controller's routing tables, and reports hosts that it
-cannot reach.
+It implements the `Backend` that front doors serve, follows the controller's routing tables, and reports to it: what its
+tokens need, and hosts that it cannot reach, that are slow, or that answer nonsense.
 """
 
 from __future__ import annotations
@@ -11,22 +11,30 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from ray_moe.actors.spec import ClusterStatus, FrontDoor, ServiceSpec, transport_settings
-from ray_moe.errors import InsufficientResources, Unavailable
+from ray_moe.actors.chaos import run_chaos
+from ray_moe.actors.spec import ClusterStatus, FrontDoor, RouterReport, ServiceSpec, transport_settings
+from ray_moe.errors import InsufficientResources, InvalidConfig, RayMoEError, Unavailable
+from ray_moe.policy.load import TokenCounts
 from ray_moe.types import (
+    ChaosReport,
+    ChaosRequest,
     GenerateChunk,
     GenerateRequest,
     HostAddress,
+    HostId,
     LayerPath,
     LayerSpec,
+    PlanSummary,
     RouterStatus,
     RoutingTable,
     ServiceStatus,
@@ -34,14 +42,18 @@ from ray_moe.types import (
 
 if TYPE_CHECKING:
     from ray_moe.models.huggingface import Checkpoint
+    from ray_moe.ops.experts import ExpertGroup
     from ray_moe.runtime.engine import Engine
     from ray_moe.runtime.moe_layer import ExpertDispatcher
+    from ray_moe.runtime.own_experts import OwnExperts
     from ray_moe.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 10.0
 """How long one question for the next routing table stays open."""
+CONTROL_TIMEOUT_S = 60.0
+"""How long the controller may take to answer a wish of somebody's: it may be restarting, or computing a plan."""
 
 Array = npt.NDArray[Any]
 
@@ -64,7 +76,9 @@ class Router:
         self._dispatcher: ExpertDispatcher | None = None
         self._checkpoint: Checkpoint | None = None
         self._table_arrived = asyncio.Event()
-        self._follower: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._incarnation = uuid.uuid4().hex[:12]
+        self._num_reports = 0
         self._controller_handle: Any = None
         tune_malloc()
         torch.set_num_threads(spec.config.router.num_threads)
@@ -86,8 +100,11 @@ class Router:
                 self._door = door
             dispatcher = self._dispatcher or self._make_dispatcher()
             self._dispatcher = dispatcher
-            if self._follower is None:
-                self._follower = asyncio.create_task(self._follow(dispatcher))
+            if not self._tasks:
+                self._tasks = [
+                    asyncio.create_task(self._follow(dispatcher)),
+                    asyncio.create_task(self._tell(dispatcher)),
+                ]
             engine = await asyncio.to_thread(self._load, dispatcher)
             await self._table_arrived.wait()
             self._engine = engine
@@ -121,30 +138,62 @@ class Router:
         return object_store if config.kind == "object_store" else AutoTransport(grpc, object_store)
 
     def _make_dispatcher(self) -> ExpertDispatcher:
-        from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
+        from ray_moe.runtime.exchange import DispatchSettings
+        from ray_moe.runtime.moe_layer import ExpertDispatcher
 
         config = self._spec.config
         settings = DispatchSettings(
             combine=config.dispatch.combine,
             call_timeout_s=config.router.expert_call_timeout_s,
             recovery_timeout_s=config.router.recovery_timeout_s,
+            hedge=config.dispatch.hedge,
+            hedge_factor=config.dispatch.hedge_factor,
+            hedge_min_s=config.dispatch.hedge_min_s,
+            check_finite=config.dispatch.check_finite,
         )
         loop = asyncio.get_running_loop()
 
-        def lost(address: HostAddress) -> None:
-            loop.call_soon_threadsafe(lambda: self._report(address))
+        def tell(what: str) -> Any:
+            return lambda address, *_: loop.call_soon_threadsafe(self._report, what, address)
 
-        return ExpertDispatcher(self._make_transport(), settings, on_lost=lost)
+        return ExpertDispatcher(
+            self._make_transport(),
+            settings,
+            on_lost=tell("lost"),
+            on_slow=tell("slow"),
+            on_corrupt=tell("corrupt"),
+            own=self._make_own_experts(),
+        )
+
+    def _make_own_experts(self) -> OwnExperts | None:
+        from ray_moe.ops.experts import StackedExperts
+        from ray_moe.runtime.own_experts import OwnExperts
+
+        router = self._spec.config.router
+        if not router.expert_cache_bytes and not router.lifeboat_bytes:
+            return None
+
+        def load(layer: LayerPath, experts: Sequence[int]) -> ExpertGroup:
+            modules = self._ready_checkpoint().load_experts({layer: experts}, device=self._device)
+            return StackedExperts(modules[layer])
+
+        return OwnExperts(
+            load,
+            {layer.path: layer.expert_bytes for layer in self._spec.layers},
+            cache_bytes=router.expert_cache_bytes,
+            lifeboat_bytes=router.lifeboat_bytes,
+        )
 
     def _line_lost(self, address: HostAddress) -> None:
         """A line broke while nothing was in flight: the controller should know before the next request does."""
         if self._dispatcher is not None:
             self._dispatcher.report_lost(address)
 
-    def _report(self, address: HostAddress) -> None:
-        logger.warning("host %s (%s) is lost", address.host_id, address.incarnation)
+    def _report(self, what: str, address: HostAddress) -> None:
+        """Tell the controller that a host is lost, slow or corrupt."""
+        logger.warning("host %s (%s) is %s", address.host_id, address.incarnation, what)
         try:
-            self._controller().host_lost.remote(address)
+            getattr(self._controller(), f"host_{what}").remote(address)
         except ValueError:
             logger.warning("the controller is not there to hear of it; Ray restarts it")
 
@@ -161,16 +210,38 @@ class Router:
             if table.is_complete:
                 self._table_arrived.set()
 
+    async def _tell(self, dispatcher: ExpertDispatcher) -> None:
+        """Report counts and feelings to the controller, and keep the cache of experts up with the load."""
+        every_s = self._spec.config.balance.every_s
+        while True:
+            await asyncio.sleep(every_s)
+            vitals = None if self._engine is None else self._engine.vitals
+            self._num_reports += 1
+            tokens = {layer: tuple(counts.tolist()) for layer, counts in dispatcher.tokens_per_expert.items()}
+            report = RouterReport(
+                counts=TokenCounts("router", self._incarnation, self._num_reports, tokens),
+                epoch=dispatcher.table.epoch,
+                queue_age_s=0.0 if vitals is None else vitals.queue_age_s,
+                idle_s=0.0 if vitals is None else vitals.idle_s,
+            )
+            try:
+                await asyncio.wait_for(self._controller().report.remote(report), POLL_TIMEOUT_S)
+            except (RayError, ValueError, asyncio.TimeoutError) as error:
+                logger.warning("the controller does not take reports now: %s", error)
+            await asyncio.to_thread(dispatcher.rebalance_cache, time.monotonic())
+
+    @property
+    def _device(self) -> str:
+        router = self._spec.config.router
+        return ("cuda" if router.num_gpus else "cpu") if router.device == "auto" else router.device
+
     def _load(self, dispatcher: ExpertDispatcher) -> Engine:
         import torch
 
         from ray_moe.models.huggingface import Checkpoint
         from ray_moe.runtime.engine import Engine
 
-        config = self._spec.config.router
-        device = config.device
-        if device == "auto":
-            device = "cuda" if config.num_gpus else "cpu"
+        config, device = self._spec.config.router, self._device
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise InsufficientResources(
                 f"router.device is {device}, but torch sees no GPU in the router's process; install a torch built for "
@@ -199,8 +270,8 @@ class Router:
             await engine.close(grace_s)
         if self._door is not None:
             await self._door.stop(grace_s)
-        if self._follower is not None:
-            self._follower.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self._dispatcher is not None:
             await asyncio.to_thread(self._dispatcher.close)
 
@@ -251,12 +322,11 @@ class Router:
         return self._dispatcher.table
 
     async def status(self) -> ServiceStatus:
-        engine, dispatcher = self._engine, self._dispatcher
         try:
             cluster: ClusterStatus = await asyncio.wait_for(self._controller().status.remote(), 5.0)
         except (RayError, ValueError, asyncio.TimeoutError):
             cluster = ClusterStatus("degraded", 0, (), self._port)
-        checkpoint = self._checkpoint
+        dispatcher = self._dispatcher
         return ServiceStatus(
             model=self._spec.config.model,
             model_type=self._spec.model_type,
@@ -264,17 +334,73 @@ class Router:
             state=cluster.state,
             uptime_s=time.monotonic() - self._started_at,
             epoch=0 if dispatcher is None else dispatcher.table.epoch,
-            router=RouterStatus(
-                pid=os.getpid(),
-                rss_bytes=psutil.Process().memory_info().rss,
-                backbone_bytes=0 if checkpoint is None else checkpoint.backbone_bytes,
-                active_requests=0 if engine is None else engine.active_requests,
-                queued_requests=0 if engine is None else engine.queued_requests,
-                generated_tokens=0 if engine is None else engine.num_generated_tokens,
-                retried_calls=0 if dispatcher is None else dispatcher.num_retried_calls,
-            ),
+            router=self._router_status(),
             hosts=cluster.hosts,
             tokens_per_expert={}
             if dispatcher is None
             else {layer: tuple(counts.tolist()) for layer, counts in dispatcher.tokens_per_expert.items()},
+            changing=cluster.changing,
+            events=cluster.events,
+            p_lossless=cluster.p_lossless,
         )
+
+    def _router_status(self) -> RouterStatus:
+        checkpoint, engine, dispatcher = self._checkpoint, self._engine, self._dispatcher
+        status = RouterStatus(
+            pid=os.getpid(),
+            rss_bytes=psutil.Process().memory_info().rss,
+            backbone_bytes=0 if checkpoint is None else checkpoint.backbone_bytes,
+        )
+        if engine is not None:
+            status = replace(
+                status,
+                active_requests=engine.active_requests,
+                queued_requests=engine.queued_requests,
+                generated_tokens=engine.num_generated_tokens,
+                failed_requests=engine.vitals.num_failed,
+                longest_pause_s=engine.vitals.longest_pause_s(),
+            )
+        if dispatcher is not None:
+            statistics, own = dispatcher.statistics, dispatcher.own
+            recent = statistics.balancedness()
+            status = replace(
+                status,
+                retried_calls=statistics.num_retried_calls,
+                hedged_calls=statistics.num_hedged_calls,
+                own_rows=0 if own is None else own.num_rows,
+                own_bytes=0 if own is None else own.held_bytes,
+                lifeboat_loads=0 if own is None else own.num_lifeboat_loads,
+                balancedness=sum(recent) / len(recent) if recent else 1.0,
+            )
+        return status
+
+    # --- wishes of people, which the controller carries out --------------------------------------------------
+    async def plan(self, dry_run: bool) -> PlanSummary:
+        summary: PlanSummary = await self._ask(lambda controller: controller.plan.remote(dry_run))
+        return summary
+
+    async def resize(self, num_actors: int) -> None:
+        await self._ask(lambda controller: controller.resize.remote(num_actors))
+
+    async def drain(self, target: str, replace: bool) -> tuple[HostId, ...]:
+        host_ids: tuple[HostId, ...] = await self._ask(lambda controller: controller.drain.remote(target, replace))
+        return host_ids
+
+    async def chaos(self, request: ChaosRequest) -> ChaosReport:
+        if not self._spec.config.chaos.enabled:
+            raise InvalidConfig("this service may not be hurt: start it with chaos.enabled=true to allow it")
+        dispatcher = self._dispatcher
+        if dispatcher is None:
+            raise Unavailable("the service is starting; retry later")
+        return await run_chaos(request, self, dispatcher, self._ready_engine().vitals, self._ask)
+
+    async def _ask(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
+        """What the controller answers. Raises its own errors, and `Unavailable` when it does not answer."""
+        try:
+            return await asyncio.wait_for(ask(self._controller()), CONTROL_TIMEOUT_S)
+        except RayTaskError as error:
+            if isinstance(error.cause, RayMoEError):
+                raise error.cause from None
+            raise
+        except (RayError, ValueError, asyncio.TimeoutError) as error:
+            raise Unavailable(f"the controller does not answer ({type(error).__name__}); retry") from error

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray_moe.config import Config, ServerConfig, TransportConfig
+from ray_moe.policy.events import Experts
+from ray_moe.policy.hosts import ClusterSettings
+from ray_moe.policy.load import TokenCounts
+from ray_moe.policy.planner import Goals
+from ray_moe.policy.scaling import ScalingGoals
 from ray_moe.transport.settings import TransportSettings
-from ray_moe.types import HostAddress, HostId, HostStatus, LayerPath, LayerSpec, Placement
-
-Plan = Mapping[LayerPath, list[int]]
-"""The experts a host is to hold: ascending global indices by layer."""
+from ray_moe.types import ClusterEvent, HostAddress, HostId, HostStatus, LayerPath, LayerSpec, Placement
 
 
 class FrontDoor(Protocol):
@@ -44,10 +46,10 @@ class ServiceSpec:
     """Secret of this service: the expert hosts answer only to those who know it."""
     open_door: OpenDoor
 
-    def bytes_of(self, plan: Plan) -> int:
-        """Bytes of the weights of the experts in `plan`."""
+    def bytes_of(self, experts: Mapping[LayerPath, Collection[int]]) -> int:
+        """Bytes of the weights of `experts`."""
         expert_bytes = {layer.path: layer.expert_bytes for layer in self.layers}
-        return sum(expert_bytes[path] * len(experts) for path, experts in plan.items())
+        return sum(expert_bytes[path] * len(indices) for path, indices in experts.items())
 
     @property
     def all_experts(self) -> dict[LayerPath, list[int]]:
@@ -63,6 +65,8 @@ class HostReport:
 
     incarnation: str
     node_id: str
+    domain: str
+    """Failure domain of its node, empty when there are none."""
     pid: int
     rss_bytes: int
     loaded_bytes: int
@@ -70,9 +74,27 @@ class HostReport:
     num_rows: int
     busy_s: float
     """How long the batch has run that it is computing."""
-    held: Plan
+    busy_fraction: float
+    """Share of the last seconds in which it was computing."""
+    flops_per_s: float
+    """How fast it computes when it does; 0 while it has not."""
+    queued_rows: int
+    held: Experts
     address: HostAddress | None
-    """None until it has experts and listens."""
+    """None until it listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterReport:
+    """What a router feels, sent to the controller now and then."""
+
+    counts: TokenCounts
+    epoch: int
+    """Of the table in use."""
+    queue_age_s: float
+    """How long the oldest request has waited that is not being computed."""
+    idle_s: float
+    """Time since there was a request; 0 while there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +107,12 @@ class ClusterStatus:
     hosts: tuple[HostStatus, ...]
     router_port: int
     """Port of the front door; 0 while it does not listen."""
+    changing: str = ""
+    """The change of the cluster that is under way; empty when there is none."""
+    events: tuple[ClusterEvent, ...] = ()
+    """What happened last, oldest first."""
+    p_lossless: float = 1.0
+    """Chance that every expert survives the loss of `balance.survive_nodes` nodes (one, if that is 0)."""
     failure: str = ""
     """Why the service cannot start."""
     failure_class: str = ""
@@ -100,4 +128,42 @@ def transport_settings(config: TransportConfig) -> TransportSettings:
         inline_bytes=config.inline_bytes,
         arena_bytes=config.arena_bytes if config.shared_memory else 0,
         chunk_bytes=config.chunk_bytes,
+    )
+
+
+def cluster_settings(spec: ServiceSpec) -> ClusterSettings:
+    """The policies' own values out of the user's."""
+    experts, balance, scaling = spec.config.experts, spec.config.balance, spec.config.scaling
+    goals = Goals(
+        min_replicas=balance.min_replicas,
+        min_gain=balance.min_gain,
+        cost_per_move=balance.cost_per_move,
+        survive_nodes=balance.survive_nodes,
+    )
+    return ClusterSettings(
+        layers=spec.layers,
+        spare_slots=experts.spare_slots,
+        max_bytes=experts.max_bytes,
+        goals=goals,
+        balance=balance.enabled,
+        balance_every_s=balance.every_s,
+        half_life_s=balance.half_life_s,
+        drain_s=balance.drain_s,
+        return_s=balance.return_s,
+        resize_s=scaling.start_timeout_s,
+        preload_standbys=experts.standby_preload,
+        donors=experts.copy_from,
+        can_sleep=bool(spec.config.router.lifeboat_bytes),
+        scaling=None
+        if not scaling.enabled
+        else ScalingGoals(
+            min_hosts=scaling.min_actors,
+            max_hosts=scaling.max_actors,
+            target_utilisation=scaling.target_utilisation,
+            max_queue_age_s=scaling.max_queue_age_s,
+            up_after_s=scaling.up_after_s,
+            down_after_s=scaling.down_after_s,
+            cool_down_s=scaling.cool_down_s,
+            zero_after_s=scaling.zero_after_s,
+        ),
     )

@@ -81,11 +81,12 @@ class Service:
             raise
 
     def _specify(self, checkpoint: Checkpoint) -> ServiceSpec:
-        experts = self.config.experts
+        experts, scaling = self.config.experts, self.config.scaling
         room = cluster.room()
+        first = max(1, scaling.min_actors) if scaling.enabled and experts.experts_per_actor is None else None
         num_hosts = choose_num_hosts(
             checkpoint.num_experts,
-            experts.num_actors,
+            experts.num_actors or first,
             experts.experts_per_actor,
             preflight.actor_slots(self.config, room.free),
         )

@@ -38,7 +38,12 @@ class Room:
 
 
 def actor_slots(config: Config, free: Mapping[str, float]) -> float:
-    """How many expert actors fit beside the router, by free CPUs, GPUs and custom resources."""
+    """How many expert actors fit beside the router, by free CPUs, GPUs and custom resources.
+
+    Where nodes come for those that do not fit, any number does.
+    """
+    if config.ray.autoscaling:
+        return float("inf")
     wanted = _per_actor(config)
     router = {"CPU": config.router.num_cpus, "GPU": config.router.num_gpus}
     slots = [
@@ -50,9 +55,14 @@ def actor_slots(config: Config, free: Mapping[str, float]) -> float:
 def check(spec: ServiceSpec, backbone_bytes: int, room: Room) -> None:
     """Refuse what cannot be placed.
 
+    Where nodes come for actors that do not fit, only what no node could change is judged.
+
     Raises: `InsufficientResources`, with what is needed and what there is.
     """
     config = spec.config
+    _check_budget(spec)
+    if config.ray.autoscaling:
+        return
     num_actors = len(spec.hosts) + len(spec.standbys)
     needed = {"CPU": config.router.num_cpus, "GPU": config.router.num_gpus}
     for name, amount in _per_actor(config).items():
@@ -67,6 +77,16 @@ def check(spec: ServiceSpec, backbone_bytes: int, room: Room) -> None:
             )
     _check_labels(config, room)
     _check_memory(spec, backbone_bytes, [node.memory_bytes for node in room.nodes])
+
+
+def _check_budget(spec: ServiceSpec) -> None:
+    max_bytes = spec.config.experts.max_bytes
+    largest = max(spec.bytes_of(spec.placement.experts_on(host)) for host in spec.hosts)
+    if max_bytes is not None and largest > max_bytes:
+        raise InsufficientResources(
+            f"an actor's equal share is {_size(largest)} of experts, and experts.max_bytes is {_size(max_bytes)}; "
+            f"raise it, or start more actors than {len(spec.hosts)} (experts.num_actors)"
+        )
 
 
 def _check_labels(config: Config, room: Room) -> None:

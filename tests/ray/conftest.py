@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from ray_moe.service import cluster
 from ray_moe.service.app import Service
@@ -24,25 +25,51 @@ from tests.tiny_models import save
 NUM_CPUS = 8
 """What this Ray may give out. Tiny models compute little, so it need not be what the machine has."""
 
+STORE_BYTES = 200 * 2**20
+
 Serve = Callable[..., Service]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def local_ray() -> Iterator[None]:
-    """The Ray that every `Service` of this process finds and uses."""
+def local_ray() -> Iterator[Cluster]:
+    """The Ray that every `Service` of this process finds and uses. Tests may add nodes to it, and take them away."""
     for name, value in cluster.QUICK_FAILURE_DETECTION.items():
         os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=NUM_CPUS,
-        object_store_memory=200 * 2**20,
-        namespace=cluster.NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
+    head = {
+        "num_cpus": NUM_CPUS,
+        "object_store_memory": STORE_BYTES,
+        "include_dashboard": False,
+        # Raylets that are killed are missed after two seconds instead of sixteen.
+        "_system_config": {
+            "health_check_initial_delay_ms": 500,
+            "health_check_period_ms": 500,
+            "health_check_timeout_ms": 1000,
+            "health_check_failure_threshold": 3,
+        },
+    }
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=nodes.address, namespace=cluster.NAMESPACE, log_to_driver=False, logging_level="error")
+    yield nodes
     ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def add_node(local_ray: Cluster) -> Iterator[Callable[..., Any]]:
+    """Adds nodes with the custom resource that only such nodes have; they leave when the test is over."""
+    added: list[Any] = []
+
+    def add(slots: int, **labels: str) -> Any:
+        node = local_ray.add_node(
+            num_cpus=slots, resources={"expert_slot": slots}, labels=labels, object_store_memory=STORE_BYTES
+        )
+        added.append(node)
+        return node
+
+    yield add
+    for node in added:
+        if node in local_ray.worker_nodes:
+            local_ray.remove_node(node)
 
 
 @pytest.fixture(scope="session")

@@ -33,11 +33,11 @@ def make_config(model: Path | str, settings: Mapping[str, Any]) -> Config:
         "service_name": f"test-{next(_numbers)}",
         "experts": {"num_cpus": 0.1, "num_actors": 2, "start_timeout_s": 120},
         "router": {"num_cpus": 0.1, "max_concurrent_requests": 16},
+        "balance": {"enabled": False},  # what a test does not ask for does not move
         "server": {"port": 0, "grace_s": 1},
-        "transport": {},
     }
     for name, value in settings.items():
-        tree[name] = {**tree[name], **value} if isinstance(value, dict) else value
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
     return Config.model_validate(tree)
 
 
