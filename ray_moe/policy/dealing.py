@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_moe.policy.forecast import Bools
+from ray_moe.policy.forecast import Bools, where
 from ray_moe.policy.split import Floats, Ints
 
 FLATTEN = 0.9
@@ -41,11 +41,16 @@ class Hosts:
     """[H] replicas of a layer that each may hold."""
     speed: Floats
     """[H] relative; their mean is 1."""
+    node: Ints
+    """[H] number of the node that each is on."""
     same_node: Floats | None
     """[H, H] 1 where two hosts are on one node; None when no two are."""
     same_domain: Floats | None
     """[H, H] likewise for failure domains."""
-    num_nodes: int
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.node.max()) + 1
 
 
 def choose_counts(load: Floats, number: Ints, limit: Ints, target: int, num_hosts: int) -> Ints:
@@ -89,34 +94,39 @@ def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: Floats, 
     held: Bools = kept.copy()
     have = kept.sum(-1)
     share = load / number
-    placement, expert, host = np.nonzero(kept)
+    placement, expert, host = where(kept)
     at = placement * kept.shape[-1] + host
     level = np.zeros((len(held), held.shape[-1]))
     level += np.bincount(at, share[placement, expert], level.size).reshape(level.shape)
     free = hosts.slots - kept.sum(1)
+    closed = np.where(free > 0, 0.0, np.inf)
     island = _islands(kept, have)
     for now in _order(share, number, number - have).T:
         rows = np.flatnonzero(now >= 0)
         expert = now[rows]
         mine, part = held[rows, expert], share[rows, expert]
-        score = (level[rows] + part[:, None]) / hosts.speed - stays[rows, None] * before[rows, expert]
+        score = (level[rows] + part[:, None]) / hosts.speed + closed[rows]
+        score -= stays[rows, None] * before[rows, expert]
         again = have[rows, expert] > 0
-        home = island[rows, mine.argmax(-1)]
         if again.any():
+            home = island[rows, mine.argmax(-1)]
             score += SAME_ISLAND * ((island[rows] == home[:, None]) & again[:, None])
             for weight, same in ((SAME_NODE, hosts.same_node), (SAME_DOMAIN, hosts.same_domain)):
                 if same is not None:
                     score += weight * (mine @ same)
-        score[mine | (free[rows] <= 0)] = np.inf
+            np.putmask(score, mine, np.inf)
         host = score.argmin(-1)
         placed = np.isfinite(score[np.arange(len(rows)), host])
-        rows, expert, host, part, again, home = (x[placed] for x in (rows, expert, host, part, again, home))
+        if again.any():
+            joined = again & placed
+            _join(island, rows[joined], home[joined], island[rows, host][joined])
+        if not placed.all():
+            rows, expert, host, part = rows[placed], expert[placed], host[placed], part[placed]
         held[rows, expert, host] = True
         have[rows, expert] += 1
         level[rows, host] += part
         free[rows, host] -= 1
-        if again.any():
-            _join(island, rows[again], home[again], island[rows, host][again])
+        closed[rows, host] = np.where(free[rows, host] > 0, 0.0, np.inf)
     return held
 
 
@@ -133,7 +143,7 @@ def _order(share: Floats, number: Ints, missing: Ints) -> Ints:
 def _islands(kept: Bools, have: Ints) -> Ints:
     """[P, H] a number for each host; the same where experts with several homes among `kept` join hosts."""
     island = np.tile(np.arange(kept.shape[-1]), (len(kept), 1))
-    placement, expert, host = np.nonzero(kept & (have > 1)[..., None])
+    placement, expert, host = where(kept & (have > 1)[..., None])
     link = np.flatnonzero((placement[1:] == placement[:-1]) & (expert[1:] == expert[:-1]))
     turn = np.arange(len(link)) - np.searchsorted(placement[link], placement[link])
     for step in range(int(turn.max(initial=-1)) + 1):

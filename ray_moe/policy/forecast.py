@@ -25,6 +25,12 @@ NUM_SWEEPS = 6
 """Sweeps of the split. More of them raise all scores by 0.01 at the most, and hardly change which is higher."""
 
 
+def where(held: Bools) -> tuple[Ints, Ints, Ints]:
+    """Placement, expert and host of each replica, ascending. (`np.nonzero` takes ten times as long.)"""
+    placement, expert, host = np.unravel_index(np.flatnonzero(held), held.shape)
+    return placement, expert, host
+
+
 def drifted(load: Floats, sigma: float) -> Floats:
     """[L, E] loads of a window -> [L, S, E] of batches: each expert's drifts on its own, by exp(sigma * normal)."""
     if sigma == 0.0:
@@ -48,7 +54,7 @@ def forecast(held: Bools, batches: Floats, speed: Floats) -> tuple[Floats, Float
     num_placements, _, num_hosts = held.shape
     num_batches = batches.shape[1]
     number = held.sum(-1)
-    placement, expert, host = np.nonzero(held)
+    placement, expert, host = where(held)
     share = batches[placement, :, expert] / number[placement, expert, None]  # [R, S]: equal shares to begin with
     row = (placement[:, None] * num_batches + np.arange(num_batches)) * num_hosts + host[:, None]
     cost = 1.0 / speed

@@ -1,14 +1,12 @@
 """Which hosts hold which experts: replicas where the load is, so that each batch can be split evenly.
 
-A plan is chosen, layer by layer, among a few that `dealing.py` constructs: what is there, mended; what is there with
-replicas added; the fullest and the emptiest hosts dealt anew; everything dealt anew. `forecast.py` says how balanced
-the next batches would be on each, and a plan that moves replicas must bring what the moves cost. Applying a plan and
-planning again with the same load changes nothing.
+Here host ids become numbers and a plan becomes a placement; `choosing.py` decides. A plan that moves replicas must
+bring what the moves cost. Applying a plan and planning again with the same load changes nothing.
 
 Pure: no clock, no I/O; the order of hosts and layers changes nothing. Called by the controller, by the dry run and by
 the simulator. Says where replicas are to be, not how they get there (that is `migration.py`).
 
-Shape legend: L layers with the same number of experts, E experts, H hosts in the order of their ids, n of those layers.
+Shape legend: E experts, H hosts in the order of their ids.
 """
 
 from __future__ import annotations
@@ -20,23 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ray_moe.errors import InsufficientResources, InvalidConfig
-from ray_moe.policy.dealing import Hosts, choose_counts, deal
-from ray_moe.policy.forecast import Bools, drifted, forecast
-from ray_moe.policy.mending import mended, with_added
+from ray_moe.policy.choosing import Goals, choose
+from ray_moe.policy.dealing import Hosts
+from ray_moe.policy.forecast import Bools
 from ray_moe.policy.split import Floats, Ints, Replicas, split_tokens
 from ray_moe.types import HostId, LayerPath, Placement
 
-FLOOR = 0.01
-"""Least load an expert is planned for, over the mean: one that nobody asked for in the last window may come up."""
-
-LEAST_GAIN = 1e-3
-"""Gain in balancedness below which two placements are equally good, whatever the goals say."""
-
-GOOD = 0.95
-"""Balancedness from which on it is worth asking whether fewer replicas would do."""
-
-STAYS = 0.1
-"""Load, in mean loads of a host, by which a host that holds an expert may exceed the least loaded one and keep it."""
+__all__ = ["Capacity", "Goals", "plan", "predict", "slots_in_bytes"]
 
 PREDICTED_ROWS = 2**24
 """Rows of the batch whose split `predict` measures: so many that whole rows do not matter."""
@@ -57,22 +45,6 @@ class Capacity:
     """Then to different failure domains; empty is a domain of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Goals:
-    """What a placement is to achieve."""
-
-    min_replicas: int = 1
-    """Replicas of every expert, where slots allow."""
-    min_gain: float = 0.02
-    """A layer whose predicted balancedness would rise by less keeps its placement."""
-    cost_per_move: float = 0.001
-    """Balancedness that each replica that is moved or added must bring."""
-    survive_nodes: int = 0
-    """Above 0, the chance that every expert survives the loss of any so many nodes comes first, balance second."""
-    drift: float = 0.3
-    """Standard deviation of the logarithm of an expert's load, from batch to batch, that placements are made for."""
-
-
 def slots_in_bytes(max_bytes: int, expert_bytes: Mapping[LayerPath, int]) -> int:
     """Replicas of each layer, the same number for all, that fit into `max_bytes`; 0 if an expert of each does not."""
     return max_bytes // max(1, sum(expert_bytes.values()))
@@ -82,7 +54,7 @@ def plan(
     load: Mapping[LayerPath, Floats],
     hosts: Sequence[Capacity],
     current: Placement | None = None,
-    goals: Goals = Goals(),
+    goals: Goals = Goals(),  # noqa: B008 -- frozen
 ) -> Placement:
     """The placement to have from now on: `current` itself, layer by layer, where no other is worth its moves.
 
@@ -105,7 +77,7 @@ def plan(
             for expert, names in enumerate(now.get(layer, ())[:num_experts]):
                 before[number, expert, [number_of[name] for name in names if name in number_of]] = True
         tokens = np.array([load[layer] for layer in layers], dtype=np.float64)
-        held = _plan_layers(tokens, before, _as_arrays(hosts, num_experts), goals)
+        held = choose(tokens, before, _as_arrays(hosts, num_experts), goals)
         for number, layer in enumerate(layers):
             planned[layer] = _named(held[number], tokens[number], now.get(layer, ()), hosts)
     return Placement({layer: planned[layer] for layer in load})
@@ -136,101 +108,41 @@ def predict(
     return predicted
 
 
-def _plan_layers(tokens: Floats, before: Bools, hosts: Hosts, goals: Goals) -> Bools:
-    """[L, E] loads and [L, E, H] what is there -> [L, E, H] what is to be there."""
-    num_hosts = len(hosts.slots)
-    idle = tokens.sum(-1) == 0
-    load = np.where(idle[:, None], 1.0, tokens)
-    load = np.maximum(load, FLOOR * load.mean(-1, keepdims=True))
-    load *= num_hosts / load.sum(-1, keepdims=True)
-    target = min(max(goals.min_replicas, 1), num_hosts, int(hosts.slots.sum()) // load.shape[-1])
-    held = mended(load, before, target, hosts)
-    rows = np.flatnonzero(~idle)
-    batches = drifted(load, goals.drift)
-    # A better plan may make a still better one worth its moves: go on until none is, so that planning again is in vain.
-    while len(rows):
-        there = held[rows]
-        better = _better(load[rows], batches[rows], before[rows], there, target, hosts, goals)
-        held[rows] = better
-        before[rows] = better
-        rows = rows[(better != there).any((-1, -2))]
-    return held
-
-
-def _better(
-    load: Floats, batches: Floats, before: Bools, mend: Bools, target: int, hosts: Hosts, goals: Goals
-) -> Bools:
-    """[n, E, H] for each layer the candidate that gains most over `mend` after the cost of its moves, or `mend`."""
-    num_hosts = len(hosts.slots)
-    score, time = forecast(mend, batches, hosts.speed)
-    moves = _num_moves(before, mend)
-    best: Bools = mend.copy()
-    best_score, best_net = score.copy(), np.zeros(len(load))
-    rank = time.argsort(-1).argsort(-1)
-    few = max(1, num_hosts // 8)
-    for dealt, fraction in ((0, 1), (few, 1), (num_hosts, 1), (0, 2), (num_hosts, 2), (num_hosts, 4)):
-        rows = np.arange(len(load)) if fraction == 1 else np.flatnonzero(best_score >= GOOD)
-        anew = (rank[rows] < dealt) | (rank[rows] >= num_hosts - dealt)
-        kept = mend[rows] & ~anew[:, None, :]
-        number = np.maximum(kept.sum(-1), 1)
-        owed = np.maximum(target - number, 0).sum(-1)
-        limit = np.maximum(owed, (int(hosts.slots.sum()) - number.sum(-1)) // fraction)
-        number = with_added(number, choose_counts(load[rows], number, limit, target, num_hosts))
-        candidate = deal(load[rows], number, kept, before[rows], np.full(len(rows), STAYS), hosts)
-        price = np.maximum(goals.min_gain, LEAST_GAIN) + goals.cost_per_move * (
-            _num_moves(before[rows], candidate) - moves[rows]
-        )
-        # Balancedness is 1 at most: what could not pay for its moves even then needs no forecast.
-        hopeful = (score[rows] + price + best_net[rows] < 1.0) & (candidate != mend[rows]).any((-1, -2))
-        rows, candidate, price = rows[hopeful], candidate[hopeful], price[hopeful]
-        if not len(rows):
-            continue
-        reached, _ = forecast(candidate, batches[rows], hosts.speed)
-        net = reached - score[rows] - price
-        wins = net > best_net[rows]
-        best[rows[wins]], best_score[rows[wins]], best_net[rows[wins]] = candidate[wins], reached[wins], net[wins]
-    return best
-
-
-def _num_moves(before: Bools, after: Bools) -> Ints:
-    """[n] replicas that are to be loaded."""
-    moves: Ints = (after & ~before).sum((-1, -2))
-    return moves
-
-
 def _named(
     held: Bools, tokens: Floats, names: Sequence[Sequence[HostId]], hosts: Sequence[Capacity]
 ) -> tuple[tuple[HostId, ...], ...]:
     """[E, H] -> host ids of each expert: those that hold it already in their order, then the least loaded first."""
-    share = tokens / held.sum(-1)
-    time = (share @ held) / [host.speed for host in hosts]
-    number_of = {host.host_id: number for number, host in enumerate(hosts)}
-    named = []
-    for expert in range(len(held)):
-        homes = np.flatnonzero(held[expert]).tolist()
-        old = [number_of[name] for name in (names[expert] if expert < len(names) else ()) if name in number_of]
-        stay = [home for home in dict.fromkeys(old) if held[expert, home]]
-        new = sorted(set(homes) - set(stay), key=lambda home: (time[home], home))
-        named.append(tuple(hosts[home].host_id for home in [*stay, *new]))
-    return tuple(named)
+    expert, host = np.nonzero(held)
+    time = np.bincount(host, (tokens / held.sum(-1))[expert], len(hosts)) / [one.speed for one in hosts]
+    order = np.lexsort((time[host], expert))
+    homes: list[list[HostId]] = [[] for _ in held]
+    for one, home in zip(expert[order].tolist(), host[order].tolist(), strict=True):
+        homes[one].append(hosts[home].host_id)
+    for mine, old in zip(homes, names, strict=False):
+        if mine != list(old):
+            first = {name: place for place, name in reversed(list(enumerate(old)))}
+            mine.sort(key=lambda name: first.get(name, len(first)))
+    return tuple(map(tuple, homes))
 
 
 def _as_arrays(hosts: Sequence[Capacity], num_experts: int) -> Hosts:
-    def same(places: Sequence[str]) -> Floats | None:
-        if len(set(filter(None, places))) == sum(map(bool, places)):
-            return None
-        place = np.array([place or f"\0{number}" for number, place in enumerate(places)])
+    def numbered(places: Sequence[str]) -> Ints:
+        # A place without a name is one of its own.
+        first: dict[str | int, int] = {}
+        return np.array([first.setdefault(place or number, len(first)) for number, place in enumerate(places)])
+
+    def same(place: Ints) -> Floats | None:
         alike: Floats = (place[:, None] == place).astype(np.float64)
-        return alike
+        return alike if place.max() + 1 < len(place) else None
 
     speed = np.array([host.speed for host in hosts])
-    nodes = [host.node or (host.host_id,) for host in hosts]
+    node = numbered([host.node for host in hosts])
     return Hosts(
         slots=np.array([min(host.slots, num_experts) for host in hosts]),
         speed=speed / speed.mean(),
-        same_node=same([host.node for host in hosts]),
-        same_domain=same([host.domain for host in hosts]),
-        num_nodes=len(set(nodes)),
+        node=node,
+        same_node=same(node),
+        same_domain=same(numbered([host.domain for host in hosts])),
     )
 
 

@@ -23,8 +23,8 @@ import numpy.typing as npt
 NOWHERE = -1
 """The replica of an expert that has none."""
 
-MAX_SWEEPS = 12
-"""Most sweeps over a batch. Chains of hosts need them; most batches end after two or three."""
+MAX_SWEEPS = 16
+"""Most sweeps over a batch. Long chains of hosts need them; many batches end after three or four."""
 
 CLOSE_ENOUGH = 1.002
 """Largest host load over its lower bound, from which on another sweep is not worth its time."""
@@ -60,8 +60,10 @@ class Replicas:
     """Replicas that are the only ones of their experts: their rows have no choice."""
     pairs: list[tuple[int, int, int]] = field(init=False, repr=False)
     """First replica, its host and the other's host of each expert with two."""
-    groups: list[tuple[int, list[int]]] = field(init=False, repr=False)
-    """First replica and all hosts of each expert with more."""
+    groups: list[range] = field(init=False, repr=False)
+    """Replicas of each expert with more."""
+    host_of: list[int] = field(init=False, repr=False)
+    """`host`, for loops."""
 
     def __post_init__(self) -> None:
         number = np.diff(self.start)
@@ -73,7 +75,8 @@ class Replicas:
             "number": number[expert],
             "lone": self.start[:-1][number == 1],
             "pairs": [(first[e], host[first[e]], host[first[e] + 1]) for e in np.flatnonzero(number == 2).tolist()],
-            "groups": [(first[e], host[first[e] : first[e + 1]]) for e in np.flatnonzero(number > 2).tolist()],
+            "groups": [range(first[e], first[e + 1]) for e in np.flatnonzero(number > 2).tolist()],
+            "host_of": host,
         }
         for name, value in worked_out.items():
             object.__setattr__(self, name, value)
@@ -115,10 +118,10 @@ def split_tokens(
     enough = CLOSE_ENOUGH * max(float(load.sum() / speed.sum()), float((stuck / speed).max()))
     at = rows.tolist()
     pairs = [(i, a, b, 1.0 / (cost[a] + cost[b])) for i, a, b in replicas.pairs if at[i]]
-    groups = [(i, hosts) for i, hosts in replicas.groups if at[i]]
+    groups = [group for group in replicas.groups if at[group[0]]]
     before_last, last = float("inf"), max(level)
     for _ in range(MAX_SWEEPS):
-        if last <= enough or not _sweep(at, pairs, groups, level, cost):
+        if last <= enough or not _sweep(at, pairs, groups, replicas.host_of, level, cost):
             break
         most = max(level)
         if most > STILL_FALLING * before_last:
@@ -131,30 +134,40 @@ def split_tokens(
 def _sweep(
     at: list[int],
     pairs: list[tuple[int, int, int, float]],
-    groups: list[tuple[int, list[int]]],
+    groups: list[range],
+    host_of: list[int],
     level: list[float],
     cost: list[float],
 ) -> bool:
-    """Level the hosts of each expert once, in whole rows; false when nothing moved.
+    """Bring the hosts of each expert closer to one level, in whole rows; false when nothing moved.
 
-    Args (those that are changed first):
-        at: [R] rows of each replica.
-        level: [H] time each host takes: (rows + background) / speed.
-        pairs: first replica, its host, the other's host, rows per level between them.
-        groups: first replica, hosts.
+    Args:
+        at: [R] rows of each replica, changed.
+        pairs: first replica, its host, the other's host and rows per level between them, of experts with two.
+        groups: replicas of experts with more.
+        host_of: [R] host of each replica.
+        level: [H] time each host takes, (rows + background) / speed; changed.
         cost: [H] 1 / speed.
     """
     moved = False
-    for first, hosts in groups:
-        held = at[first : first + len(hosts)]
-        for host, n in zip(hosts, held, strict=True):
-            level[host] -= n * cost[host]
-        filled = _fill(sum(held), hosts, level, cost)
-        for host, n in zip(hosts, filled, strict=True):
-            level[host] += n * cost[host]
-        if filled != held:
-            at[first : first + len(hosts)] = filled
-            moved = True
+    for group in groups:
+        # The highest level with the lowest, the second highest with the second lowest, and so on.
+        order = sorted(group, key=lambda replica: level[host_of[replica]])
+        i, j = 0, len(order) - 1
+        while i < j:
+            low, high = order[i], order[j]
+            j -= 1
+            if at[high]:
+                a, b = host_of[low], host_of[high]
+                move = min(int((level[b] - level[a]) / (cost[a] + cost[b])), at[high])
+                if move <= 0:
+                    break
+                at[high] -= move
+                at[low] += move
+                level[b] -= move * cost[b]
+                level[a] += move * cost[a]
+                moved = True
+                i += 1
     for i, a, b, share in pairs:
         move = int((level[a] - level[b]) * share)
         if move:
@@ -169,30 +182,6 @@ def _sweep(
                 level[b] += move * cost[b]
                 moved = True
     return moved
-
-
-def _fill(num_rows: int, hosts: list[int], level: list[float], cost: list[float]) -> list[int]:
-    """Rows for each of `hosts`, poured so that the lowest rise together."""
-    order = sorted(range(len(hosts)), key=lambda place: level[hosts[place]])
-    speed, volume, surface = 0.0, float(num_rows), float("inf")
-    for deep, place in enumerate(order):  # noqa: B007
-        host = hosts[place]
-        if level[host] >= surface:
-            break
-        speed += 1.0 / cost[host]
-        volume += level[host] / cost[host]
-        surface = volume / speed
-    else:
-        deep = len(order)
-    filled = [0] * len(hosts)
-    left = num_rows
-    for place in order[:deep]:
-        host = hosts[place]
-        filled[place] = min(left, int((surface - level[host]) / cost[host]))
-        left -= filled[place]
-    for place in order[:left]:  # less than a row each
-        filled[place] += 1
-    return filled
 
 
 def choose_replicas(

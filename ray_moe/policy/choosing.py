@@ -1,0 +1,170 @@
+"""Which of a few placements a layer gets: the one that gains most, after what its moves cost, over what is there.
+
+The few are constructed by `dealing.py`: what is there, mended where it breaks a rule; that with replicas added; that
+with the fullest and the emptiest hosts dealt anew; everything dealt anew. `forecast.py` says how balanced the next
+batches would be on each.
+
+Pure arrays. Called by `planner.py`.
+
+Shape legend: L layers with the same number of experts, n of those layers, P candidates, E experts, H hosts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ray_moe.policy.dealing import Hosts, choose_counts, deal
+from ray_moe.policy.forecast import Bools, drifted, forecast
+from ray_moe.policy.mending import mended, num_nodes, with_added
+from ray_moe.policy.split import Floats, Ints
+from ray_moe.policy.survival import nested, p_none_lost
+
+FLOOR = 0.01
+"""Least load an expert is planned for, over the mean: one that nobody asked for in the last window may come up."""
+
+LEAST_GAIN = 1e-3
+"""Gain in balancedness below which two placements are equally good, whatever the goals say."""
+
+LEAST_CHANCE = 0.01
+"""Gain in the chance to lose no expert that is worth dealing a layer anew; above the error of an estimate."""
+
+GOOD = 0.95
+"""Balancedness from which on it is worth asking whether fewer replicas would do."""
+
+STAYS = 0.1
+"""Load, in mean loads of a host, by which a host that holds an expert may exceed the least loaded one and keep it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goals:
+    """What a placement is to achieve."""
+
+    min_replicas: int = 1
+    """Replicas of every expert, where slots allow."""
+    min_gain: float = 0.02
+    """A layer whose predicted balancedness would rise by less keeps its placement."""
+    cost_per_move: float = 0.001
+    """Balancedness that each replica that is moved or added must bring."""
+    survive_nodes: int = 0
+    """Above 0, the chance that every expert survives the loss of any so many nodes comes first, balance second."""
+    drift: float = 0.3
+    """Standard deviation of the logarithm of an expert's load, from batch to batch, that placements are made for."""
+
+
+def choose(tokens: Floats, before: Bools, hosts: Hosts, goals: Goals) -> Bools:
+    """What is to be where.
+
+    Args:
+        tokens: [L, E] load of each expert, in any measure; all 0 where there is no traffic.
+        before: [L, E, H] what is there (changed as plans are made).
+
+    Returns: [L, E, H]; `before` where nothing else is worth its moves.
+    """
+    num_hosts = len(hosts.slots)
+    idle = tokens.sum(-1) == 0
+    load = np.where(idle[:, None], 1.0, tokens)
+    load = np.maximum(load, FLOOR * load.mean(-1, keepdims=True))
+    load *= num_hosts / load.sum(-1, keepdims=True)
+    wanted = max(goals.min_replicas, goals.survive_nodes + 1)
+    target = min(max(wanted, 1), num_hosts, int(hosts.slots.sum()) // load.shape[-1])
+    held = mended(load, before, target, hosts)
+    pinned = _shelter(load, held, hosts, goals.survive_nodes)
+    rows = np.flatnonzero(~idle)
+    batches = drifted(load, goals.drift)
+    # A better plan may make a still better one worth its moves: go on until none is, so that planning again is in vain.
+    while len(rows):
+        there = held[rows]
+        better = _better(load[rows], batches[rows], before[rows], there, pinned[rows], target, hosts, goals)
+        held[rows] = better
+        before[rows] = better
+        rows = rows[(better != there).any((-1, -2))]
+    return held
+
+
+def _shelter(load: Floats, held: Bools, hosts: Hosts, num_lost_nodes: int) -> Bools:
+    """Nest the replicas of layers (in place) that are likelier to outlive the loss of nodes that way.
+
+    Returns: [L] layers that depend on which nodes their experts share, so that replicas may only be added.
+    """
+    pinned: Bools = np.zeros(len(held), dtype=bool)
+    if num_lost_nodes:
+        pinned |= (num_nodes(held, hosts) <= num_lost_nodes).any(-1)
+    for layer in np.flatnonzero(pinned):
+        other = nested(load[layer], hosts.slots, hosts.speed, hosts.node)
+        chance, other_chance = (
+            p_none_lost({frozenset(hosts.node[homes].tolist()) for homes in way}, hosts.num_nodes, num_lost_nodes)
+            for way in (held[layer], other)
+        )
+        if other_chance > chance + LEAST_CHANCE:
+            held[layer] = other
+    return pinned
+
+
+def _better(
+    load: Floats,
+    batches: Floats,
+    before: Bools,
+    mend: Bools,
+    pinned: Bools,
+    target: int,
+    hosts: Hosts,
+    goals: Goals,
+) -> Bools:
+    """[n, E, H] for each layer the candidate that gains most over `mend` after the price of its moves, or `mend`."""
+    num_hosts = len(hosts.slots)
+    score, time = forecast(mend, batches, hosts.speed)
+    moves, broken = _num_moves(before, mend), _num_broken(mend, target, hosts)
+    rank = time.argsort(-1).argsort(-1)
+    best: Bools = mend.copy()
+    best_score, best_net = score.copy(), np.zeros(len(load))
+    few = max(1, num_hosts // 8)
+    for fractions in ((1,), (2, 4)):
+        # Whether fewer replicas would do is only asked where all of them already do well.
+        tried = np.flatnonzero(best_score >= (GOOD if 2 in fractions else 0.0))
+        ways = [(dealt, fraction) for dealt in (0, few, num_hosts) for fraction in fractions]
+        rows = np.tile(tried, len(ways))
+        dealt, fraction = np.repeat(ways, len(tried), axis=0).T
+        dealt = np.where(pinned[rows], 0, dealt)[:, None]
+        anew = (rank[rows] < dealt) | (rank[rows] >= num_hosts - dealt)
+        candidate = _dealt(load[rows], before[rows], mend[rows] & ~anew[:, None, :], fraction, target, hosts)
+        price = max(goals.min_gain, LEAST_GAIN) + goals.cost_per_move * (
+            _num_moves(before[rows], candidate) - moves[rows]
+        )
+        # Balancedness is 1 at most: what could not pay for its moves even then needs no forecast.
+        hopeful = score[rows] + price + best_net[rows] < 1.0
+        hopeful &= (candidate != mend[rows]).any((-1, -2))
+        hopeful &= _num_broken(candidate, target, hosts) <= broken[rows]
+        rows, candidate, price = rows[hopeful], candidate[hopeful], price[hopeful]
+        if not len(rows):
+            continue
+        reached, _ = forecast(candidate, batches[rows], hosts.speed)
+        net = reached - score[rows] - price
+        for at in np.argsort(net, kind="stable"):  # the best last
+            if net[at] > best_net[rows[at]]:
+                best[rows[at]], best_score[rows[at]], best_net[rows[at]] = candidate[at], reached[at], net[at]
+    return best
+
+
+def _dealt(load: Floats, before: Bools, kept: Bools, fraction: Ints, target: int, hosts: Hosts) -> Bools:
+    """[P, E, H] `kept`, and the rest dealt to the other slots, further replicas to one in `fraction` [P] of them."""
+    number = np.maximum(kept.sum(-1), 1)
+    owed = np.maximum(target - number, 0).sum(-1)
+    limit = np.maximum(owed, (int(hosts.slots.sum()) - number.sum(-1)) // fraction)
+    number = with_added(number, choose_counts(load, number, limit, target, len(hosts.slots)))
+    return deal(load, number, kept, before, np.full(len(load), STAYS), hosts)
+
+
+def _num_moves(before: Bools, after: Bools) -> Ints:
+    """[n] replicas that are to be loaded."""
+    moves: Ints = (after & ~before).sum((-1, -2))
+    return moves
+
+
+def _num_broken(held: Bools, target: int, hosts: Hosts) -> Ints:
+    """[n] experts that are not as often, or not on as many nodes, as each is to be."""
+    broken: Ints = (num_nodes(held, hosts) < min(target, hosts.num_nodes)).sum(-1)
+    if target > hosts.num_nodes:
+        broken = broken + (held.sum(-1) < target).sum(-1)
+    return broken
