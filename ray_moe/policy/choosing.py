@@ -17,7 +17,7 @@ import numpy as np
 
 from ray_moe.policy.dealing import Hosts, choose_counts, deal
 from ray_moe.policy.forecast import Bools, drifted, forecast
-from ray_moe.policy.mending import mended, num_nodes, with_added
+from ray_moe.policy.mending import mended, num_nodes, num_short, with_added
 from ray_moe.policy.split import Floats, Ints
 from ray_moe.policy.survival import nested, p_none_lost
 
@@ -63,8 +63,9 @@ def choose(tokens: Floats, before: Bools, hosts: Hosts, goals: Goals) -> Bools:
     Returns: [L, E, H]; `before` where nothing else is worth its moves.
     """
     num_hosts = len(hosts.slots)
-    idle = tokens.sum(-1) == 0
+    idle: Bools = tokens.max(-1) == 0
     load = np.where(idle[:, None], 1.0, tokens)
+    load /= load.max(-1, keepdims=True)
     load = np.maximum(load, FLOOR * load.mean(-1, keepdims=True))
     load *= num_hosts / load.sum(-1, keepdims=True)
     wanted = max(goals.min_replicas, goals.survive_nodes + 1)
@@ -115,7 +116,7 @@ def _better(
     """[n, E, H] for each layer the candidate that gains most over `mend` after the price of its moves, or `mend`."""
     num_hosts = len(hosts.slots)
     score, time = forecast(mend, batches, hosts.speed)
-    moves, broken = _num_moves(before, mend), _num_broken(mend, target, hosts)
+    moves, broken = _num_moves(before, mend), num_short(mend, target, hosts)
     rank = time.argsort(-1).argsort(-1)
     best: Bools = mend.copy()
     best_score, best_net = score.copy(), np.zeros(len(load))
@@ -135,7 +136,7 @@ def _better(
         # Balancedness is 1 at most: what could not pay for its moves even then needs no forecast.
         hopeful = score[rows] + price + best_net[rows] < 1.0
         hopeful &= (candidate != mend[rows]).any((-1, -2))
-        hopeful &= _num_broken(candidate, target, hosts) <= broken[rows]
+        hopeful &= num_short(candidate, target, hosts) <= broken[rows]
         rows, candidate, price = rows[hopeful], candidate[hopeful], price[hopeful]
         if not len(rows):
             continue
@@ -153,18 +154,10 @@ def _dealt(load: Floats, before: Bools, kept: Bools, fraction: Ints, target: int
     owed = np.maximum(target - number, 0).sum(-1)
     limit = np.maximum(owed, (int(hosts.slots.sum()) - number.sum(-1)) // fraction)
     number = with_added(number, choose_counts(load, number, limit, target, len(hosts.slots)))
-    return deal(load, number, kept, before, np.full(len(load), STAYS), hosts)
+    return deal(load, number, kept, before, STAYS, target, hosts)
 
 
 def _num_moves(before: Bools, after: Bools) -> Ints:
     """[n] replicas that are to be loaded."""
     moves: Ints = (after & ~before).sum((-1, -2))
     return moves
-
-
-def _num_broken(held: Bools, target: int, hosts: Hosts) -> Ints:
-    """[n] experts that are not as often, or not on as many nodes, as each is to be."""
-    broken: Ints = (num_nodes(held, hosts) < min(target, hosts.num_nodes)).sum(-1)
-    if target > hosts.num_nodes:
-        broken = broken + (held.sum(-1) < target).sum(-1)
-    return broken

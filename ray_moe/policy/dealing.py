@@ -30,7 +30,7 @@ OWED = 1e6
 """Outweighs any load: the expert has fewer replicas than each is to have."""
 
 # What a host's load is raised by in the comparison, in mean loads of a host: each outweighs all that follow.
-SAME_NODE, SAME_DOMAIN, SAME_ISLAND = 1e4, 1e2, 0.5
+SAME_NODE, NOT_IN_NEED, SAME_DOMAIN, SAME_ISLAND = 1e5, 1e4, 1e2, 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +78,7 @@ def choose_counts(load: Floats, number: Ints, limit: Ints, target: int, num_host
     return added
 
 
-def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: Floats, hosts: Hosts) -> Bools:
+def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: float, target: int, hosts: Hosts) -> Bools:
     """Give hosts to the replicas that have none yet.
 
     Args:
@@ -86,7 +86,8 @@ def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: Floats, 
         number: [P, E] replicas that each expert is to have; their sum is within the slots.
         kept: [P, E, H] replicas that are where they are to be.
         before: [P, E, H] replicas that are there now.
-        stays: [P] load by which a host that holds the expert now may exceed the least loaded one.
+        stays: load by which a host that holds the expert now may exceed the least loaded one.
+        target: replicas, on as many nodes, that each expert is to have.
 
     Returns: [P, E, H] `kept` and what was dealt. Every expert has a host; a further replica for which each host with a
         free slot holds the expert already is left out.
@@ -101,12 +102,21 @@ def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: Floats, 
     free = hosts.slots - kept.sum(1)
     closed = np.where(free > 0, 0.0, np.inf)
     island = _islands(kept, have)
-    for now in _order(share, number, number - have).T:
+    order = _order(share, number, number - have)
+    # Where each expert must have several homes and slots are just enough, one may not be wasted: a node with as many
+    # free slots as there are experts to come has to get each of them.
+    length, to_come = (order >= 0).sum(-1), _experts_to_come(order)
+    on_node = (hosts.node[:, None] == np.arange(hosts.num_nodes)).astype(np.float64)
+    for step, now in enumerate(order.T):
         rows = np.flatnonzero(now >= 0)
         expert = now[rows]
         mine, part = held[rows, expert], share[rows, expert]
         score = (level[rows] + part[:, None]) / hosts.speed + closed[rows]
-        score -= stays[rows, None] * before[rows, expert]
+        score -= stays * before[rows, expert]
+        if target > 1:
+            room, others = free[rows] @ on_node, to_come[rows, step, None]
+            tight = np.minimum(room, others).sum(-1) <= length[rows] - step
+            score += NOT_IN_NEED * (tight[:, None] & (room < others)[:, hosts.node])
         again = have[rows, expert] > 0
         if again.any():
             home = island[rows, mine.argmax(-1)]
@@ -138,6 +148,16 @@ def _order(share: Floats, number: Ints, missing: Ints) -> Ints:
     sequence = np.full((len(share), int(length.max(initial=0))), -1)
     sequence[np.arange(sequence.shape[1]) < length[:, None]] = np.repeat(order.ravel(), each)
     return sequence
+
+
+def _experts_to_come(order: Ints) -> Ints:
+    """[P, N] how many different experts are dealt from each step on."""
+    first = (order >= 0) & (order != np.roll(order, 1, -1))
+    if order.shape[-1]:
+        first[:, 0] = order[:, 0] >= 0
+    seen = first.cumsum(-1)
+    to_come: Ints = seen[:, -1:] - seen + 1
+    return to_come
 
 
 def _islands(kept: Bools, have: Ints) -> Ints:

@@ -30,19 +30,35 @@ def mended(load: Floats, before: Bools, target: int, hosts: Hosts) -> Bools:
         target: replicas, on as many nodes, that each expert is to have. The slots are enough for that.
     """
     held: Bools = before.copy()
-    broken = np.flatnonzero(
-        (before.sum(-1) < target).any(-1)
-        | (before.sum(1) > hosts.slots).any(-1)
-        | (num_nodes(before, hosts) < min(target, hosts.num_nodes)).any(-1)
-    )
-    if not len(broken):
-        return held
-    kept = np.stack([_kept(load[layer], before[layer], target, hosts) for layer in broken])
-    number = np.maximum(kept.sum(-1), 1)
-    owed = np.maximum(target - number, 0).sum(-1)
-    number = with_added(number, choose_counts(load[broken], number, owed, target, len(hosts.slots)))
-    held[broken] = deal(load[broken], number, kept, before[broken], np.full(len(broken), STAYS), hosts)
+    rows = np.arange(len(before))
+    while len(rows):
+        short = num_short(held[rows], target, hosts)
+        rows = rows[(short > 0) | (held[rows].sum(1) > hosts.slots).any(-1)]
+        kept = np.array([_kept(load[row], held[row], target, hosts) for row in rows], dtype=bool)
+        if not len(rows):
+            break
+        number = np.maximum(kept.sum(-1), 1)
+        owed = np.maximum(target - number, 0).sum(-1)
+        number = with_added(number, choose_counts(load[rows], number, owed, target, len(hosts.slots)))
+        other = deal(load[rows], number, kept, before[rows], STAYS, target, hosts)
+        # Slots may not be where they would have to be: what is no better than before would change for nothing.
+        better = (num_short(other, target, hosts) < num_short(held[rows], target, hosts)) | (
+            held[rows].sum(1) > hosts.slots
+        ).any(-1)
+        rows = rows[better]
+        held[rows] = other[better]
     return held
+
+
+def num_short(held: Bools, target: int, hosts: Hosts) -> Ints:
+    """[L] what is missing: homes of experts without any first, then replicas and nodes of others."""
+    homes = held.sum(-1)
+    nodes = np.minimum(target, hosts.num_nodes) - num_nodes(held, hosts)
+    missing: Ints = (
+        np.maximum(np.maximum(target - homes, nodes), 0).sum(-1)
+        + (homes == 0).sum(-1) * held.shape[-1] * held.shape[-2]
+    )
+    return missing
 
 
 def with_added(number: Ints, added: Ints) -> Ints:

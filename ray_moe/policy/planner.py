@@ -26,8 +26,8 @@ from ray_moe.types import HostId, LayerPath, Placement
 
 __all__ = ["Capacity", "Goals", "plan", "predict", "slots_in_bytes"]
 
-PREDICTED_ROWS = 2**24
-"""Rows of the batch whose split `predict` measures: so many that whole rows do not matter."""
+PREDICTED_ROWS = 2**20
+"""Rows of the hottest expert in the batch whose split `predict` measures: so many that whole rows do not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,14 @@ def predict(
     predicted: dict[LayerPath, float] = {}
     for layer, tokens in load.items():
         homes = [[number_of[n] for n in names if n in number_of] for names in placement.hosts_of.get(layer, ())]
-        total = float(np.sum(tokens))
+        most = float(np.max(tokens))
         if len(homes) < len(tokens) or not all(homes):
             predicted[layer] = 0.0
-        elif total == 0.0:
+        elif most == 0.0:
             predicted[layer] = 1.0
         else:
             replicas = Replicas.of(homes, len(hosts))
-            rows = split_tokens(np.rint(tokens * (PREDICTED_ROWS / total)).astype(np.int64), replicas, speed)
+            rows = split_tokens(np.rint(tokens / most * PREDICTED_ROWS).astype(np.int64), replicas, speed)
             time = np.bincount(replicas.host, rows, len(hosts)) / speed
             predicted[layer] = float(rows.sum() / speed.sum() / time.max())
     return predicted
