@@ -26,9 +26,10 @@ from ray_moe.policy.load import Floats, LoadTracker
 from ray_moe.policy.migration import copied_bytes, find_homes, loads_of, moves, rehome, waves
 from ray_moe.policy.placement import place_by_index
 from ray_moe.policy.planner import Capacity
-from ray_moe.policy.rows import ExpertKey, Held, Row, Rows
+from ray_moe.policy.recovery import placement_by_holders
+from ray_moe.policy.rows import ExpertKey, Held, Rows
 from ray_moe.policy.scaling import ScalingMemory, Signals, decide
-from ray_moe.policy.tables import Tables
+from ray_moe.policy.tables import SKIPPED_EPOCHS, Tables
 from ray_moe.types import HostId, LayerPath, Placement, RoutingTable
 
 
@@ -55,10 +56,11 @@ class ClusterState:
         self.transaction: Transaction | None = None
         self.resize: Resize | None = None
         self._now_s = now_s
-        self._fleet = Fleet(settings, hosts, standbys, f"{epoch}", now_s)
+        self._fleet = Fleet(settings, hosts, standbys, f"{now_s:.6f}", now_s)
         self._placed = Rows(settings.num_experts)
         self._placed.put_all(placement or place_by_index(settings.num_experts, list(hosts)))
         self._tables = Tables(settings.num_experts, epoch)
+        self._first_epoch = epoch
         self._expert_bytes = settings.expert_bytes
         self._stand_ins: dict[ExpertKey, HostId] = {}
         """Hosts that stand in for those an expert is placed on, until one of these is back."""
@@ -85,15 +87,22 @@ class ClusterState:
     ) -> ClusterState:
         """After a restart of whoever drives this: what the hosts hold is what they are to hold.
 
-        An expert is placed where it is held: on one host that is no standby, and on the others as far as their budgets
-        go. One that nobody holds stays with its `fallback` host, or goes to the emptiest. Changes that were under way
-        are forgotten. The first event, `Ticked` for example, brings the first table, later than `epoch`.
+        Experts are placed by `placement_by_holders` on the hosts that are no standbys. Changes that were under way are
+        forgotten. The first event, `Ticked` for example, brings the first table, well after `epoch`.
+
+        Args:
+            reports: what the hosts say when they have done, or forgotten, all that they were told to before.
+            epoch: the newest that a router has; if it is not known, `EpochSeen` may tell it later.
         """
-        state = cls(settings, hosts, standbys, Placement({}), epoch, now_s)
+        state = cls(settings, hosts, standbys, Placement({}), epoch + SKIPPED_EPOCHS, now_s)
         for report in reports:
             if report.address.host_id in state.hosts:
                 state._host_started(report)
-        state._place_what_is_held(fallback)
+        budgets = {host.host_id: state.budget_bytes(host) for host in state.hosts.values() if host.role == "serving"}
+        held, sizes = state._fleet.held, state._expert_bytes
+        state._placed.put_all(placement_by_holders(held, budgets, fallback, settings.num_experts, sizes))
+        for host in state.hosts.values():
+            host.is_new = host.phase == "up" and not state._placed.on(host.host_id)
         return state
 
     # --- the only mutator ------------------------------------------------------------------------------------
@@ -611,10 +620,8 @@ class ClusterState:
         self._say("aborted", f"{resize.reason}: {why}")
         self._planning = None
         self._abort(why)
-        for host_id in resize.added:
-            host = self.hosts.get(host_id)
-            if host is not None and not self._placed.on(host_id):
-                self._remove(host)
+        added = [self.hosts[host_id] for host_id in resize.added if host_id in self.hosts]
+        self._set_leaving([host for host in added if not self._placed.on(host.host_id)])
         for host_id in resize.removed:
             host = self.hosts.get(host_id)
             if host is not None and host.draining and not host.is_dismissed:
@@ -692,7 +699,11 @@ class ClusterState:
         self._look_at(self._placed.take_changed_hosts())
         self._look_at(self._fleet.held.take_changed_hosts())
         self._route()
+        is_first = self.table.epoch == self._first_epoch
         if self._tables.publish(self.hosts, self._fleet.held, self._fleet.speeds):
+            if is_first:  # what tables named before is not known
+                for host in self.hosts.values():
+                    host.unnamed_s = self._now_s
             self._out.append(ev.PublishTable(self.table))
 
     def _advance(self) -> None:
@@ -726,8 +737,9 @@ class ClusterState:
     def _stop_the_dispensable(self) -> None:
         """End the leaving hosts on which nothing is placed, and which no table names that is in use."""
         for host in self._leaving():
-            placed, named = self._placed.on(host.host_id), self._tables.named.on(host.host_id)
-            if not placed and not named and self._now_s >= host.unnamed_s + self.settings.drain_s:
+            needed = self._placed.on(host.host_id) or self._tables.named.on(host.host_id)
+            in_use = host.phase == "up" and self._now_s < host.unnamed_s + self.settings.drain_s
+            if not needed and not in_use:
                 self._remove(host)
         self._publish()
 
@@ -739,60 +751,29 @@ class ClusterState:
             self.resize = None
             self._say("resized", resize.reason)
 
-    # --- after a restart -------------------------------------------------------------------------------------
-    def _place_what_is_held(self, fallback: Placement) -> None:
-        """See `recovered`."""
-        held, free = self._fleet.held, {}
-        serving = {host.host_id for host in self._fleet.with_role("serving")}
-        for host_id in sorted(serving):
-            free[host_id] = self.budget_bytes(self.hosts[host_id])
-        first: dict[ExpertKey, Row] = {}
-        nowhere: list[ExpertKey] = []
-        for layer, count in self.settings.num_experts.items():
-            known = fallback.hosts_of.get(layer, ((),) * count)
-            for expert in range(count):
-                at_home = tuple(host for host in known[expert] if host in serving)
-                holders = serving.intersection(held.of(layer, expert))
-                ranked = [host for host in at_home if host in holders]
-                ranked += sorted(holders.difference(ranked))
-                first[layer, expert] = tuple(ranked)
-                chosen = tuple(ranked[:1]) or at_home[:1]
-                self._placed.put(layer, expert, chosen)
-                for host_id in chosen:
-                    free[host_id] -= self._expert_bytes[layer]
-                if not chosen:
-                    nowhere.append((layer, expert))
-        for layer, expert in nowhere:
-            if free:
-                emptiest = max(free, key=lambda host: (free[host], host))
-                self._placed.put(layer, expert, (emptiest,))
-                free[emptiest] -= self._expert_bytes[layer]
-        for (layer, expert), known_holders in first.items():
-            for host_id in known_holders[1:]:
-                if free[host_id] >= self._expert_bytes[layer]:
-                    free[host_id] -= self._expert_bytes[layer]
-                    self._placed.add(host_id, {layer: (expert,)})
-        for host in self.hosts.values():
-            host.is_new = host.phase == "up" and not self._placed.on(host.host_id)
-
     # --- the rules -------------------------------------------------------------------------------------------
     def validate(self) -> list[str]:
         """Rules that the state breaks now; none is the answer after every event."""
         broken = []
         up = {host_id for host_id, host in self.hosts.items() if host.phase == "up"}
+        holders: dict[ExpertKey, set[HostId]] = {}
+        for host_id in sorted(up):
+            for layer, indices in self._fleet.held.on(host_id).items():
+                for expert in indices:
+                    holders.setdefault((layer, expert), set()).add(host_id)
         for layer, experts in self.table.placement.hosts_of.items():
             for expert, named in enumerate(experts):
-                holders = {host for host in up if expert in self._fleet.held.on(host).get(layer, ())}
-                if not holders.issuperset(named):
-                    broken.append(f"{layer} {expert}: the table names {named}, but {sorted(holders)} hold it")
-                if not named and any(not self.hosts[host].is_dismissed for host in holders):
-                    broken.append(f"{layer} {expert}: {sorted(holders)} hold it, but the table names nobody")
-                if named != self._tables.row(self._placed.of(layer, expert), tuple(sorted(holders)), self.hosts):
-                    broken.append(f"{layer} {expert}: the table was not brought up to date")
-                if not self.hosts.keys() >= set(self._placed.of(layer, expert)):
-                    broken.append(f"{layer} {expert} is placed on hosts that are not there")
+                what, holding, placed = f"{layer} {expert}", holders.get((layer, expert), set()), self._placed
+                if not holding.issuperset(named):
+                    broken.append(f"{what}: the table names {named}, but {sorted(holding)} hold it")
+                if not named and any(not self.hosts[host].is_dismissed for host in holding):
+                    broken.append(f"{what}: {sorted(holding)} hold it, but the table names nobody")
+                if named != self._tables.row(placed.of(layer, expert), tuple(sorted(holding)), self.hosts):
+                    broken.append(f"{what}: the table was not brought up to date")
+                if any(host not in self.hosts for host in placed.of(layer, expert)):
+                    broken.append(f"{what} is placed on hosts that are not there")
                 if len(set(named)) < len(named):
-                    broken.append(f"{layer} {expert}: a host is named twice in {named}")
+                    broken.append(f"{what}: a host is named twice in {named}")
         for host in self.hosts.values():
             if host.phase != "up" and (self._fleet.held.on(host.host_id) or host.operation):
                 broken.append(f"{host.host_id} is {host.phase}, but holds or does something")

@@ -107,12 +107,13 @@ class Fleet:
             if host.address is not None:
                 host.ended.add(host.incarnation)
             host.num_lives += 1
-            host.unsure, host.speed = {}, None
+            host.unsure, host.given_up, host.speed = {}, {}, None
             host.num_failures, host.retry_at_s = 0, float("-inf")
         if host.phase != "up":
             host.phase, host.since_s = "up", now_s
-            self.held.add(host.host_id, difference(told, host.unsure))
-        elif host.operation is None:  # it has more than we know of: an order from before we were there
+            self.held.add(host.host_id, difference(told, host.given_up))
+            host.unsure = difference(host.unsure, self.held.on(host.host_id))
+        if host.operation is None:  # if it has more than we know of, that is from an order before our time
             host.unsure = union(host.unsure, difference(told, self.held.on(host.host_id)))
         host.address, host.domain, host.max_bytes = event.address, event.domain, event.max_bytes
 
@@ -181,6 +182,7 @@ class Fleet:
         host.unsure = difference(host.unsure, experts)
         if operation is None or not operation.loads:
             return {}
+        host.given_up = difference(host.given_up, experts)
         self.held.add(host.host_id, experts)
         return experts
 
@@ -242,7 +244,7 @@ class Fleet:
     def _drop(self, host: HostState, experts: Held, now_s: float) -> ev.DropReplicas:
         # From now on it does not count as held: the order may be carried out at any time.
         self.held.discard(host.host_id, experts)
-        host.unsure = union(host.unsure, experts)
+        host.unsure, host.given_up = union(host.unsure, experts), union(host.given_up, experts)
         host.operation = Operation(self.new_op(), False, frozen(experts), now_s)
         return self._instruction(host, host.operation)  # type: ignore[return-value]
 

@@ -13,6 +13,9 @@ from ray_moe.policy.hosts import HostState
 from ray_moe.policy.rows import ExpertKey, Row, Rows
 from ray_moe.types import HostId, LayerPath, RoutingTable
 
+SKIPPED_EPOCHS = 1000
+"""After a restart of whoever publishes, so many epochs are left out: tables of the life before may be under way yet."""
+
 
 class Tables:
     """See the module."""
@@ -50,9 +53,9 @@ class Tables:
         return (min(others, key=lambda host: (hosts[host].role == "leaving", host)),) if others else ()
 
     def epoch_seen(self, epoch: int) -> None:
-        """A router has a table of this epoch: if it is not one of ours, the next is later than that."""
+        """A router has a table of this epoch: if it is not one of ours, the next is well after it."""
         if epoch > self._epoch:
-            self._epoch, self.is_behind = epoch, True
+            self._epoch, self.is_behind = epoch + SKIPPED_EPOCHS, True
 
     def publish(self, hosts: Mapping[HostId, HostState], held: Rows, speeds: Mapping[HostId, float]) -> bool:
         """Make the next table if anything differs from the last one; whether it does."""
