@@ -68,10 +68,10 @@ def choose(tokens: Floats, before: Bools, hosts: Hosts, goals: Goals) -> Bools:
     load /= load.max(-1, keepdims=True)
     load = np.maximum(load, FLOOR * load.mean(-1, keepdims=True))
     load *= num_hosts / load.sum(-1, keepdims=True)
-    wanted = max(goals.min_replicas, goals.survive_nodes + 1)
-    target = min(max(wanted, 1), num_hosts, int(hosts.slots.sum()) // load.shape[-1])
+    target = _target(load.shape[-1], hosts, goals)
     held = mended(load, before, target, hosts)
-    pinned = _shelter(load, held, hosts, goals.survive_nodes)
+    pinned = _shelter(load, held, target, hosts, goals.survive_nodes)
+    held = mended(load, held, target, hosts)
     rows = np.flatnonzero(~idle)
     batches = drifted(load, goals.drift)
     # A better plan may make a still better one worth its moves: go on until none is, so that planning again is in vain.
@@ -84,7 +84,18 @@ def choose(tokens: Floats, before: Bools, hosts: Hosts, goals: Goals) -> Bools:
     return held
 
 
-def _shelter(load: Floats, held: Bools, hosts: Hosts, num_lost_nodes: int) -> Bools:
+def _target(num_experts: int, hosts: Hosts, goals: Goals) -> int:
+    """Replicas, on as many nodes, that each expert is to have: what is asked for, as far as there are slots."""
+    on_node = np.minimum(np.bincount(hosts.node, hosts.slots), num_experts)
+    safe = goals.survive_nodes + 1
+    if hosts.num_nodes >= safe and on_node.sum() >= safe * num_experts:
+        least = max(goals.min_replicas, safe)
+    else:
+        least = goals.min_replicas
+    return max(1, min(least, len(hosts.slots), int(hosts.slots.sum()) // num_experts))
+
+
+def _shelter(load: Floats, held: Bools, target: int, hosts: Hosts, num_lost_nodes: int) -> Bools:
     """Nest the replicas of layers (in place) that are likelier to outlive the loss of nodes that way.
 
     Returns: [L] layers that depend on which nodes their experts share, so that replicas may only be added.
@@ -98,7 +109,8 @@ def _shelter(load: Floats, held: Bools, hosts: Hosts, num_lost_nodes: int) -> Bo
             p_none_lost({frozenset(hosts.node[homes].tolist()) for homes in way}, hosts.num_nodes, num_lost_nodes)
             for way in (held[layer], other)
         )
-        if other_chance > chance + LEAST_CHANCE:
+        short, other_short = num_short(np.stack([held[layer], other]), target, hosts)
+        if other_chance > chance + LEAST_CHANCE and other_short <= short:
             held[layer] = other
     return pinned
 
