@@ -109,11 +109,11 @@ class HostState:
     """None until it is known."""
     operation: Operation | None = None
     unsure: Held = field(default_factory=dict)
-    """Experts that this life may hold, though they do not count as held: it was told to drop them, or was lost or failed
-    while it was to load them."""
+    """Experts that this life may hold, though they do not count as held: it was told to drop them, or was lost or
+    failed while it was to load them."""
     given_up: Held = field(default_factory=dict)
-    """Experts that this life was told to drop: if it is said to hold one of them, that may have been said before, or the
-    order may come after."""
+    """Experts that this life was told to drop: if it is said to hold one of them, that may have been said before, or
+    the order may come after."""
     unnamed_s: float = float("-inf")
     """When a table last stopped naming it for something."""
     retry_at_s: float = float("-inf")
