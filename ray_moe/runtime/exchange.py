@@ -89,7 +89,8 @@ class How:
     only: Ints | None = None
     """Ascending slots to compute; None for all of them."""
     avoid: frozenset[HostId] = frozenset()
-    """Hosts that are not asked. What then finds nobody fails at once."""
+    """Hosts that are not asked. What then finds nobody waits only while the table names somebody else, and no longer
+    than a host may be silent."""
 
 
 class _Hedge:
@@ -409,13 +410,14 @@ class Exchange:
     def _wait_for_somebody(self) -> None:
         """Slots have nobody to go to: wait for another view, going on with what is under way."""
         settings, routes, now_s = self._router.settings, self._router.routes, time.monotonic()
-        if not self._give_up_at_s:
-            self._give_up_at_s = now_s if self._avoid else now_s + settings.recovery_timeout_s
+        patience_s = settings.call_timeout_s if self._avoid else settings.recovery_timeout_s
+        self._give_up_at_s = self._give_up_at_s or now_s + patience_s
         is_same = routes.view is self._stuck_view
-        if is_same and now_s >= self._give_up_at_s:
-            experts = np.unique(self._slots[np.concatenate(self._waiting)]).tolist()
+        experts = np.unique(self._slots[np.concatenate(self._waiting)]).tolist()
+        is_hopeless = bool(self._avoid) and not routes.view.is_named(self._layer, experts, self._avoid)
+        if is_hopeless or (is_same and now_s >= self._give_up_at_s):
             raise Unavailable(
-                f"experts {experts} of {self._layer} had no living host for {settings.recovery_timeout_s:g} s; "
+                f"experts {experts} of {self._layer} had no living host for {patience_s:g} s; "
                 "retry when the service has recovered"
             )
         if is_same and now_s < self._try_again_at_s:

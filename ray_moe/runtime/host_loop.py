@@ -1,18 +1,25 @@
 """The queue in front of an expert host: what waits is computed together, one batch at a time.
 
 Small calls to an idle host are computed at once in the event loop (a hop to a thread costs more than they do); larger
-ones in a worker thread, so that the loop goes on receiving, and what arrives meanwhile forms the next batch.
-Called by whatever receives calls: the gRPC server of an expert actor, or the actor's own method.
+ones in a worker thread, so that the loop goes on receiving, and what arrives meanwhile forms the next batch. It
+measures how fast and how busy the host is, and can be told to misbehave, for drills. Called by whatever receives calls:
+the gRPC server of an expert actor, or the actor's own method.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
 
 from ray_moe.errors import RayMoEError, Unavailable
-from ray_moe.runtime.expert_host import ExpertHost
+from ray_moe.runtime.expert_host import ExpertHost, Outcome
+from ray_moe.runtime.meter import Meter
 from ray_moe.transport.base import ExpertCall, ExpertReply
 
 INLINE_FLOPS = 20_000_000
@@ -21,6 +28,22 @@ INLINE_FLOPS = 20_000_000
 
 MAX_BATCH_ROWS = 8192
 """Rows computed together at the most: more gain nothing, and the first answers would wait for the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbance:
+    """How a host is to misbehave, so that those who depend on it can be tried out."""
+
+    slow_factor: float = 1.0
+    """Each batch takes so many times as long."""
+    extra_s: float = 0.0
+    """And so many seconds more."""
+    hang_s: float = 0.0
+    """From now on nothing is answered for so long; calls wait, and the process lives."""
+    corrupt_probability: float = 0.0
+    """Part of the answers that are NaN."""
+    seed: int = 0
+    """Of the choice which ones."""
 
 
 class HostLoop:
@@ -34,13 +57,20 @@ class HostLoop:
         self._pump: asyncio.Task[None] | None = None
         self._busy_since_s: float | None = None
         self._closed = False
+        self._meter = Meter()
+        self._disturbance: Disturbance | None = None
+        self._hung_until_s = 0.0
+        self._random = random.Random()
+        self._disturbed = asyncio.Event()
 
     async def submit(self, call: ExpertCall) -> ExpertReply:
         """Compute `call`, together with what else is waiting. Raises the call's own `RayMoEError`."""
         if self._closed:
             raise Unavailable(f"host {self.host.host_id} is stopping")
-        if self._pump is None and self.host.flops(call) <= self._inline_flops:
+        if self._pump is None and self._disturbance is None and self.host.flops(call) <= self._inline_flops:
+            begin_s = time.monotonic()
             outcome = self.host.run([call])[0]
+            self._meter.add(self.host.flops(call), begin_s, time.monotonic())
             if isinstance(outcome, RayMoEError):
                 raise outcome
             return outcome
@@ -57,8 +87,13 @@ class HostLoop:
                 batch = self._take()
                 if not batch:
                     continue
-                self._busy_since_s = time.monotonic()
-                outcomes = await loop.run_in_executor(self._worker, self.host.run, [call for call, _ in batch])
+                calls = [call for call, _ in batch]
+                begin_s = self._busy_since_s = time.monotonic()
+                await self._hang()
+                outcomes: Sequence[Outcome] = await loop.run_in_executor(self._worker, self.host.run, calls)
+                if self._disturbance is not None:
+                    outcomes = await self._disturb(self._disturbance, outcomes, time.monotonic() - begin_s)
+                self._meter.add(sum(map(self.host.flops, calls)), begin_s, time.monotonic())
                 self._busy_since_s = None
                 for (_, future), outcome in zip(batch, outcomes, strict=True):
                     if future.done():
@@ -69,6 +104,37 @@ class HostLoop:
                         future.set_result(outcome)
         finally:
             self._pump = None
+
+    # --- drills --------------------------------------------------------------------------------------------
+    def disturb(self, disturbance: Disturbance | None) -> None:
+        """Misbehave like this from the next batch on, in place of how it was told before; None is to behave again.
+
+        A host that hangs and is told to behave does so at once.
+        """
+        self._disturbance = disturbance
+        self._hung_until_s = time.monotonic() + disturbance.hang_s if disturbance is not None else 0.0
+        self._random = random.Random(0 if disturbance is None else disturbance.seed)
+        self._disturbed.set()
+
+    async def _hang(self) -> None:
+        while (left_s := self._hung_until_s - time.monotonic()) > 0:
+            self._disturbed.clear()
+            try:
+                await asyncio.wait_for(self._disturbed.wait(), left_s)
+            except asyncio.TimeoutError:
+                return
+
+    async def _disturb(self, how: Disturbance, outcomes: Sequence[Outcome], seconds: float) -> list[Outcome]:
+        """What is answered in place of `outcomes`, which took `seconds`."""
+        await asyncio.sleep((how.slow_factor - 1.0) * seconds + how.extra_s)
+        await self._hang()  # it may have begun while this was computed
+        answered: list[Outcome] = []
+        for outcome in outcomes:
+            if isinstance(outcome, ExpertReply) and self._random.random() < how.corrupt_probability:
+                answered.append(ExpertReply(torch.full_like(outcome.rows, torch.nan), outcome.release))
+            else:
+                answered.append(outcome)
+        return answered
 
     def _take(self) -> list[tuple[ExpertCall, asyncio.Future[ExpertReply]]]:
         """What is computed next: calls in their order, up to `MAX_BATCH_ROWS`; given-up ones are dropped."""
@@ -89,9 +155,25 @@ class HostLoop:
         """How long the batch has run that the worker thread is at; 0 when it is idle."""
         return 0.0 if self._busy_since_s is None else time.monotonic() - self._busy_since_s
 
+    @property
+    def queued_rows(self) -> int:
+        """Rows that wait to be computed."""
+        return sum(call.num_rows for call, future in self._waiting if not future.done())
+
+    @property
+    def flops_per_s(self) -> float:
+        """How fast it has computed lately; 0 while it has computed nothing that takes a while."""
+        return self._meter.flops_per_s
+
+    @property
+    def busy_fraction(self) -> float:
+        """Part of the last seconds that it was computing."""
+        return self._meter.busy_fraction(time.monotonic(), self._busy_since_s)
+
     async def close(self) -> None:
-        """Refuse new calls, finish those accepted, and end the worker thread."""
+        """Refuse new calls, finish those accepted (even if it was told to hang), and end the worker thread."""
         self._closed = True
+        self.disturb(None)
         if self._pump is not None:
             await asyncio.gather(self._pump, return_exceptions=True)
         self._worker.shutdown(wait=True)

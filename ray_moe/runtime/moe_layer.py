@@ -265,8 +265,8 @@ class ExpertDispatcher:
         """Compute the slots in `suspect` without the host at `address`; what comes back as numbers goes into `rows`."""
         view, avoid = self._routes.view, frozenset((address.host_id,))
         if reach == "hosts" or self.own is None or not self.own.has_lifeboat:
-            owner = view.routes(layer, reach, avoid).owner[slots[suspect]]
-            suspect = suspect[owner != view.here]
+            others = {expert for expert in np.unique(slots[suspect]).tolist() if view.is_named(layer, (expert,), avoid)}
+            suspect = suspect[np.isin(slots[suspect], list(others))]
         if not len(suspect):
             return
         is_damaged = False

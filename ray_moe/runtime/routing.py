@@ -11,7 +11,7 @@ Shape legend: E experts of a layer, R replicas, H hosts with an address, m slots
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -118,6 +118,11 @@ class View:
         if made is None:
             made = self._made[layer, reach] = self._make(layer, reach, avoid)
         return made
+
+    def is_named(self, layer: LayerPath, experts: Iterable[int], avoid: frozenset[HostId]) -> bool:
+        """Whether the table names a host for each of `experts`, in reach or not, that is not in `avoid`."""
+        placed = self.table.placement.hosts_of.get(layer, ())
+        return all(expert < len(placed) and not avoid.issuperset(placed[expert]) for expert in experts)
 
     def _make(self, layer: LayerPath, reach: Reach, avoid: frozenset[HostId]) -> LayerRoutes:
         placed = self.table.placement.hosts_of.get(layer)

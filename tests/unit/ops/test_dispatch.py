@@ -112,6 +112,37 @@ def test_few_slots_are_grouped_as_many_are(batch):
     assert [repr(share) for share in many] == [repr(share) for share in few]
 
 
+@given(batches(), st.data())
+def test_replicas_get_the_slots_of_their_experts_in_the_numbers_given(batch, data):
+    index, owner, _ = batch
+    num_experts = len(owner) - 1
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    hosts_of = [rng.permutation(6)[: rng.integers(1, 4)] for _ in range(num_experts)]
+    count = np.bincount(index, minlength=num_experts + 1)[:num_experts]
+    rows_of = [rng.multinomial(n, np.ones(len(hosts)) / len(hosts)) for n, hosts in zip(count, hosts_of, strict=True)]
+    host = dispatch.spread(index, np.concatenate(hosts_of), np.concatenate(rows_of))
+    assert (host[index == num_experts] == NOWHERE).all()
+    for expert, (hosts, rows) in enumerate(zip(hosts_of, rows_of, strict=True)):
+        assert np.bincount(host[index == expert], minlength=6)[hosts].tolist() == rows.tolist()
+
+
+@given(batches(), st.sampled_from([0, 10**9]), st.data())
+def test_slots_are_grouped_by_the_hosts_they_were_given(batch, few_slots, data):
+    index, owner, top_k = batch
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    host = np.where(owner[index] == NOWHERE, NOWHERE, rng.integers(0, 7, size=len(index)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "FEW_SLOTS", few_slots)
+        shares = split_by_host(index, owner, top_k, host=host)
+    assert [share.host for share in shares] == sorted(set(host[host != NOWHERE].tolist()))
+    for share in shares:
+        assert (host[share.slot] == share.host).all()
+        assert (index[share.slot] == np.repeat(share.experts, share.counts)).all()
+        sent = np.arange(len(index) // top_k) if share.gather is None else share.gather
+        assert ((sent if share.token is None else sent[share.token]) == share.slot // top_k).all()
+    assert sum(len(share.slot) for share in shares) == np.count_nonzero(host != NOWHERE)
+
+
 @given(batches())
 def test_combine_after_dispatch_is_the_identity_for_identity_experts(batch):
     index, owner, top_k = batch

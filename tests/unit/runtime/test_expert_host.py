@@ -1,14 +1,18 @@
 import asyncio
+import threading
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ray_moe.errors import ExpertFailed, StaleRouting, WireError
+from ray_moe.errors import ExpertFailed, InvalidRequest, NotFound, StaleRouting, WireError
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.host_loop import MAX_BATCH_ROWS, HostLoop
-from ray_moe.transport.base import ExpertCall
+from ray_moe.transport.base import ExpertCall, ExpertReply
 from tests.toy import LAYER, ToyExperts
 
 
@@ -88,6 +92,149 @@ def test_rows_that_come_again_in_another_grouping_count_once(host):
     torch.testing.assert_close(parameter.grad, once)
     torch.testing.assert_close(both.rows[2:], alone.rows)
     assert isinstance(host.run([call(rows, [1, 3], [2, 3], grad=grad, call_id="step 1:0")])[0], WireError)
+
+
+# --- Experts one by one ----------------------------------------------------------------------------------------------
+@pytest.fixture
+def whole():
+    return ToyExperts()
+
+
+def groups_of(whole, *parts):
+    """A host that was given the experts of each part in a group of its own."""
+    host = ExpertHost("expert-0")
+    for part in parts:
+        host.hold(LAYER, part, StackedExperts(whole.shard(part)))
+    return host
+
+
+def test_experts_are_added_replaced_and_dropped(whole):
+    host = groups_of(whole, [1, 3], [0], [3, 5])
+    assert host.held == {LAYER: [0, 1, 3, 5]}
+    assert [len(group.module.down_proj) for group in host._layers[LAYER].groups] == [1, 1, 2]
+    host.drop(LAYER, [0, 5, 2])
+    host.drop("elsewhere", [0])
+    assert host.held == {LAYER: [1, 3]}
+    rows = torch.randn(3, 8)
+    out = host.run([call(rows, [1, 3], [1, 2])])[0].rows
+    torch.testing.assert_close(out, torch.cat([plain(whole, 1, rows[:1]), plain(whole, 3, rows[1:])]))
+    assert isinstance(host.run([call(rows, [0], [3])])[0], StaleRouting)
+    host.drop(LAYER, [1, 3])
+    assert host.held == {}
+
+
+def test_the_memory_of_dropped_experts_is_freed(whole):
+    host = groups_of(whole, [0, 1, 2, 3])
+    stack = weakref.ref(host._layers[LAYER].groups[0].module.down_proj)
+    host.drop(LAYER, [1, 2])
+    assert stack() is None
+    (group,) = host._layers[LAYER].groups
+    assert [tuple(p.shape) for p in group.module.parameters()] == [(2, 10, 8), (2, 8, 5)]
+    assert group.module.down_proj.untyped_storage().nbytes() == 2 * 8 * 5 * 4
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_whatever_came_and_went_calls_are_computed_as_by_the_whole(data):
+    whole = ToyExperts()
+    host = ExpertHost("expert-0")
+    held: set[int] = set()
+    some = st.sets(st.integers(0, 5), min_size=1)
+    for adds in data.draw(st.lists(st.booleans(), min_size=1, max_size=6)):
+        experts = sorted(data.draw(some))
+        if adds:
+            host.hold(LAYER, experts, StackedExperts(whole.shard(experts)))
+            held |= set(experts)
+        else:
+            host.drop(LAYER, experts)
+            held -= set(experts)
+        assert host.held == ({LAYER: sorted(held)} if held else {})
+    calls = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        if held:
+            touched = sorted(data.draw(st.sets(st.sampled_from(sorted(held)), min_size=1)))
+            counts = [data.draw(st.integers(1, 3)) for _ in touched]
+            calls.append(call(torch.randn(sum(counts), 8), touched, counts))
+    for asked, reply in zip(calls, host.run(calls), strict=True):
+        assert isinstance(reply, ExpertReply)
+        parts = asked.hidden.split(asked.counts)
+        expected = [plain(whole, expert, part) for expert, part in zip(asked.experts, parts, strict=True)]
+        torch.testing.assert_close(reply.rows, torch.cat(expected))
+
+
+def test_gradients_reach_the_experts_of_every_group_and_survive_a_drop(whole):
+    host = groups_of(whole, [0, 4], [1], [2, 3])
+    rows, grad = torch.randn(5, 8), torch.randn(5, 8)
+    backward = call(rows, [0, 1, 3], [2, 2, 1], grad=grad, call_id="step:0,2,4")
+    reply = host.run([backward, backward])[1].rows
+    host.drop(LAYER, [4, 2])
+    theirs = rows.clone().requires_grad_()
+    index = torch.tensor([[0], [0], [1], [1], [3]])
+    whole.oracle(theirs, index, torch.ones(5, 1)).backward(grad)
+    torch.testing.assert_close(reply, theirs.grad)
+    held = host._layers[LAYER]
+    for expert in (0, 1, 3):
+        number, local = held.place[expert]
+        ours = held.groups[number].module.down_proj.grad
+        torch.testing.assert_close(ours[local], whole.down_proj.grad[expert], rtol=1e-4, atol=1e-5)
+
+
+def test_experts_come_go_and_are_copied_while_calls_are_computed(whole):
+    host = groups_of(whole, range(6))
+    stop = threading.Event()
+    failures: list[object] = []
+
+    def compute():
+        rows = torch.randn(4, 8)
+        expected = torch.cat([plain(whole, 1, rows[:2]), plain(whole, 4, rows[2:])])
+        while not stop.is_set():
+            outcome = host.run([call(rows, [1, 4], [2, 2])])[0]
+            if isinstance(outcome, Exception) or not torch.allclose(outcome.rows, expected):
+                failures.append(outcome)
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        host.drop(LAYER, [0, 2, 3])
+        host.hold(LAYER, [5, 3], StackedExperts(whole.shard([5, 3])))
+        host.export(LAYER, [1, 5])
+        host.hold(LAYER, [0, 2], StackedExperts(whole.shard([0, 2])))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert host.num_calls > 0
+
+
+def test_what_is_not_held_cannot_be_copied(host):
+    with pytest.raises(NotFound, match=r"\[2\]"):
+        host.export(LAYER, [1, 2])
+    with pytest.raises(NotFound, match="elsewhere"):
+        host.export("elsewhere", [1])
+
+
+class Whole:
+    """A group that cannot be taken apart."""
+
+    flops_per_row = 0
+
+    def run(self, rows, experts, counts):
+        return rows
+
+    def parameters(self):
+        return []
+
+
+def test_a_group_that_cannot_be_taken_apart_is_held_and_dropped_as_a_whole():
+    host = ExpertHost("expert-0")
+    host.hold(LAYER, [0, 1], Whole())
+    for refused in (lambda: host.drop(LAYER, [0]), lambda: host.export(LAYER, [0])):
+        with pytest.raises(InvalidRequest, match="Whole"):
+            refused()
+    assert host.held == {LAYER: [0, 1]}
+    host.drop(LAYER, [0, 1])
+    assert host.held == {}
 
 
 async def test_a_batch_has_a_bound_and_its_age_is_known(host):
