@@ -27,6 +27,9 @@ FLOOR = 0.01
 LEAST_GAIN = 1e-3
 """Gain in balancedness below which two placements are equally good, whatever the goals say."""
 
+MAX_PASSES = 32
+"""Plans that are made upon each other at the most; two or three are usual."""
+
 LEAST_CHANCE = 0.01
 """Gain in the chance to lose no expert that is worth dealing a layer anew; above the error of an estimate."""
 
@@ -58,7 +61,7 @@ def choose(tokens: Floats, before: Bools, hosts: Hosts, goals: Goals) -> Bools:
 
     Args:
         tokens: [L, E] load of each expert, in any measure; all 0 where there is no traffic.
-        before: [L, E, H] what is there (changed as plans are made).
+        before: [L, E, H] what is there.
 
     Returns: [L, E, H]; `before` where nothing else is worth its moves.
     """
@@ -69,18 +72,22 @@ def choose(tokens: Floats, before: Bools, hosts: Hosts, goals: Goals) -> Bools:
     load = np.maximum(load, FLOOR * load.mean(-1, keepdims=True))
     load *= num_hosts / load.sum(-1, keepdims=True)
     target = _target(load.shape[-1], hosts, goals)
-    held = mended(load, before, target, hosts)
-    pinned = _shelter(load, held, target, hosts, goals.survive_nodes)
-    held = mended(load, held, target, hosts)
-    rows = np.flatnonzero(~idle)
     batches = drifted(load, goals.drift)
+    held: Bools = before.copy()
+    rows = np.arange(len(load))
     # A better plan may make a still better one worth its moves: go on until none is, so that planning again is in vain.
-    while len(rows):
+    for _ in range(MAX_PASSES):
         there = held[rows]
-        better = _better(load[rows], batches[rows], before[rows], there, pinned[rows], target, hosts, goals)
-        held[rows] = better
-        before[rows] = better
-        rows = rows[(better != there).any((-1, -2))]
+        mend = mended(load[rows], there, target, hosts)
+        pinned = _shelter(load[rows], mend, target, hosts, goals.survive_nodes)
+        mend = mended(load[rows], mend, target, hosts)
+        busy = np.flatnonzero(~idle[rows])
+        at = rows[busy]
+        mend[busy] = _better(load[at], batches[at], there[busy], mend[busy], pinned[busy], target, hosts, goals)
+        held[rows] = mend
+        rows = rows[(mend != there).any((-1, -2))]
+        if not len(rows):
+            break
     return held
 
 
@@ -127,6 +134,8 @@ def _better(
 ) -> Bools:
     """[n, E, H] for each layer the candidate that gains most over `mend` after the price of its moves, or `mend`."""
     num_hosts = len(hosts.slots)
+    if not len(load):
+        return mend
     score, time = forecast(mend, batches, hosts.speed)
     moves, broken = _num_moves(before, mend), num_short(mend, target, hosts)
     rank = time.argsort(-1).argsort(-1)
@@ -139,6 +148,8 @@ def _better(
         ways = [(dealt, fraction) for dealt in (0, few, num_hosts) for fraction in fractions]
         rows = np.tile(tried, len(ways))
         dealt, fraction = np.repeat(ways, len(tried), axis=0).T
+        sensible = (dealt == num_hosts) | before[rows].any((-1, -2))  # nothing is there: nothing to keep
+        rows, dealt, fraction = rows[sensible], dealt[sensible], fraction[sensible]
         dealt = np.where(pinned[rows], 0, dealt)[:, None]
         anew = (rank[rows] < dealt) | (rank[rows] >= num_hosts - dealt)
         candidate = _dealt(load[rows], before[rows], mend[rows] & ~anew[:, None, :], fraction, target, hosts)
