@@ -26,7 +26,7 @@ NOWHERE = -1
 MAX_SWEEPS = 16
 """Most sweeps over a batch. Long chains of hosts need them; many batches end after three or four."""
 
-CLOSE_ENOUGH = 1.002
+CLOSE_ENOUGH = 1.0005
 """Largest host load over its lower bound, from which on another sweep is not worth its time."""
 
 STILL_FALLING = 0.999
