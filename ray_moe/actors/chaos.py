@@ -18,7 +18,7 @@ from ray_moe.runtime.vitals import Vitals
 from ray_moe.types import ChaosReport, ChaosRequest, HostId, ServiceStatus
 
 if TYPE_CHECKING:
-    from ray_moe.runtime.moe_layer import ExpertDispatcher
+    from ray_moe.transport.partition import PartitionedTransport
 
 POLL_S = 0.05
 GIVE_UP_S = 120.0
@@ -36,7 +36,7 @@ class Patient(Protocol):
 
 
 async def run_chaos(
-    request: ChaosRequest, patient: Patient, dispatcher: ExpertDispatcher, vitals: Vitals, ask: Ask
+    request: ChaosRequest, patient: Patient, network: PartitionedTransport, vitals: Vitals, ask: Ask
 ) -> ChaosReport:
     """Wait until the time has come, hurt the service, wait until it is whole again, and tell.
 
@@ -46,7 +46,7 @@ async def run_chaos(
     before = await patient.status()
     targets = await _choose(request, before, ask)
     began_s = time.monotonic()
-    await _strike(request, targets, dispatcher, ask)
+    await _strike(request, targets, network, ask)
     if request.kind != "kill":
         await asyncio.sleep(request.duration_s)
     repaired = await _await_whole(request, targets, before, patient)
@@ -82,12 +82,12 @@ async def _choose(request: ChaosRequest, status: ServiceStatus, ask: Ask) -> tup
     return (random.Random(request.seed).choice(ready),)
 
 
-async def _strike(request: ChaosRequest, targets: tuple[str, ...], dispatcher: ExpertDispatcher, ask: Ask) -> None:
+async def _strike(request: ChaosRequest, targets: tuple[str, ...], network: PartitionedTransport, ask: Ask) -> None:
     if targets == ("controller",):
         await ask(_kill)
     elif request.kind == "partition":
         for host_id in targets:
-            dispatcher.cut_off(host_id, request.duration_s)
+            network.cut_off(host_id, request.duration_s)
     else:
         await ask(lambda controller: controller.inject.remote(request, targets))
 

@@ -36,6 +36,9 @@ COPY_TIMEOUT_S = 60.0
 RESERVE_BYTES = 256 * 2**20
 """What a load must leave free on the node: the system kills somebody when nothing is left."""
 
+SLOW_S = 0.001
+"""A slow host takes this long times the factor on top, so that it is slow also where computing takes no time."""
+
 Copies = Mapping[HostId, tuple[Experts, Sequence[Any]]]
 """From which host which experts come, with the object (in a list, so that Ray does not fetch it beforehand)."""
 
@@ -231,7 +234,16 @@ class ExpertActor:
 
     async def disturb(self, kind: str, duration_s: float, factor: float, seed: int) -> None:
         """Compute more slowly, wrongly or not at all for a while: ``slow``, ``corrupt`` or ``hang``."""
-        self._loop.disturb(kind, duration_s, factor, seed)
+        from ray_moe.runtime.host_loop import Disturbance
+
+        self._loop.disturb(
+            {
+                "slow": Disturbance(slow_factor=factor, extra_s=SLOW_S * factor),
+                "corrupt": Disturbance(corrupt_probability=1.0, seed=seed),
+                "hang": Disturbance(hang_s=duration_s),
+            }[kind]
+        )
+        asyncio.get_running_loop().call_later(duration_s, self._loop.disturb, None)
 
 
 def _label(labels: Mapping[str, Any], name: str) -> str:

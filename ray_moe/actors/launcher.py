@@ -48,6 +48,7 @@ class Launcher:
             num_gpus=experts.num_gpus,
             resources=experts.resources or None,
             label_selector=experts.label_selector or None,
+            scheduling_strategy="SPREAD",  # else Ray fills one node first, and the loss of it would be the loss of all
             max_restarts=experts.max_restarts,
             runtime_env={"env_vars": worker_env(experts.num_threads)},
         )

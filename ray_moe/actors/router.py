@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ray_moe.runtime.moe_layer import ExpertDispatcher
     from ray_moe.runtime.own_experts import OwnExperts
     from ray_moe.transport.base import Transport
+    from ray_moe.transport.partition import PartitionedTransport
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Router:
         self._port = 0
         self._engine: Engine | None = None
         self._dispatcher: ExpertDispatcher | None = None
+        self._partition: PartitionedTransport | None = None
         self._checkpoint: Checkpoint | None = None
         self._table_arrived = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -123,6 +125,7 @@ class Router:
         from ray_moe.transport.auto import AutoTransport
         from ray_moe.transport.grpc_client import GrpcTransport
         from ray_moe.transport.object_store import ObjectStoreTransport
+        from ray_moe.transport.partition import PartitionedTransport
 
         config = self._spec.config.transport
         settings = transport_settings(config)
@@ -133,9 +136,12 @@ class Router:
             settings=settings,
             on_lost=self._line_lost,
         )
-        if config.kind == "grpc":
-            return grpc
-        return object_store if config.kind == "object_store" else AutoTransport(grpc, object_store)
+        kinds: dict[str, Transport] = {"grpc": grpc, "object_store": object_store}
+        chosen = kinds.get(config.kind) or AutoTransport(grpc, object_store)
+        if not self._spec.config.chaos.enabled:
+            return chosen
+        self._partition = PartitionedTransport(chosen)
+        return self._partition
 
     def _make_dispatcher(self) -> ExpertDispatcher:
         from ray_moe.runtime.exchange import DispatchSettings
@@ -389,10 +395,9 @@ class Router:
     async def chaos(self, request: ChaosRequest) -> ChaosReport:
         if not self._spec.config.chaos.enabled:
             raise InvalidConfig("this service may not be hurt: start it with chaos.enabled=true to allow it")
-        dispatcher = self._dispatcher
-        if dispatcher is None:
+        if self._partition is None:
             raise Unavailable("the service is starting; retry later")
-        return await run_chaos(request, self, dispatcher, self._ready_engine().vitals, self._ask)
+        return await run_chaos(request, self, self._partition, self._ready_engine().vitals, self._ask)
 
     async def _ask(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
         """What the controller answers. Raises its own errors, and `Unavailable` when it does not answer."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_moe import __version__, errors
 from ray_moe.actors.controller import Controller
@@ -108,9 +109,12 @@ class Service:
         return spec
 
     def _launch(self, spec: ServiceSpec) -> None:
+        here = ray.get_runtime_context().get_node_id()
         control = {
             "num_cpus": 0,  # they only think now and then: the CPUs are for the router and the experts
             "max_concurrency": 1000,
+            # The service ends with this process: no other node's end should be its end.
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
             "runtime_env": {"env_vars": worker_env(1)},
         }
         try:

@@ -39,11 +39,11 @@ def local_ray() -> Iterator[Cluster]:
         "num_cpus": NUM_CPUS,
         "object_store_memory": STORE_BYTES,
         "include_dashboard": False,
-        # Raylets that are killed are missed after two seconds instead of sixteen.
+        # Raylets that are killed are missed after three seconds instead of sixteen; one that is only slow is not.
         "_system_config": {
-            "health_check_initial_delay_ms": 500,
-            "health_check_period_ms": 500,
-            "health_check_timeout_ms": 1000,
+            "health_check_initial_delay_ms": 1000,
+            "health_check_period_ms": 1000,
+            "health_check_timeout_ms": 10000,
             "health_check_failure_threshold": 3,
         },
     }
