@@ -182,12 +182,12 @@ class Exchange:
                     if number not in answered:
                         break
                     self._num_told += 1
-                    for sent in answered.pop(number):
-                        if sent.reply is not None:
-                            try:
-                                yield sent.share, sent.reply.rows, sent.address
-                            finally:
-                                sent.release()
+                    for sent in answered[number]:
+                        reply = sent.reply
+                        if reply is not None:
+                            yield sent.share, reply.rows, sent.address
+                            sent.release()
+                    del answered[number]
                 if self._waiting:
                     self._wait_for_somebody()
                 elif self._open:
@@ -226,6 +226,10 @@ class Exchange:
                 else:
                     for piece in cut(share, self._top_k, MAX_ROWS_PER_CALL):
                         self._send(piece, peer)
+            # When a call is overdue is worked out if it is still open when the quickest could be.
+            settings = router.settings
+            soon_s = settings.hedge_min_s if self._may_hedge else settings.call_timeout_s
+            self._wake_at_s = min(self._wake_at_s, time.monotonic() + soon_s)
             if is_first:
                 is_first = False
                 self.num_rows = sum(loads) + sum(len(share.slot) for share in here)
@@ -266,10 +270,6 @@ class Exchange:
             hedge.sent.append(sent)
             hedge.num_open += 1
         peer.submit(self._make(share, self._view.table.epoch), sent)
-        # When it is overdue is worked out if it is still open when the quickest could be.
-        settings = self._router.settings
-        soon_s = settings.hedge_min_s if self._may_hedge else settings.call_timeout_s
-        self._wake_at_s = min(self._wake_at_s, sent.sent_s + soon_s)
 
     def _compute(self, share: HostShare, hedge: _Hedge | None = None) -> Sent | None:
         """Compute a share in this process; None when that cannot be."""
@@ -405,6 +405,7 @@ class Exchange:
             owner = np.zeros(expert + 1, dtype=np.int64)
             for alone in split_by_host(self._slots[slot], owner, self._top_k, slot):
                 self._send(alone, peer)
+        self._wake_at_s = min(self._wake_at_s, time.monotonic() + self._router.settings.hedge_min_s)
 
     # --- waiting and hedging -------------------------------------------------------------------------------
     def _wait_for_somebody(self) -> None:

@@ -1,7 +1,7 @@
 """How long a host's answers have taken, and by when the next one should be there.
 
-Pure: fed with observations, reads no clock. `runtime/lines.py` adds every answer; that is on the hot path and only notes
-it; what the answers amount to is worked out when somebody wonders, which is when one is late.
+Pure: fed with observations, reads no clock. `runtime/lines.py` adds every answer, which is on the hot path and only
+notes it; what the answers amount to is worked out when somebody wonders, which is when one is late.
 """
 
 from __future__ import annotations

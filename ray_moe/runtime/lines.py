@@ -144,7 +144,7 @@ class Peer:
             if reply is not None:
                 self._history.add(sent.ahead_rows, now_s - sent.sent_s)
                 self._everyone.add(sent.ahead_rows, now_s - sent.sent_s)
-            if not isinstance(error, HostLost):
+            if error is None or not isinstance(error, HostLost):
                 self.last_answer_s = now_s
                 if not self.overdue:
                     self.num_missed = 0

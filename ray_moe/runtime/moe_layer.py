@@ -34,6 +34,10 @@ __all__ = ["CombineAt", "DispatchSettings", "ExpertDispatcher"]
 Sources = list[tuple[Ints, HostAddress | None]]
 """Slots, and the host that computed them; None is the router itself."""
 
+ROWS: dict[Reach, How] = {"any": How("any"), "hosts": How("hosts")}
+SUMS, GRADIENTS = How(in_order=True), How("first", in_order=True)
+"""A sum is always taken in the same order, so that its bits are the same too."""
+
 
 class ExpertDispatcher:
     """Sends the tokens of each batch to the hosts of their experts. Thread-safe; one per router."""
@@ -170,7 +174,7 @@ class ExpertDispatcher:
         """[T, D], [N] -> [N, D] unweighted outputs by slot, zeros where a slot goes nowhere; and who computed them."""
         rows: torch.Tensor | None = None
         sources: Sources = []
-        exchange = self._exchange(layer, hidden, slots, how=How(reach))
+        exchange = self._exchange(layer, hidden, slots, how=ROWS[reach])
         for share, reply, address in exchange.answers():
             if rows is None:
                 every = exchange.num_rows == len(slots)
@@ -180,10 +184,10 @@ class ExpertDispatcher:
         return hidden.new_zeros(len(slots), hidden.shape[-1]) if rows is None else rows, sources
 
     def _exchange(
-        self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, make: MakeCall | None = None, how: How | None = None
+        self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, make: MakeCall | None = None, how: How = SUMS
     ) -> Exchange:
         make = make or (lambda share, epoch: _call(layer, epoch, hidden, share))
-        return Exchange(self._router, layer, slots, len(slots) // max(len(hidden), 1), make, how or How())
+        return Exchange(self._router, layer, slots, len(slots) // max(len(hidden), 1), make, how)
 
     def _partial_sums(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, weight: torch.Tensor) -> torch.Tensor:
         """[T, D] with the hosts combining: one row per token and host comes back."""
@@ -195,7 +199,7 @@ class ExpertDispatcher:
             call.weight = flat_weight[torch.from_numpy(share.slot)]
             return call
 
-        for share, reply, _ in self._exchange(layer, hidden, slots, make, How(in_order=True)).answers():
+        for share, reply, _ in self._exchange(layer, hidden, slots, make).answers():
             _add(sums, share, reply)
         return sums.to(hidden.dtype)
 
@@ -217,7 +221,7 @@ class ExpertDispatcher:
             call.call_id = f"{call_id}:{','.join(map(str, share.slot[firsts].tolist()))}"
             return call
 
-        for share, reply, _ in self._exchange(layer, hidden, slots, make, How("first", in_order=True)).answers():
+        for share, reply, _ in self._exchange(layer, hidden, slots, make, GRADIENTS).answers():
             _add(sums, share, reply)
         return sums
 
