@@ -46,7 +46,6 @@ class ClusterState(Cluster):
         """
         super().__init__(settings, hosts, standbys, placement, epoch, now_s)
         self._is_touched = True
-        self._is_unpublished = True
 
     @classmethod
     def recovered(
@@ -65,7 +64,7 @@ class ClusterState(Cluster):
         forgotten. The first event, `Ticked` for example, brings the first table, well after `epoch`.
 
         Args:
-            reports: what the hosts say when they have done, or forgotten, all that they were told to before.
+            reports: what the hosts say, with what is `unsettled` yet of the orders from before.
             epoch: the newest that a router has; if it is not known, `EpochSeen` may tell it later.
         """
         state = cls(settings, hosts, standbys, Placement({}), epoch + SKIPPED_EPOCHS, now_s)
@@ -100,9 +99,9 @@ class ClusterState(Cluster):
         match event:
             case ev.LoadReported(counts, epoch):
                 self.load.report(counts, self.now_s)
-                self._epoch_seen(epoch)
+                self._look_at_epoch(epoch)
             case ev.EpochSeen(epoch):
-                self._epoch_seen(epoch)
+                self._look_at_epoch(epoch)
             case ev.SpeedReported():
                 self.fleet.measured(event)
             case _:
@@ -138,7 +137,7 @@ class ClusterState(Cluster):
     # --- what hosts say ---------------------------------------------------------------------------------------
     def _host_started(self, event: ev.HostStarted) -> None:
         host = self.hosts.get(event.address.host_id)
-        if host is None or event.address.incarnation in host.ended:
+        if host is None or (host.phase == "up" and event.address.incarnation in host.ended):
             return
         if host.phase == "up" and host.incarnation != event.address.incarnation:
             self.lose(host)  # its end was not noticed
@@ -188,14 +187,14 @@ class ClusterState(Cluster):
             if any((host.host_id, key) in transaction.waiting for key in keys):
                 self.abort(f"{host.host_id} could not load: {event.reason}")
 
-    def _epoch_seen(self, epoch: int) -> None:
-        self.tables.epoch_seen(epoch)
-        self._is_touched = self._is_touched or self.tables.is_behind
+    def _look_at_epoch(self, epoch: int) -> None:
+        if self.tables.is_behind(epoch):
+            self._is_touched = True
 
     # --- plans ------------------------------------------------------------------------------------------------
     def _plan_requested(self) -> None:
         self.refuse_if_changing()
-        slots, widest = sum(host.slots for host in self.capacities()), max(self.settings.num_experts.values())
+        slots, widest = sum(host.slots for host in self.capacities()), self.fleet.widest
         if slots < widest:
             raise InsufficientResources(
                 f"there is no valid plan: {len(self.members)} expert actors have {slots} slots for {widest} experts of "
@@ -267,7 +266,7 @@ class ClusterState(Cluster):
         self._finish_resize()
 
     def _route(self) -> None:
-        keys = {*self.placed.take_changed_rows(), *self.fleet.held.take_changed_rows()}
+        keys = self.placed.take_changed_rows() | self.fleet.held.take_changed_rows()
         self.tables.route(sorted(keys), self.placed, self.fleet.held, self.hosts, self.now_s)
         for host_id in self.tables.named.take_changed_hosts():
             if host_id in self.hosts:
@@ -277,9 +276,9 @@ class ClusterState(Cluster):
         self.look_at(self.placed.take_changed_hosts())
         self.look_at(self.fleet.held.take_changed_hosts())
         self._route()
+        was_due = self.tables.is_due
         if self.tables.publish(self.hosts, self.fleet.held, self.fleet.speeds):
-            if self._is_unpublished:  # what tables named before is not known
-                self._is_unpublished = False
+            if was_due:  # what the tables in use name is not known
                 for host in self.hosts.values():
                     host.unnamed_s = self.now_s
             self.out.append(ev.PublishTable(self.table))
@@ -314,12 +313,14 @@ class ClusterState(Cluster):
 
     def _stop_the_dispensable(self) -> None:
         """End the leaving hosts on which nothing is placed, and which no table names that is in use."""
+        num_hosts = len(self.hosts)
         for host in self.leaving():
             needed = self.placed.on(host.host_id) or self.tables.named.on(host.host_id)
             in_use = host.phase == "up" and self.now_s < host.unnamed_s + self.settings.drain_s
             if not needed and not in_use:
                 self.remove(host)
-        self._publish()
+        if len(self.hosts) < num_hosts:
+            self._publish()
 
     def _finish_resize(self) -> None:
         resize = self.resize

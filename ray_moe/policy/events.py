@@ -30,6 +30,8 @@ class HostStarted:
     """Failure domain of its node (a label), empty when there are none."""
     max_bytes: int | None = None
     """Expert weights it may hold; None is an equal share and the spare slots."""
+    unsettled: Experts = field(default_factory=dict)
+    """Experts that it was told to load or to drop and has not yet: a restarted controller does not know of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class Fleet:
         self._expert_bytes = settings.expert_bytes
         self._num_experts = settings.num_experts
         self._everything: Held = {layer: set(range(count)) for layer, count in self._num_experts.items()}
+        self._told_bytes: int | None = None
         self._life = life
         self._num_ops = 0
         for host_id in hosts:
@@ -98,12 +99,9 @@ class Fleet:
     def started(self, event: ev.HostStarted, now_s: float) -> None:
         """A host that is known, and not up in another life, is up."""
         host = self.hosts[event.address.host_id]
-        told = {
-            layer: {expert for expert in experts if 0 <= expert < self._num_experts[layer]}
-            for layer, experts in event.held.items()
-            if layer in self._num_experts
-        }
+        told, unsettled = self._known(event.held), self._known(event.unsettled)
         if host.incarnation != event.address.incarnation:
+            host.ended.discard(event.address.incarnation)
             if host.address is not None:
                 host.ended.add(host.incarnation)
             host.num_lives += 1
@@ -111,11 +109,20 @@ class Fleet:
             host.num_failures, host.retry_at_s = 0, float("-inf")
         if host.phase != "up":
             host.phase, host.since_s = "up", now_s
-            self.held.add(host.host_id, difference(told, host.given_up))
-            host.unsure = difference(host.unsure, self.held.on(host.host_id))
+            self.held.add(host.host_id, difference(told, host.given_up, unsettled))
+            host.unsure = difference(union(host.unsure, unsettled), self.held.on(host.host_id))
         if host.operation is None:  # if it has more than we know of, that is from an order before our time
             host.unsure = union(host.unsure, difference(told, self.held.on(host.host_id)))
         host.address, host.domain, host.max_bytes = event.address, event.domain, event.max_bytes
+        self._told_bytes = event.max_bytes
+
+    def _known(self, experts: ev.Experts) -> Held:
+        """Those of `experts` that the model has."""
+        return {
+            layer: {expert for expert in indices if 0 <= expert < self._num_experts[layer]}
+            for layer, indices in experts.items()
+            if layer in self._num_experts
+        }
 
     def lose(self, host: HostState, now_s: float) -> None:
         """Nobody can count on the host. If this life comes back, its last order may have been carried out or not."""
@@ -141,9 +148,19 @@ class Fleet:
         limits = [limit for limit in (host.max_bytes, self.settings.max_bytes) if limit is not None]
         if limits:
             return min(limits)
-        widest = max(self._num_experts.values())
-        slots = -(-widest // max(1, self.num_hosts)) + self.settings.spare_slots
+        slots = -(-self.widest // max(1, self.num_hosts)) + self.settings.spare_slots
         return slots * sum(self._expert_bytes.values())
+
+    @property
+    def widest(self) -> int:
+        """Experts of the layer that has most."""
+        return max(self._num_experts.values())
+
+    def fewest_hosts(self) -> int:
+        """As many as can hold every expert, if all are like the last that told what it may hold."""
+        limits = [limit for limit in (self._told_bytes, self.settings.max_bytes) if limit is not None]
+        slots = slots_in_bytes(min(limits), self._expert_bytes) if limits else self.widest
+        return -(-self.widest // max(1, slots))
 
     def used_bytes(self, host: HostState, *more: Held) -> int:
         """What the host may be holding, and `more` of it that it is to hold."""

@@ -125,7 +125,7 @@ class HostState:
     """Whether tables name it no more, even for what nobody else holds: everything goes to sleep."""
     num_lives: int = 0
     ended: set[str] = field(default_factory=set)
-    """Incarnations that are over: what still comes from them is ignored."""
+    """Incarnations that are over: what still comes from them is ignored, as long as the host is up in another."""
 
     @property
     def incarnation(self) -> str:
@@ -157,9 +157,15 @@ class HostState:
 
 # --- Sums over what hosts hold -------------------------------------------------------------------------------
 def difference(these: Held, *those: Held) -> Held:
-    """What is in `these` and in none of `those`."""
-    rest = {layer: experts.difference(*(other.get(layer, ()) for other in those)) for layer, experts in these.items()}
-    return {layer: experts for layer, experts in rest.items() if experts}
+    """What is in `these` and in none of `those`. To be read only: sets may be those of `these`."""
+    rest: Held = {}
+    for layer, experts in these.items():
+        for other in those:
+            if layer in other:
+                experts = experts - other[layer]  # noqa: PLW2901
+        if experts:
+            rest[layer] = experts
+    return rest
 
 
 def union(*helds: Mapping[LayerPath, Collection[int]]) -> Held:

@@ -49,18 +49,18 @@ def appoint_stand_ins(cluster: Cluster) -> None:
     if not cluster.seeks_homes:
         return
     cluster.seeks_homes = False
-    if not cluster.tables.exposed:
-        return
     gone = {host.host_id for host in cluster.fleet.gone(cluster.now_s)}
     orphans = _orphans(cluster, gone)
     if not orphans:
         return
+    there = {key: host for key in orphans if (host := _holder(cluster, key)) is not None}
+    orphans -= there.keys()
     room = cluster.room_bytes(but=gone)
     homes, homeless = _homes(cluster, orphans, room)
     if homeless and cluster.transaction is not None and cluster.resize is None and not cluster.leaving():
         cluster.abort("experts without a host need the room")
         homes, _ = _homes(cluster, orphans, cluster.room_bytes(but=gone))
-    for (layer, expert), home in sorted(homes.items()):
+    for (layer, expert), home in sorted((homes | there).items()):
         others = cluster.placed.of(layer, expert)
         last = cluster.stand_ins.pop((layer, expert), None)
         others = tuple(host for host in others if host not in (last, home))
@@ -72,8 +72,8 @@ def appoint_stand_ins(cluster: Cluster) -> None:
 
 
 def _orphans(cluster: Cluster, gone: set[HostId]) -> set[ExpertKey]:
-    """Experts that only leaving hosts hold, if any, and that are placed on hosts that are gone, if any."""
-    orphans = cluster.placed.empty & cluster.tables.exposed
+    """Experts that are placed nowhere, or on hosts that are gone and held by none that stays."""
+    orphans = set(cluster.placed.empty)
     for host in gone:
         for layer, experts in cluster.placed.on(host).items():
             orphans |= {
@@ -84,6 +84,12 @@ def _orphans(cluster: Cluster, gone: set[HostId]) -> set[ExpertKey]:
     if cluster.transaction is not None:
         orphans -= {(move.layer, move.expert) for move in cluster.transaction.moves() if move.after}
     return orphans
+
+
+def _holder(cluster: Cluster, key: ExpertKey) -> HostId | None:
+    """A serving host that holds the expert, though it is not placed there."""
+    serving = (host for host in cluster.fleet.held.of(*key) if cluster.hosts[host].role == "serving")
+    return min(serving, default=None)
 
 
 def _homes(

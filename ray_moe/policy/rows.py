@@ -41,6 +41,10 @@ class Rows:
         """The experts of a host. Not to be changed."""
         return self._on.get(host, {})
 
+    def hosts(self) -> set[HostId]:
+        """Those that have anything."""
+        return set(self._on)
+
     def placement(self) -> Placement:
         """All of it, as a value."""
         if self._placement is None:
@@ -50,10 +54,9 @@ class Rows:
             self._placement = Placement({layer: self._frozen[layer] for layer in self._rows})
         return self._placement
 
-    def take_changed_rows(self) -> list[ExpertKey]:
-        """The experts whose hosts have changed since this was last asked, in order."""
-        changed = sorted(self._changed_rows)
-        self._changed_rows.clear()
+    def take_changed_rows(self) -> set[ExpertKey]:
+        """The experts whose hosts have changed since this was last asked."""
+        changed, self._changed_rows = self._changed_rows, set()
         return changed
 
     def take_changed_hosts(self) -> set[HostId]:

@@ -23,17 +23,15 @@ def _of_experts(cluster: Cluster) -> Iterator[str]:
                 holders.setdefault((layer, expert), set()).add(host_id)
     for layer, experts in cluster.table.placement.hosts_of.items():
         for expert, named in enumerate(experts):
-            what, holding, placed = f"{layer} {expert}", holders.get((layer, expert), set()), cluster.placed
+            holding = holders.get((layer, expert), set())
             if not holding.issuperset(named):
-                yield f"{what}: the table names {named}, but {sorted(holding)} hold it"
+                yield f"{layer} {expert}: the table names {named}, but {sorted(holding)} hold it"
             if not named and any(not cluster.hosts[host].is_dismissed for host in holding):
-                yield f"{what}: {sorted(holding)} hold it, but the table names nobody"
-            if named != cluster.tables.row(placed.of(layer, expert), tuple(sorted(holding)), cluster.hosts):
-                yield f"{what}: the table was not brought up to date"
-            if any(host not in cluster.hosts for host in placed.of(layer, expert)):
-                yield f"{what} is placed on hosts that are not there"
-            if len(set(named)) < len(named):
-                yield f"{what}: a host is named twice in {named}"
+                yield f"{layer} {expert}: {sorted(holding)} hold it, but the table names nobody"
+            if named != cluster.tables.row(cluster.placed.of(layer, expert), tuple(sorted(holding)), cluster.hosts):
+                yield f"{layer} {expert}: the table was not brought up to date"
+            if len(named) > 1 and len(set(named)) < len(named):
+                yield f"{layer} {expert}: a host is named twice in {named}"
 
 
 def _of_hosts(cluster: Cluster) -> Iterator[str]:
@@ -48,6 +46,8 @@ def _of_hosts(cluster: Cluster) -> Iterator[str]:
             yield f"the table has another address of {host.host_id}"
         if host.standby and cluster.placed.on(host.host_id):
             yield f"experts are placed on {host.host_id}, which is a standby"
+    for host_id in cluster.placed.hosts() - cluster.hosts.keys():
+        yield f"experts are placed on {host_id}, which is not there"
     for host_id in addresses:
         if host_id not in cluster.hosts or cluster.hosts[host_id].phase != "up":
             yield f"the table has an address of {host_id}, which is not up"

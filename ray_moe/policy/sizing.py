@@ -25,6 +25,7 @@ def scale(cluster: Cluster, signals: Signals) -> None:
     if goals is None or cluster.resize is not None or cluster.transaction is not None:
         return
     wanted, cluster.scaling = decide(goals, cluster.scaling, signals, cluster.num_hosts, cluster.now_s)
+    wanted = max(wanted, cluster.fleet.fewest_hosts()) if wanted else 0
     if wanted != cluster.num_hosts:
         try:
             _change_size(cluster, wanted, "scaling")
@@ -42,6 +43,12 @@ def size_requested(cluster: Cluster, num_hosts: int) -> None:
         raise InvalidConfig(
             f"{num_hosts} expert actors were asked for; expected {low} "
             + ("or more" if high is None else f"to {high}, the limits of scaling, which would change it again")
+        )
+    fewest = cluster.fleet.fewest_hosts()
+    if 0 < num_hosts < fewest:
+        raise InsufficientResources(
+            f"{num_hosts} expert actors cannot hold the {cluster.fleet.widest} experts of a layer, {fewest} can; ask for "
+            "as many, or let them hold more (experts.max_bytes)"
         )
     _change_size(cluster, num_hosts, "requested")
 

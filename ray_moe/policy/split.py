@@ -23,14 +23,17 @@ import numpy.typing as npt
 NOWHERE = -1
 """The replica of an expert that has none."""
 
-MAX_SWEEPS = 16
+MAX_SWEEPS = 64
 """Most sweeps over a batch. Long chains of hosts need them; many batches end after three or four."""
 
 CLOSE_ENOUGH = 1.0005
 """Largest host load over its lower bound, from which on another sweep is not worth its time."""
 
-STILL_FALLING = 0.999
+STILL_FALLING = 0.9995
 """Largest host load over the one two sweeps ago, up to which another sweep is worth its time."""
+
+LEAST_MOVE = 0.05
+"""Rows; less is not worth its time."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -116,7 +119,7 @@ def split_tokens(
     level, cost = (load / speed).tolist(), (1.0 / speed).tolist()
     # No split is better than equal loads, nor than the rows without a choice.
     enough = CLOSE_ENOUGH * max(float(load.sum() / speed.sum()), float((stuck / speed).max()))
-    at = rows.tolist()
+    at = rows.astype(np.float64).tolist()
     pairs = [(i, a, b, 1.0 / (cost[a] + cost[b])) for i, a, b in replicas.pairs if at[i]]
     groups = [group for group in replicas.groups if at[group[0]]]
     before_last, last = float("inf"), max(level)
@@ -128,18 +131,33 @@ def split_tokens(
             break
         before_last, last = last, most
         pairs.reverse()  # so that load travels along chains of hosts both ways
-    return np.array(at, dtype=np.int64)
+    return _whole(at, of_expert, pairs, groups)
+
+
+def _whole(at: list[float], of_expert: Ints, pairs: list[tuple[int, int, int, float]], groups: list[range]) -> Ints:
+    """[R] whole rows, each expert's adding up to its count `of_expert` [R]: the largest remainders are rounded up."""
+    rows = np.array(at).astype(np.int64)
+    for i, *_ in pairs:
+        rows[i] = first = round(at[i])
+        rows[i + 1] = of_expert[i] - first
+    for group in groups:
+        left = int(of_expert[group[0]]) - int(rows[group[0] : group[-1] + 1].sum())
+        for replica in sorted(group, key=lambda replica: rows[replica] - at[replica])[:left]:
+            rows[replica] += 1
+    return rows
 
 
 def _sweep(
-    at: list[int],
+    at: list[float],
     pairs: list[tuple[int, int, int, float]],
     groups: list[range],
     host_of: list[int],
     level: list[float],
     cost: list[float],
 ) -> bool:
-    """Bring the hosts of each expert closer to one level, in whole rows; false when nothing moved.
+    """Bring the hosts of each expert closer to one level; false when nothing moved.
+
+    In fractions of rows: whole ones would stick where neighbours in a long chain of hosts differ by one row each.
 
     Args:
         at: [R] rows of each replica, changed.
@@ -159,8 +177,8 @@ def _sweep(
             j -= 1
             if at[high]:
                 a, b = host_of[low], host_of[high]
-                move = min(int((level[b] - level[a]) / (cost[a] + cost[b])), at[high])
-                if move <= 0:
+                move = min((level[b] - level[a]) / (cost[a] + cost[b]), at[high])
+                if move < LEAST_MOVE:
                     break
                 at[high] -= move
                 at[low] += move
@@ -169,8 +187,8 @@ def _sweep(
                 moved = True
                 i += 1
     for i, a, b, share in pairs:
-        move = int((level[a] - level[b]) * share)
-        if move:
+        move = (level[a] - level[b]) * share
+        if move > LEAST_MOVE or move < -LEAST_MOVE:
             if move > at[i]:
                 move = at[i]
             elif -move > at[i + 1]:

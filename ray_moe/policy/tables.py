@@ -26,8 +26,8 @@ class Tables:
         self.exposed: set[ExpertKey] = set(self.named.empty)
         """Experts that no host holds which is to stay."""
         self._epoch = epoch
-        self.is_behind = False
-        """Whether a router has a later table than the last one made here."""
+        self.is_due = True
+        """Whether routers are to get a table even if it is like the last: what theirs are like is not known."""
 
     def route(
         self, keys: Iterable[ExpertKey], placed: Rows, held: Rows, hosts: Mapping[HostId, HostState], now_s: float
@@ -52,10 +52,11 @@ class Tables:
         others = [host for host in held if not hosts[host].is_dismissed]
         return (min(others, key=lambda host: (hosts[host].role == "leaving", host)),) if others else ()
 
-    def epoch_seen(self, epoch: int) -> None:
-        """A router has a table of this epoch: if it is not one of ours, the next is well after it."""
+    def is_behind(self, epoch: int) -> bool:
+        """Whether a router that has a table of this epoch has it from an earlier life; if so, the next is well after."""
         if epoch > self._epoch:
-            self._epoch, self.is_behind = epoch + SKIPPED_EPOCHS, True
+            self._epoch, self.is_due = epoch + SKIPPED_EPOCHS, True
+        return self.is_due
 
     def publish(self, hosts: Mapping[HostId, HostState], held: Rows, speeds: Mapping[HostId, float]) -> bool:
         """Make the next table if anything differs from the last one; whether it does."""
@@ -66,8 +67,8 @@ class Tables:
         }
         placement, last = self.named.placement(), self.table
         same = placement is last.placement and addresses == last.addresses and speeds == last.speeds
-        if same and not self.is_behind:
+        if same and not self.is_due:
             return False
-        self._epoch, self.is_behind = self._epoch + 1, False
+        self._epoch, self.is_due = self._epoch + 1, False
         self.table = RoutingTable(self._epoch, placement, addresses, dict(speeds))
         return True
