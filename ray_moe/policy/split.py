@@ -35,6 +35,9 @@ STILL_FALLING = 0.9995
 LEAST_MOVE = 0.05
 """Rows; less is not worth its time."""
 
+MAX_WHOLE_SWEEPS = 4
+"""Most sweeps in whole rows, after rounding."""
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -124,24 +127,32 @@ def split_tokens(
     groups = [group for group in replicas.groups if at[group[0]]]
     before_last, last = float("inf"), max(level)
     for _ in range(MAX_SWEEPS):
-        if last <= enough or not _sweep(at, pairs, groups, replicas.host_of, level, cost):
+        if last <= enough or not _sweep(at, pairs, groups, replicas.host_of, level, cost, LEAST_MOVE):
             break
         most = max(level)
         if most > STILL_FALLING * before_last:
             break
         before_last, last = last, most
         pairs.reverse()  # so that load travels along chains of hosts both ways
-    return _whole(at, of_expert, pairs, groups)
+    # Fractions first: whole rows stick where neighbours in a long chain of hosts differ by one row each.
+    at = _whole(at, of_expert, pairs, groups)
+    level = ((background + np.bincount(replicas.host, weights=at, minlength=num_hosts)) / speed).tolist()
+    for _ in range(MAX_WHOLE_SWEEPS):
+        if not _sweep(at, pairs, groups, replicas.host_of, level, cost, 1):
+            break
+    return np.array(at, dtype=np.int64)
 
 
-def _whole(at: list[float], of_expert: Ints, pairs: list[tuple[int, int, int, float]], groups: list[range]) -> Ints:
+def _whole(
+    at: list[float], of_expert: Ints, pairs: list[tuple[int, int, int, float]], groups: list[range]
+) -> list[float]:
     """[R] whole rows, each expert's adding up to its count `of_expert` [R]: the largest remainders are rounded up."""
-    rows = np.array(at).astype(np.int64)
+    rows = [float(int(part)) for part in at]
     for i, *_ in pairs:
-        rows[i] = first = round(at[i])
-        rows[i + 1] = of_expert[i] - first
+        rows[i] = float(round(at[i]))
+        rows[i + 1] = int(of_expert[i]) - rows[i]
     for group in groups:
-        left = int(of_expert[group[0]]) - int(rows[group[0] : group[-1] + 1].sum())
+        left = int(of_expert[group[0]] - sum(rows[replica] for replica in group))
         for replica in sorted(group, key=lambda replica: rows[replica] - at[replica])[:left]:
             rows[replica] += 1
     return rows
@@ -154,10 +165,9 @@ def _sweep(
     host_of: list[int],
     level: list[float],
     cost: list[float],
+    least: float,
 ) -> bool:
     """Bring the hosts of each expert closer to one level; false when nothing moved.
-
-    In fractions of rows: whole ones would stick where neighbours in a long chain of hosts differ by one row each.
 
     Args:
         at: [R] rows of each replica, changed.
@@ -166,7 +176,9 @@ def _sweep(
         host_of: [R] host of each replica.
         level: [H] time each host takes, (rows + background) / speed; changed.
         cost: [H] 1 / speed.
+        least: rows worth moving; with 1 only whole rows are moved.
     """
+    whole = least == 1
     moved = False
     for group in groups:
         # The highest level with the lowest, the second highest with the second lowest, and so on.
@@ -178,7 +190,9 @@ def _sweep(
             if at[high]:
                 a, b = host_of[low], host_of[high]
                 move = min((level[b] - level[a]) / (cost[a] + cost[b]), at[high])
-                if move < LEAST_MOVE:
+                if whole:
+                    move = float(int(move))
+                if move < least:
                     break
                 at[high] -= move
                 at[low] += move
@@ -188,7 +202,9 @@ def _sweep(
                 i += 1
     for i, a, b, share in pairs:
         move = (level[a] - level[b]) * share
-        if move > LEAST_MOVE or move < -LEAST_MOVE:
+        if move >= least or move <= -least:
+            if whole:
+                move = float(int(move))
             if move > at[i]:
                 move = at[i]
             elif -move > at[i + 1]:

@@ -103,7 +103,8 @@ def test_close_to_the_linear_program(num_experts, num_hosts, num_spare, equal):
 
 def test_a_hot_expert_leaves_none_of_its_replicas_idle():
     replicas = Replicas.of([[0, 1, 2, 3], [0]], 4)
-    assert split_tokens(np.array([402, 100]), replicas).tolist() == [26, 125, 126, 125, 100]
+    rows = split_tokens(np.array([402, 100]), replicas).tolist()
+    assert (rows[0], sorted(rows[1:4]), rows[4]) == (26, [125, 125, 126], 100)
 
 
 def test_rows_follow_speed_and_what_hosts_have_already():
@@ -112,7 +113,8 @@ def test_rows_follow_speed_and_what_hosts_have_already():
     assert split_tokens(np.array([90]), pair, background=np.array([30.0, 0.0])).tolist() == [30, 60]
     trio = Replicas.of([[2, 0, 1]], 3)
     rows = split_tokens(np.array([90]), trio, np.array([1.0, 1.0, 4.0]), np.array([0.0, 5.0, 0.0]))
-    assert rows.tolist() == [64, 16, 10]
+    assert rows.sum() == 90
+    assert max(rows[0] / 4, rows[1], rows[2] + 5) == 16  # no split of whole rows is quicker
 
 
 def test_load_travels_along_a_chain_of_hosts():
