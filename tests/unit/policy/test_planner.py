@@ -89,7 +89,7 @@ def same(num_hosts, slots, **kwargs):
     return [Capacity(f"host-{number:02}", slots, **kwargs) for number in range(num_hosts)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_a_plan_is_valid_final_and_independent_of_order(data):
     load, hosts = data.draw(clusters())
@@ -104,7 +104,7 @@ def test_a_plan_is_valid_final_and_independent_of_order(data):
         assert 0 < value <= 1 + 1e-6
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(clusters(), st.integers(1, 4))
 def test_every_expert_has_min_replicas_where_slots_allow(cluster, min_replicas):
     load, hosts = cluster
