@@ -189,7 +189,7 @@ def test_experts_come_go_and_are_copied_while_calls_are_computed(whole):
         expected = torch.cat([plain(whole, 1, rows[:2]), plain(whole, 4, rows[2:])])
         while not stop.is_set():
             outcome = host.run([call(rows, [1, 4], [2, 2])])[0]
-            if isinstance(outcome, Exception) or not torch.allclose(outcome.rows, expected):
+            if isinstance(outcome, Exception) or not torch.allclose(outcome.rows, expected, rtol=1e-4, atol=1e-5):
                 failures.append(outcome)
 
     threads = [threading.Thread(target=compute) for _ in range(2)]
