@@ -69,13 +69,14 @@ def _change_size(cluster: Cluster, num_hosts: int, reason: str) -> None:
 
 
 def _fall_asleep(cluster: Cluster, serving: Sequence[HostState], reason: str) -> None:
-    """Let everything go; nobody takes anything over."""
-    for host in serving:
+    """Let everything go, those as well that are going already; nobody takes anything over."""
+    going = (*serving, *cluster.leaving())
+    for host in going:
         host.role, host.is_dismissed = "leaving", True
         cluster.placed.clear(host.host_id)
         cluster.look_again(host)
     cluster.stand_ins.clear()
-    removed = tuple(host.host_id for host in serving)
+    removed = tuple(host.host_id for host in going)
     cluster.begin_resize(Resize(reason, cluster.now_s + cluster.settings.resize_s, removed=removed))
 
 
