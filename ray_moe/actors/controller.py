@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from ray_moe.errors import InvalidRequest, NotFound, RayMoEError
 from ray_moe.policy import events as ev
 from ray_moe.policy import planner
 from ray_moe.policy.cluster_state import ClusterState
-from ray_moe.policy.hosts import HostState
+from ray_moe.policy.hosts import HostState, number_of
 from ray_moe.policy.scaling import Signals
 from ray_moe.policy.summary import summarise
 from ray_moe.policy.survival import p_lossless
@@ -164,7 +164,7 @@ class Controller:
         return ClusterStatus(
             state=self._state_name(),
             epoch=state.table.epoch,
-            hosts=tuple(self._host_status(host) for host in state.hosts.values()),
+            hosts=tuple(self._host_status(host) for host in _by_number(state.hosts.values())),
             router_port=self._router_port,
             changing=change,
             events=tuple(self._events),
@@ -219,7 +219,8 @@ class Controller:
         if not found:
             on = sorted({host.node for host in hosts.values() if host.node})
             raise NotFound(
-                f"no expert actor and no node {target!r}; the actors are {', '.join(hosts)}, on the nodes "
+                f"no expert actor and no node {target!r}; the actors are "
+                f"{', '.join(host.host_id for host in _by_number(hosts.values()))}, on the nodes "
                 f"{', '.join(node[:12] for node in on)}"
             )
         return found
@@ -507,6 +508,10 @@ def _started(report: HostReport) -> ev.HostStarted:
     if report.address is None:
         raise RayMoEError("a host that does not listen has described itself")
     return ev.HostStarted(report.address, report.held, domain=report.domain)
+
+
+def _by_number(hosts: Iterable[HostState]) -> list[HostState]:
+    return sorted(hosts, key=lambda host: number_of(host.host_id))
 
 
 def _reason(error: RayError) -> str:

@@ -228,7 +228,7 @@ class ClusterState(Cluster):
             self._planned(None, "no answer")
         resize = self.resize
         if resize is not None and self.transaction is None and self.planning is None and now_s > resize.deadline_s:
-            self.roll_back(f"not done within {settings.resize_s:g} s")
+            self.roll_back(f"not done within {settings.resize_s:g} s; is there room in the cluster for new hosts?")
         if now_s < self.next_balance_s or not self._is_settled():
             return
         if any(host.is_new for host in self.members):

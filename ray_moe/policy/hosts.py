@@ -225,18 +225,26 @@ def choose_donors(
     return {donor: frozen(experts) for donor, experts in sorted(donors.items())}
 
 
+ALIKE = 2.0
+"""Hosts whose speeds differ by no more than this factor are taken for equal machines."""
+
+
 def relative_speeds(
     speeds: Mapping[HostId, float | None], told: Mapping[HostId, float], tolerance: float
 ) -> dict[HostId, float]:
-    """Speeds relative to the mean of those that are known, to tenths; 1 is left out.
+    """Speeds relative to the median of those that are known, to tenths; 1 is left out.
 
-    What was told before stays as it is within `tolerance`: noise is no reason for a new table.
+    What was told before stays as it is within `tolerance`: noise is no reason for a new table. Hosts within a factor of
+    `ALIKE` of the median count as equal: measured speed rises with the size of the batches, so that telling small
+    differences would give the host with more rows ever more of them.
     """
-    known = [speed for speed in speeds.values() if speed is not None]
-    mean = sum(known) / len(known) if known else 1.0
+    known = sorted(speed for speed in speeds.values() if speed is not None)
+    median = known[(len(known) - 1) // 2] if known else 1.0
     relative = {}
     for host, speed in speeds.items():
-        now, before = 1.0 if speed is None else speed / mean, told.get(host, 1.0)
+        now, before = 1.0 if speed is None else speed / median, told.get(host, 1.0)
+        if 1 / ALIKE <= now <= ALIKE:
+            now = 1.0
         relative[host] = before if abs(now - before) <= tolerance * before else max(0.1, round(now, 1))
     return {host: speed for host, speed in relative.items() if speed != 1.0}
 

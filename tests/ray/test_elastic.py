@@ -204,7 +204,7 @@ def test_a_resize_without_resources_is_rolled_back_and_the_next_one_succeeds(mix
                 client.resize(3)
             status = await_status(client, lambda s: not s.changing, what="rolled back")
         assert [host.host_id for host in status.hosts] == [host.host_id for host in before.hosts]
-        assert any(event.kind == "aborted" and "did not start within" in event.text for event in status.events)
+        assert any(event.kind == "aborted" and "not done within 12 s" in event.text for event in status.events)
         client.resize(3)
         await_status(client, has_actors(3), what="three")
 
