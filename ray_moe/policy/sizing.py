@@ -47,8 +47,8 @@ def size_requested(cluster: Cluster, num_hosts: int) -> None:
     fewest = cluster.fleet.fewest_hosts()
     if 0 < num_hosts < fewest:
         raise InsufficientResources(
-            f"{num_hosts} expert actors cannot hold the {cluster.fleet.widest} experts of a layer, {fewest} can; ask for "
-            "as many, or let them hold more (experts.max_bytes)"
+            f"{num_hosts} expert actors cannot hold the {cluster.fleet.widest} experts of a layer, {fewest} can; ask "
+            "for as many, or let them hold more (experts.max_bytes)"
         )
     _change_size(cluster, num_hosts, "requested")
 

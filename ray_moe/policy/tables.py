@@ -53,7 +53,7 @@ class Tables:
         return (min(others, key=lambda host: (hosts[host].role == "leaving", host)),) if others else ()
 
     def is_behind(self, epoch: int) -> bool:
-        """Whether a router that has a table of this epoch has it from an earlier life; if so, the next is well after."""
+        """Whether a router that has a table of this epoch has it from an earlier life; then the next is well after."""
         if epoch > self._epoch:
             self._epoch, self.is_due = epoch + SKIPPED_EPOCHS, True
         return self.is_due

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from ray_moe.errors import HostLost
 from ray_moe.runtime.exchange import DispatchSettings
 from ray_moe.runtime.moe_layer import ExpertDispatcher
-from ray_moe.transport import partition
 from ray_moe.transport.partition import PartitionedTransport
 from tests.toy import LAYER, ToyExperts, local_cluster, random_routing
 
 
 def test_a_cut_breaks_the_line_and_refuses_others_until_it_is_over(monkeypatch):
     now_s = [100.0]
-    monkeypatch.setattr(partition.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr("ray_moe.transport.partition.time.monotonic", lambda: now_s[0])
     inner, table, hosts, _ = local_cluster(ToyExperts(), 2)
     transport = PartitionedTransport(inner)
-    line = transport.connect(table.addresses["expert-0"])
-    other = transport.connect(table.addresses["expert-1"])
+    line: Any = transport.connect(table.addresses["expert-0"])
+    other: Any = transport.connect(table.addresses["expert-1"])
     transport.cut_off("expert-0", 5.0)
     with pytest.raises(HostLost, match="cut off on purpose for another 5"):
         transport.connect(table.addresses["expert-0"])
