@@ -25,7 +25,7 @@ check: $(STAMP)  ## format, lint, types, import layers, unit tests (under a minu
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(PY) -m pytest -q tests/arch tests/unit
+	@$(PY) -m pytest -q -n 2 tests/arch tests/unit
 
 protos: $(STAMP)  ## the committed stubs, anew from protos/
 	@$(PY) tools/protos.py

@@ -441,7 +441,7 @@ async def test_wishes_reach_the_backend_and_answers_come_back(client: Any, backe
     ]
 
 
-@pytest.mark.parametrize("failure", [InvalidConfig("too few"), InsufficientResources("no room"), Unavailable("busy")])
+@pytest.mark.parametrize("failure", [InvalidConfig("too few"), InsufficientResources("no room")])
 async def test_a_wish_that_cannot_be_granted_says_why(client: Any, backend: FakeBackend, failure: Exception) -> None:
     backend.failure = failure
     for wish in (client.resize(0), client.drain("expert-0"), client.chaos(ChaosRequest("kill"))):

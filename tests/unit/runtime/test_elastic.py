@@ -323,7 +323,7 @@ def test_a_host_that_is_always_slow_is_told_of_and_then_given_its_time(make):
     nth = cluster.transport.num_calls["expert-0"] + 1
     cluster.transport.faults = FaultPlan((Fault("slow", "expert-0", nth, 0.05),))
     peer = cluster.dispatcher._lines.peer("expert-0")
-    for seed in range(25):
+    for seed in range(12):
         cluster.forward(40, seed)
         cluster.wait_until_prompt("expert-0")
     assert peer.expected_s(40) > 0.045
