@@ -184,6 +184,8 @@ class Cluster:
         """From now on these hand over what they hold; they end when nobody needs them."""
         self.planning = None  # it counts on them
         for host in going:
+            if not host.draining:
+                host.stays_as = host.role
             host.role = "leaving"
             self.look_again(host)
 
@@ -291,7 +293,7 @@ class Cluster:
         for host_id in resize.removed:
             host = self.hosts.get(host_id)
             if host is not None and host.draining and not host.is_dismissed:
-                host.role = "serving"
-                host.is_new = not self.placed.on(host_id)
+                host.role = host.stays_as
+                host.is_new = host.role == "serving" and not self.placed.on(host_id)
                 self.look_again(host)
         self.is_unbalanced = True

@@ -70,7 +70,7 @@ class ClusterSettings:
         if self.scaling is not None and self.scaling.zero_after_s is not None and not self.can_sleep:
             raise InvalidConfig(
                 "scaling.zero_after_s is set, but nobody could answer the first request after that; give routers a "
-                "lifeboat (experts.lifeboat_bytes), or leave scaling.zero_after_s unset"
+                "lifeboat (router.lifeboat_bytes), or leave scaling.zero_after_s unset"
             )
 
     @property
@@ -100,6 +100,8 @@ class HostState:
     since_s: float
     """When its phase began."""
     role: Role = "serving"
+    stays_as: Role = "serving"
+    """Its role if it does not leave after all."""
     phase: Phase = "starting"
     address: HostAddress | None = None
     """Of the present or last life."""

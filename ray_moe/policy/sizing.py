@@ -89,9 +89,9 @@ def _let_go(cluster: Cluster, going: Sequence[HostState], reason: str) -> None:
     for host in going:
         host.role = "leaving"
     _, homeless = evacuated(cluster)
+    for host, role in zip(going, roles, strict=True):
+        host.role = role
     if homeless:
-        for host, role in zip(going, roles, strict=True):
-            host.role = role
         missing = sum(cluster.expert_bytes[layer] for layer, _ in homeless)
         raise InsufficientResources(
             f"{', '.join(host.host_id for host in going)} cannot go: the others have no room for {len(homeless)} "
@@ -118,6 +118,7 @@ def drain_requested(cluster: Cluster, event: ev.DrainRequested) -> None:
     roles = [host.role for host in going]
     if event.notice:
         cluster.abort(reason, roll_back=False)
+        cluster.say("resizing", f"{reason}: their nodes are going")
         cluster.set_leaving(going)
         for role in roles if event.replace else ():  # not waited for: they get their share when they are up
             cluster.start_host(role)

@@ -134,6 +134,11 @@ def all_ready(status: ServiceStatus) -> bool:
     return status.state == "ready" and all(host.state in ("ready", "standby") for host in status.hosts)
 
 
+def has_actors(number: int) -> Callable[[ServiceStatus], bool]:
+    """For `await_status`: as many actors, all ready, and no change under way."""
+    return lambda status: all_ready(status) and not status.changing and len(status.hosts) == number
+
+
 def pid_of(service: Service, role: str) -> int:
     """The process of an actor that the status does not tell (the controller)."""
     actor = ray.get_actor(f"{service.config.service_name}/{role}")
@@ -206,6 +211,12 @@ class Streams:
         for thread in self._threads:
             thread.join()
         self._client.close()
+
+    @property
+    def are_running(self) -> bool:
+        """Whether any has not ended."""
+        with self._changed:
+            return self._running > 0
 
     @property
     def results(self) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ import pytest
 
 from ray_moe.client.sync import Client
 from ray_moe.errors import InsufficientResources, NotFound, Unavailable
-from tests.ray.support import Streams, all_ready, await_status, greedy, pid_of, prompts
+from tests.ray.support import Streams, all_ready, await_status, greedy, has_actors, pid_of, prompts
 
 NUM_STREAMS = 16
 NUM_TOKENS = 150
@@ -173,10 +173,6 @@ def test_the_routers_cache_computes_the_hottest_experts(mixtral, serve, expected
         with undisturbed(service, expected[:2], 50):
             pass
         assert [host.num_rows for host in client.status().hosts] == rows
-
-
-def has_actors(number):
-    return lambda status: all_ready(status) and not status.changing and len(status.hosts) == number
 
 
 # --- more and fewer ------------------------------------------------------------------------------------------

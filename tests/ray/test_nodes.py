@@ -110,4 +110,4 @@ def test_a_node_that_is_going_is_left_in_time(two_nodes, expected, local_ray):
     assert streams.results == expected
     assert status.router.failed_requests == 0
     assert status.router.lifeboat_loads == 0
-    assert any(event.text.startswith("drain of") for event in status.events if event.kind == "resized")
+    assert any("their nodes are going" in event.text for event in status.events if event.kind == "resizing")

@@ -48,7 +48,8 @@ def test_the_python_block_runs(address):
 
 def test_the_commands_against_a_running_service_run(address):
     asking = [command for command in RAY_MOE if command.split()[1] in ("generate", "status", "config")]
-    assert len(asking) == 3
+    asking += [command for command in RAY_MOE if "--dry-run" in command]
+    assert len(asking) == 4
     for command in asking:
         server = [] if " config " in command else ["--server", address]
         result = run(sys.executable, "-m", "ray_moe.cli.main", *shlex.split(command)[1:], *server)
