@@ -201,6 +201,103 @@ def config(
 
 
 @commands.command()
+def simulate(
+    trace: Annotated[
+        str, typer.Option(help="Traffic: zipf:SHAPE, lognormal:SHAPE, uniform, or a FILE written with --save.")
+    ] = "zipf:1.0",
+    seconds: Annotated[
+        float | None, typer.Option(help="Virtual time; 60, or all of a recorded trace, when not set.")
+    ] = None,
+    hosts: Annotated[int | None, typer.Option(help="Expert hosts at the beginning; 8 when not set.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of a synthetic trace; 16 when not set.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts of each layer; 64 when not set.")] = None,
+    top_k: Annotated[int, typer.Option(help="Experts that each token chooses in a layer.")] = 8,
+    tokens_per_batch: Annotated[int, typer.Option(help="Tokens of a batch.")] = 1024,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Traffic of a synthetic trace; 10 batches a second when not set.")
+    ] = None,
+    drift: Annotated[
+        float | None, typer.Option(help="Random walk of each expert's popularity: its logarithm's sigma in a second.")
+    ] = None,
+    flash_crowd: Annotated[
+        str | None, typer.Option(metavar="AT:FACTOR", help="One expert of each layer becomes so much hotter.")
+    ] = None,
+    surge: Annotated[str | None, typer.Option(metavar="AT:FACTOR", help="Traffic becomes so much more.")] = None,
+    batches_per_step: Annotated[
+        int, typer.Option(help="Batches that are measured in each second (or step of a recorded trace).")
+    ] = 2,
+    batch_noise: Annotated[
+        float, typer.Option(help="How batches differ: sigma of the logarithm of an expert's share.")
+    ] = 0.3,
+    hosts_per_node: Annotated[int, typer.Option(help="Hosts that share a machine and are lost together.")] = 1,
+    spare_slots: Annotated[int | None, typer.Option(help="experts.spare_slots: room for replicas.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(help="balance.min_replicas: of every expert.")] = None,
+    no_balance: Annotated[
+        bool, typer.Option("--no-balance", help="Change the placement only for hosts that come or go.")
+    ] = False,
+    expert_bytes: Annotated[str, typer.Option(help="Weights of one expert.")] = "16MiB",
+    bandwidth: Annotated[str, typer.Option(help="Weights that a host loads in a second.")] = "1GB",
+    host_speed: Annotated[
+        float | None, typer.Option(help="Rows a second; when not set, what has the first hosts on target.")
+    ] = None,
+    start_seconds: Annotated[float, typer.Option(help="Until a new host is up.")] = 30.0,
+    planning_seconds: Annotated[float, typer.Option(help="What a plan takes, in virtual time.")] = 0.5,
+    spot_losses: Annotated[float, typer.Option(help="How often each node is lost in an hour, in the mean.")] = 0.0,
+    notice: Annotated[float, typer.Option(help="Seconds before a loss in which it is known; 0: never.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Everything that is drawn follows from it.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there; - is standard output.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Simulate nothing: record the traffic of a running service.")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    config: ConfigFile = None,
+    settings: Set = None,
+    timeout: Timeout = 10.0,
+    debug: Debug = False,
+) -> None:
+    """What the policies would do with a cluster, a load and losses like these: replayed on a virtual clock."""
+    with told(debug):
+        from ray_moe.cli import simulate as command
+
+        if save is not None:
+            command.record(server, save, seconds, timeout)
+            return
+        flags = {
+            "experts.num_actors": (hosts, "--hosts"),
+            "experts.spare_slots": (spare_slots, "--spare-slots"),
+            "balance.min_replicas": (min_replicas, "--min-replicas"),
+            "balance.enabled": (False if no_balance else None, "--no-balance"),
+        }
+        given = [(key, value, flag) for key, (value, flag) in flags.items() if value is not None]
+        asked = command.Asked(
+            trace=trace,
+            seconds=seconds,
+            num_layers=layers,
+            num_experts=experts,
+            tokens_per_s=tokens_per_second,
+            drift=drift,
+            flash_crowd=flash_crowd,
+            surge=surge,
+            top_k=top_k,
+            tokens_per_batch=tokens_per_batch,
+            batches_per_step=batches_per_step,
+            batch_noise=batch_noise,
+            hosts_per_node=hosts_per_node,
+            expert_bytes=expert_bytes,
+            bandwidth=bandwidth,
+            host_speed=host_speed,
+            start_s=start_seconds,
+            planning_s=planning_seconds,
+            spot_losses=spot_losses,
+            notice_s=notice,
+            seed=seed,
+        )
+        command.run(asked, _load(config, settings, given).config, json_file)
+
+
+@commands.command()
 def demo(
     train_seconds: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long to train the model.")] = 115,
     cache_dir: Annotated[Path | None, typer.Option(help="Where the trained model is kept.")] = None,

@@ -112,6 +112,8 @@ class Service:
         here = ray.get_runtime_context().get_node_id()
         control = {
             "num_cpus": 0,  # they only think now and then: the CPUs are for the router and the experts
+            # Ray (2.60) puts an actor that asks for nothing to any node, which may not know this one yet.
+            "memory": 1,
             "max_concurrency": 1000,
             # The service ends with this process: no other node's end should be its end.
             "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
