@@ -222,8 +222,8 @@ class BalanceConfig(Section):
     """After this many seconds the load of the past counts half."""
     min_gain: Annotated[float, Field(ge=0, le=1), _Number] = 0.02
     """Balancedness (mean load of an actor / highest, 1 is perfect) that a change must bring to a layer."""
-    cost_per_move: Annotated[float, Field(ge=0, le=1), _Number] = 0.001
-    """And this much more for each replica it copies."""
+    cost_per_move: Annotated[float, Field(ge=0, le=1), _Number] = 0.008
+    """And this much more for each replica it copies, divided by the number of actors: they load side by side."""
     min_replicas: Count = 1
     """Replicas that every expert has, where there is room."""
     survive_nodes: Annotated[int, Field(ge=0), _Number] = 0

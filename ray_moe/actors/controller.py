@@ -182,7 +182,7 @@ class Controller:
         state, now_s = self._state, time.monotonic()
         load, hosts = state.load.rates(now_s), state.capacities()
         target = await asyncio.to_thread(planner.plan, load, hosts, state.placement, self._settings.goals)
-        budgets = {host.host_id: state.budget_bytes(host) for host in state.members}
+        budgets = state.fleet.budgets(state.members)
         summary = summarise(load, hosts, state.table.placement, target, self._settings.expert_bytes, budgets)
         if not dry_run:
             self._handle(ev.PlanRequested())

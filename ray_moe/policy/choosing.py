@@ -48,8 +48,8 @@ class Goals:
     """Replicas of every expert, where slots allow."""
     min_gain: float = 0.02
     """A layer whose predicted balancedness would rise by less keeps its placement."""
-    cost_per_move: float = 0.001
-    """Balancedness that each replica that is moved or added must bring."""
+    cost_per_move: float = 0.008
+    """Balancedness that each replica moved or added must bring, divided by the hosts: they load side by side."""
     survive_nodes: int = 0
     """Above 0, the chance that every expert survives the loss of any so many nodes comes first, balance second."""
     drift: float = 0.3
@@ -153,7 +153,7 @@ def _better(
         dealt = np.where(pinned[rows], 0, dealt)[:, None]
         anew = (rank[rows] < dealt) | (rank[rows] >= num_hosts - dealt)
         candidate = _dealt(load[rows], before[rows], mend[rows] & ~anew[:, None, :], fraction, target, hosts)
-        price = max(goals.min_gain, LEAST_GAIN) + goals.cost_per_move * (
+        price = max(goals.min_gain, LEAST_GAIN) + goals.cost_per_move / num_hosts * (
             _num_moves(before[rows], candidate) - moves[rows]
         )
         # Balancedness is 1 at most: what could not pay for its moves even then needs no forecast.

@@ -62,6 +62,8 @@ class Cluster:
         """Hosts that stand in for those an expert is placed on, until one of these is back."""
         self.planning: Planning | None = None
         self.next_balance_s = now_s
+        self.waits_since_s: float | None = None
+        """Since when plans wait for somebody who is expected."""
         self.is_unbalanced = True
         """Whether there may be a better plan even without traffic."""
         self.seeks_homes = False
@@ -117,10 +119,6 @@ class Cluster:
             return {"standby": "standby", "leaving": "draining"}[host.role]
         return "loading" if self.lacks(host) else "ready"
 
-    def budget_bytes(self, host: HostState) -> int:
-        """Expert weights that `host` may hold."""
-        return self.fleet.budget_bytes(host)
-
     def capacities(self) -> tuple[Capacity, ...]:
         """The members as the planner sees them."""
         return self.fleet.capacities()
@@ -142,11 +140,12 @@ class Cluster:
         for move in [] if self.transaction is None else self.transaction.moves():
             for host_id in move.added:
                 coming.setdefault(host_id, {}).setdefault(move.layer, set()).add(move.expert)
-        room = {}
-        for host in self.members:
+        room, members = {}, self.members
+        budgets = self.fleet.budgets(members)
+        for host in members:
             if host.host_id not in but:
                 used = self.fleet.used_bytes(host, self.placed.on(host.host_id), coming.get(host.host_id, {}))
-                room[host.host_id] = max(0, self.budget_bytes(host) - used)
+                room[host.host_id] = max(0, budgets[host.host_id] - used)
         return room
 
     def leaving(self) -> list[HostState]:
@@ -173,6 +172,11 @@ class Cluster:
         self.due.pop(host.host_id, None)
         self.out.append(ev.StopHost(host.host_id))
         self.seeks_homes = self.is_unbalanced = True
+        resize = self.resize
+        if resize is not None and host.host_id in resize.added and not resize.planned:
+            resize.added = tuple(other for other in resize.added if other != host.host_id)
+            if resize.removed and not resize.added:
+                self.roll_back(f"{host.host_id} has gone again")
 
     def start_host(self, role: Role) -> HostId:
         """One host more."""
@@ -212,6 +216,7 @@ class Cluster:
         op_id = self.fleet.new_op()
         self.planning = Planning(op_id, reason, self.now_s)
         self.next_balance_s = self.now_s + self.settings.balance_every_s
+        self.waits_since_s = None
         for host in self.members:
             host.is_new = False
         rates, goals = self.current_rates(), self.settings.goals
@@ -223,8 +228,9 @@ class Cluster:
         changes = moves(current, target)
         if not changes:
             return False
-        budgets = {host.host_id: self.budget_bytes(host) for host in self.members}
-        steps = waves(current, target, self.expert_bytes, budgets, self.current_rates())
+        budgets = self.fleet.budgets(self.members)
+        used = {host.host_id: self.fleet.used_bytes(host, self.placed.on(host.host_id)) for host in self.hosts.values()}
+        steps = waves(current, target, self.expert_bytes, budgets, self.current_rates(), used)
         num_bytes = copied_bytes(changes, self.expert_bytes)
         self.say("planned", f"{reason}: {len(changes)} experts change, {num_bytes:,} bytes to copy")
         self.transaction = Transaction(reason, steps)
@@ -271,9 +277,16 @@ class Cluster:
         """See `abort`."""
         transaction, self.transaction = self.transaction, None
         if transaction is not None:
-            self.next_balance_s = self.now_s + self.settings.replan_s
-            self.seeks_homes = self.is_unbalanced = True
+            self.put_off_plans()
+            self.seeks_homes = True
             self.look_at(transaction.pending)
+
+    def put_off_plans(self) -> None:
+        """One has failed: others are made after a while, and with the hosts that it was to give a share."""
+        self.next_balance_s = self.now_s + self.settings.replan_s
+        self.is_unbalanced = True
+        for host in self.members:
+            host.is_new = host.is_new or not self.placed.on(host.host_id)
 
     def begin_resize(self, resize: Resize) -> None:
         """Set about a change of the hosts."""

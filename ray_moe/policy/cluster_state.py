@@ -71,7 +71,7 @@ class ClusterState(Cluster):
         for report in reports:
             if report.address.host_id in state.hosts:
                 state._host_started(report)
-        budgets = {host.host_id: state.budget_bytes(host) for host in state.hosts.values() if host.role == "serving"}
+        budgets = state.fleet.budgets(host for host in state.hosts.values() if host.role == "serving")
         held, sizes = state.fleet.held, state.expert_bytes
         state.placed.put_all(placement_by_holders(held, budgets, fallback, settings.num_experts, sizes))
         for host in state.hosts.values():
@@ -207,7 +207,7 @@ class ClusterState(Cluster):
         self.planning = None
         if placement is None:
             self.say("aborted", f"no plan ({reason}): {why_not}")
-            self.next_balance_s = self.now_s + self.settings.replan_s
+            self.put_off_plans()
             self.roll_back(why_not)
             return
         named = {host for experts in placement.hosts_of.values() for hosts in experts for host in hosts}
@@ -225,11 +225,11 @@ class ClusterState(Cluster):
         self.fleet.tell_speeds()
         self.out.extend(self.fleet.repeated_orders(now_s))
         if self.planning is not None and now_s - self.planning.since_s >= settings.repeat_s:
-            self._planned(None, "no answer")
+            self.plan(self.planning.reason)
         resize = self.resize
         if resize is not None and self.transaction is None and self.planning is None and now_s > resize.deadline_s:
             self.roll_back(f"not done within {settings.resize_s:g} s; is there room in the cluster for new hosts?")
-        if now_s < self.next_balance_s or not self._is_settled():
+        if now_s < self.next_balance_s or not self._may_plan():
             return
         if any(host.is_new for host in self.members):
             self.plan("new hosts")
@@ -238,17 +238,23 @@ class ClusterState(Cluster):
             if busy or self.is_unbalanced:
                 self.plan("balance")
 
-    def _is_settled(self) -> bool:
-        """Whether nothing is under way, and nobody is expected to come or to finish loading."""
-        if self.resize is not None or self.transaction is not None or self.planning is not None:
+    def _may_plan(self) -> bool:
+        """Whether nothing is under way, and nobody is expected to come or to finish loading, or not for long now.
+
+        Where hosts come and go all the time, somebody always is: then it is enough to have waited.
+        """
+        if self.resize is not None or self.transaction is not None or self.planning is not None or not self.members:
             return False
-        members = self.members
         expected = any(
             host.phase != "up" and self.now_s - host.since_s < self.settings.return_s
             for host in self.fleet.with_role("serving")
         )
-        at_rest = all(host.operation is None and host.host_id not in self.due for host in members)
-        return bool(members) and at_rest and not expected
+        if not expected and all(host.operation is None and host.host_id not in self.due for host in self.members):
+            self.waits_since_s = None
+            return True
+        if self.waits_since_s is None:
+            self.waits_since_s = self.now_s
+        return self.now_s - self.waits_since_s >= self.settings.return_s
 
     # --- what follows from the state --------------------------------------------------------------------------
     def _settle(self) -> None:

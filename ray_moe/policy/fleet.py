@@ -145,11 +145,17 @@ class Fleet:
     # --- room ------------------------------------------------------------------------------------------------
     def budget_bytes(self, host: HostState) -> int:
         """Expert weights that `host` may hold."""
-        limits = [limit for limit in (host.max_bytes, self.settings.max_bytes) if limit is not None]
-        if limits:
-            return min(limits)
+        return self.budgets([host])[host.host_id]
+
+    def budgets(self, hosts: Iterable[HostState]) -> dict[HostId, int]:
+        """Expert weights that each of `hosts` may hold."""
         slots = -(-self.widest // max(1, self.num_hosts)) + self.settings.spare_slots
-        return slots * sum(self._expert_bytes.values())
+        share = slots * sum(self._expert_bytes.values())
+        budgets = {}
+        for host in hosts:
+            limits = [limit for limit in (host.max_bytes, self.settings.max_bytes) if limit is not None]
+            budgets[host.host_id] = min(limits, default=share)
+        return budgets
 
     @property
     def widest(self) -> int:
@@ -163,20 +169,23 @@ class Fleet:
         return -(-self.widest // max(1, slots))
 
     def used_bytes(self, host: HostState, *more: Held) -> int:
-        """What the host may be holding, and `more` of it that it is to hold."""
-        return size_bytes(union(self.held.on(host.host_id), host.unsure, *more), self._expert_bytes)
+        """What the host may be holding or is loading, and `more` of it that it is to hold."""
+        doing = {} if host.operation is None else host.operation.experts
+        return size_bytes(union(self.held.on(host.host_id), host.unsure, doing, *more), self._expert_bytes)
 
     def capacities(self) -> tuple[Capacity, ...]:
         """The members as the planner sees them."""
+        members = self.members
+        budgets = self.budgets(members)
         return tuple(
             Capacity(
                 host.host_id,
-                slots_in_bytes(self.budget_bytes(host), self._expert_bytes),
+                slots_in_bytes(budgets[host.host_id], self._expert_bytes),
                 self.speeds.get(host.host_id, 1.0),
                 host.node,
                 host.domain,
             )
-            for host in self.members
+            for host in members
         )
 
     # --- what they do ----------------------------------------------------------------------------------------

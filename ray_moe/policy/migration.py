@@ -7,9 +7,10 @@ Pure. Called by `cluster_state.py`, by the dry run and by the simulator.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ray_moe.policy.load import Floats
@@ -76,46 +77,101 @@ def waves(
     expert_bytes: Mapping[LayerPath, int],
     max_bytes: Mapping[HostId, int],
     load: Mapping[LayerPath, Floats],
+    used_bytes: Mapping[HostId, int] | None = None,
 ) -> list[list[Move]]:
     """The moves from `current` to `target`, in the steps in which they are made; empty when there is nothing to do.
 
     In each step, what a host holds of before and after fits in its `max_bytes` (a host that is not named there has no
-    limit). Experts without a replica go first, then the hottest. When only a ring of full hosts is left, some exceed
-    their limit by an expert for the length of a step: the alternative would be to never get there.
+    limit). Experts without a replica come first, then those that give up a replica for another, then those that only
+    get more; each the hottest first. So that few steps do, nothing that only adds takes the room that others lack, and
+    where room is lacking, replicas that are to go and are not the last of their expert go at once. When only rings of
+    full hosts are left, hosts exceed their limit by an expert for the length of a step: the alternative would be to
+    never get there.
+
+    Args:
+        used_bytes: what hosts hold now; None: what `current` says.
     """
     rest = moves(current, target)
-    rest.sort(key=lambda move: (bool(move.before), -_rate(load, move.layer, move.expert)))
-    used = defaultdict(int, held_bytes(current, expert_bytes))
+    rest.sort(key=lambda move: (bool(move.before), not move.removed, -_rate(load, move.layer, move.expert)))
+    used = held_bytes(current, expert_bytes) if used_bytes is None else dict(used_bytes)
+    room = _Room(used, max_bytes, expert_bytes)
     steps: list[list[Move]] = []
     while rest:
         taken: list[Move] = []
         left: list[Move] = []
+        lacking: defaultdict[HostId, int] = defaultdict(int)
         for move in rest:
-            size, added = expert_bytes[move.layer], move.added
-            fits = all(used[host] + size <= max_bytes.get(host, used[host] + size) for host in added)
+            waits = lacking if move.before and not move.removed else {}
+            fits = all(room.free(host) - waits.get(host, 0) >= room.size(move) for host in move.added)
             (taken if fits else left).append(move)
             if fits:
-                for host in added:
-                    used[host] += size
+                room.take(move)
+            else:
+                for host in move.added:
+                    lacking[host] += room.size(move)
+        released, left = _released(left, lacking, room)
+        taken += released
         if not taken:
-            taken = [min(left, key=lambda move: _excess(move, used, expert_bytes, max_bytes))]
-            left.remove(taken[0])
-            for host in taken[0].added:
-                used[host] += expert_bytes[taken[0].layer]
+            taken, left = _forced(left, room)
         for move in taken:
-            for host in move.removed:
-                used[host] -= expert_bytes[move.layer]
+            room.give_up(move)
         steps.append(taken)
         rest = left
     return steps
 
 
-def _excess(
-    move: Move, used: Mapping[HostId, int], expert_bytes: Mapping[LayerPath, int], max_bytes: Mapping[HostId, int]
-) -> int:
-    """Bytes by which `move` would have a host exceed its limit, at the most."""
-    size = expert_bytes[move.layer]
-    return max(used[host] + size - max_bytes.get(host, used[host] + size) for host in move.added)
+@dataclass(slots=True)
+class _Room:
+    """Bytes on each host while moves are made."""
+
+    used: dict[HostId, int]
+    max_bytes: Mapping[HostId, int]
+    expert_bytes: Mapping[LayerPath, int]
+
+    def size(self, move: Move) -> int:
+        return self.expert_bytes[move.layer]
+
+    def free(self, host: HostId) -> float:
+        return self.max_bytes.get(host, math.inf) - self.used.get(host, 0)
+
+    def take(self, move: Move) -> None:
+        for host in move.added:
+            self.used[host] = self.used.get(host, 0) + self.size(move)
+
+    def give_up(self, move: Move) -> None:
+        for host in move.removed:
+            self.used[host] = self.used.get(host, 0) - self.size(move)
+
+
+def _released(left: Sequence[Move], lacking: Mapping[HostId, int], room: _Room) -> tuple[list[Move], list[Move]]:
+    """Replicas that go before others come, because their hosts are `lacking` room, the coldest first; what is left."""
+    short = {host: num_bytes - room.free(host) for host, num_bytes in lacking.items()}
+    released: list[Move] = []
+    rest: list[Move] = []
+    for move in reversed(left):
+        going = [host for host in move.removed if short.get(host, 0) > 0]
+        staying = tuple(host for host in move.before if host not in going)
+        if going and staying:
+            for host in going:
+                short[host] -= room.size(move)
+            released.append(replace(move, after=staying))
+            rest.append(replace(move, before=staying))
+        else:
+            rest.append(move)
+    return released, rest[::-1]
+
+
+def _forced(left: Sequence[Move], room: _Room) -> tuple[list[Move], list[Move]]:
+    """Moves that exceed limits, those least that do so first, each host by one expert at the most; what is left."""
+    forced: list[Move] = []
+    strained: set[HostId] = set()
+    for move in sorted(left, key=lambda move: room.size(move) - min(room.free(host) for host in move.added)):
+        if strained.isdisjoint(move.added):
+            forced.append(move)
+            strained.update(move.added)
+            room.take(move)
+    chosen = {(move.layer, move.expert) for move in forced}
+    return forced, [move for move in left if (move.layer, move.expert) not in chosen]
 
 
 def find_homes(

@@ -73,9 +73,14 @@ def plan(
     for num_experts in sorted({len(tokens) for tokens in load.values()}):
         layers = sorted(layer for layer, tokens in load.items() if len(tokens) == num_experts)
         before = np.zeros((len(layers), num_experts, len(hosts)), dtype=bool)
-        for number, layer in enumerate(layers):
-            for expert, names in enumerate(now.get(layer, ())[:num_experts]):
-                before[number, expert, [number_of[name] for name in names if name in number_of]] = True
+        there = [
+            (number * num_experts + expert) * len(hosts) + number_of[name]
+            for number, layer in enumerate(layers)
+            for expert, names in enumerate(now.get(layer, ())[:num_experts])
+            for name in names
+            if name in number_of
+        ]
+        before.flat[np.array(there, dtype=np.int64)] = True
         tokens = np.array([load[layer] for layer in layers], dtype=np.float64)
         held = choose(tokens, before, _as_arrays(hosts, num_experts), goals)
         for number, layer in enumerate(layers):

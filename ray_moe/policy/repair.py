@@ -81,7 +81,7 @@ def _orphans(cluster: Cluster, gone: set[HostId]) -> set[ExpertKey]:
                 for expert in experts
                 if (layer, expert) in cluster.tables.exposed and gone >= set(cluster.placed.of(layer, expert))
             }
-    if cluster.transaction is not None:
+    if orphans and cluster.transaction is not None:
         orphans -= {(move.layer, move.expert) for move in cluster.transaction.moves() if move.after}
     return orphans
 

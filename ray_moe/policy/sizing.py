@@ -21,12 +21,15 @@ from ray_moe.policy.scaling import Signals, decide
 
 def scale(cluster: Cluster, signals: Signals) -> None:
     """What the service feels, and what it means for the number of hosts."""
-    goals = cluster.settings.scaling
-    if goals is None or cluster.resize is not None or cluster.transaction is not None:
+    goals, number = cluster.settings.scaling, cluster.num_hosts
+    if goals is None or cluster.resize is not None:
         return
-    wanted, cluster.scaling = decide(goals, cluster.scaling, signals, cluster.num_hosts, cluster.now_s)
-    wanted = max(wanted, cluster.fleet.fewest_hosts()) if wanted else 0
-    if wanted != cluster.num_hosts:
+    wanted, cluster.scaling = decide(goals, cluster.scaling, signals, number, cluster.now_s)
+    if 0 < wanted < number or (wanted and not number):  # as few as can hold every expert, where limits leave a choice
+        fewest = min(cluster.fleet.fewest_hosts(), goals.max_hosts)
+        wanted = max(wanted, min(fewest, number) if number else fewest)
+    if wanted != number:
+        cluster.abort("the number of hosts changes", roll_back=False)
         try:
             _change_size(cluster, wanted, "scaling")
         except RayMoEError as error:

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from ray_moe.service import cluster
 from ray_moe.service.app import Service
-from tests.ray.support import serving
+from tests.ray.support import GPU_SHARE, serving
 from tests.tiny_models import save
 
 NUM_CPUS = 8
@@ -37,6 +37,7 @@ def local_ray() -> Iterator[Cluster]:
         os.environ.setdefault(name, value)
     head = {
         "num_cpus": NUM_CPUS,
+        "num_gpus": 1 if GPU_SHARE else 0,
         "object_store_memory": STORE_BYTES,
         "include_dashboard": False,
         # Raylets that are killed are missed after three seconds instead of sixteen; one that is only slow is not.
@@ -54,9 +55,9 @@ def local_ray() -> Iterator[Cluster]:
     nodes.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def add_node(local_ray: Cluster) -> Iterator[Callable[..., Any]]:
-    """Adds nodes with the custom resource that only such nodes have; they leave when the test is over."""
+    """Adds nodes with the custom resource that only such nodes have; they leave when the module's tests are over."""
     added: list[Any] = []
 
     def add(slots: int, **labels: str) -> Any:

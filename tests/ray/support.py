@@ -22,6 +22,9 @@ from ray_moe.types import ServiceStatus
 
 PROMPT = (5, 17, 3, 42, 8, 11, 60, 23, 9, 31, 77, 4)
 
+GPU_SHARE = float(os.environ.get("RAY_MOE_TEST_GPU_SHARE", "0"))
+"""Of a GPU, for each actor: on a machine that has one, 0.1 runs these tests on it. References are of the CPU."""
+
 _numbers = itertools.count()
 
 
@@ -31,8 +34,8 @@ def make_config(model: Path | str, settings: Mapping[str, Any]) -> Config:
     tree: dict[str, Any] = {
         "model": str(model),
         "service_name": f"test-{next(_numbers)}",
-        "experts": {"num_cpus": 0.1, "num_actors": 2, "start_timeout_s": 120},
-        "router": {"num_cpus": 0.1, "max_concurrent_requests": 16},
+        "experts": {"num_cpus": 0.1, "num_gpus": GPU_SHARE, "num_actors": 2, "start_timeout_s": 120},
+        "router": {"num_cpus": 0.1, "num_gpus": GPU_SHARE, "max_concurrent_requests": 16},
         "balance": {"enabled": False},  # what a test does not ask for does not move
         "server": {"port": 0, "grace_s": 1},
     }
@@ -225,3 +228,19 @@ class Streams:
         if failed:
             raise failed[0]
         return [tuple(tokens) for tokens in self.tokens]
+
+
+@contextmanager
+def undisturbed(
+    service: Service, expected: Sequence[Sequence[int]], num_tokens: int | None = None
+) -> Iterator[Streams]:
+    """Streams over `prompts` during which something happens: all end, with the tokens that are `expected`.
+
+    Without `num_tokens`, with as many as are expected.
+    """
+    num_tokens = len(expected[0]) if num_tokens is None else num_tokens
+    with Streams(service.address, prompts(len(expected)), num_tokens) as streams:
+        streams.wait_for(10)
+        yield streams
+    assert streams.results == [tuple(tokens[:num_tokens]) for tokens in expected]
+    print(f"longest stall {streams.longest_stall_s:.3f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ray_moe.client.sync import Client
-from ray_moe.errors import InvalidConfig, InvalidRequest, NotFound
+from ray_moe.errors import InvalidRequest, NotFound
 from ray_moe.types import ChaosRequest
 from tests.ray.support import Streams, all_ready, await_status, greedy, prompts
 
@@ -71,7 +71,7 @@ def test_the_controller_is_killed(service, client, expected):
     assert report.repaired_s > 0
 
 
-def test_what_cannot_be_hurt(service, client, mixtral, serve):
+def test_what_cannot_be_hurt(client):
     with pytest.raises(NotFound, match="no expert actor and no node 'expert-77'"):
         client.chaos(ChaosRequest("kill", "expert-77"))
     with pytest.raises(InvalidRequest, match="can only be killed"):
@@ -79,9 +79,3 @@ def test_what_cannot_be_hurt(service, client, mixtral, serve):
     node_id = client.status().hosts[0].node_id
     with pytest.raises(InvalidRequest, match="the controller is on that node"):
         client.chaos(ChaosRequest("kill", f"node:{node_id}"))
-
-
-def test_a_service_is_not_hurt_unless_it_allows_it(mixtral, serve):
-    service = serve(mixtral[1])
-    with Client(service.address) as client, pytest.raises(InvalidConfig, match="may not be hurt"):
-        client.chaos(ChaosRequest("kill"))

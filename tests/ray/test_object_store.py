@@ -67,7 +67,9 @@ def start_actor() -> Any:
         def _release(self) -> None:
             self.num_released += 1
 
-    return ray.remote(num_cpus=0)(Host).remote()
+    actor = ray.remote(num_cpus=0)(Host).remote()
+    ray.get(actor.pid.remote())  # it is there, however long that takes
+    return actor
 
 
 @pytest.fixture(scope="module")

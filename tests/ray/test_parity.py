@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ray_moe.client.sync import Client
-from tests.ray.support import PROMPT, greedy
+from tests.ray.support import PROMPT, await_status, greedy, has_actors
 from tests.tiny_models import TINY, save
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -27,12 +27,29 @@ def family(request, tmp_path_factory):
     return request.param, save(request.param, folder), folder
 
 
+@pytest.fixture(scope="module")
+def client(family, serve_module):
+    with Client(serve_module(family[2], experts={"num_actors": 1}).address) as client:
+        yield client
+
+
 @pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-actors")
-def served(request, family, serve):
-    name, reference, folder = family
-    service = serve(folder, experts={"num_actors": request.param})
-    with Client(service.address) as client:
-        yield name, reference, client
+def served(request, family, client):
+    """The same service with one actor, two and three, and what it had done before."""
+    name, reference, _ = family
+    if len(client.status().hosts) != request.param:
+        client.resize(request.param)
+    await_status(client, has_actors(request.param), what=f"{request.param} actors")
+    held = sum(
+        len(hosts) * sum(p.nbytes for p in reference.get_submodule(path).parameters()) // len(experts)
+        for path, experts in client.placement().placement.hosts_of.items()
+        for hosts in experts
+    )
+    before = await_status(
+        client, lambda status: sum(host.loaded_bytes for host in status.hosts) == held, what="only that is held"
+    )
+    assert all(host.loaded_bytes for host in before.hosts)
+    return name, reference, client, before
 
 
 def _top_k(name: str) -> int:
@@ -46,7 +63,7 @@ def _random_routing(rng: np.random.Generator, num_tokens: int, num_experts: int,
 
 
 def test_tokens_and_layers_equal_transformers(served):
-    name, reference, client = served
+    name, reference, client, before = served
     (expected,) = greedy(reference, [PROMPT], NUM_TOKENS)
     given = client.generate(token_ids=PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True)
     assert given.token_ids == expected
@@ -54,15 +71,14 @@ def test_tokens_and_layers_equal_transformers(served):
 
     status = client.status()
     num_rows = (len(PROMPT) + NUM_TOKENS - 1) * _top_k(name)  # the last token is not fed back
-    assert {path: sum(counts) for path, counts in status.tokens_per_expert.items()} == dict.fromkeys(
-        status.tokens_per_expert, num_rows
-    )
-    assert sum(host.num_rows for host in status.hosts) == num_rows * len(status.tokens_per_expert)
+    for path, counts in status.tokens_per_expert.items():
+        assert sum(counts) - sum(before.tokens_per_expert[path]) == num_rows
+    computed = sum(host.num_rows for host in status.hosts) - sum(host.num_rows for host in before.hosts)
+    assert computed == num_rows * len(status.tokens_per_expert)
     assert os.getpid() not in {status.router.pid, *(host.pid for host in status.hosts)}
     experts = {p for path in status.tokens_per_expert for p in reference.get_submodule(path).parameters()}
     everything = [*reference.parameters(), *reference.buffers()]
     assert status.router.backbone_bytes == sum(p.nbytes for p in everything if p not in experts)
-    assert sum(host.loaded_bytes for host in status.hosts) == sum(p.nbytes for p in experts)
 
     rng = np.random.default_rng(0)
     for path, counts in status.tokens_per_expert.items():

@@ -175,7 +175,7 @@ def test_a_small_gain_moves_nothing_and_a_large_one_does():
     after = plan({"a": tokens}, hosts, current, Goals(drift=0.0))
     assert predict({"a": tokens}, current, hosts)["a"] < 0.4
     assert predict({"a": tokens}, after, hosts)["a"] > 0.95
-    costly = plan({"a": tokens}, hosts, current, Goals(drift=0.0, cost_per_move=0.5))
+    costly = plan({"a": tokens}, hosts, current, Goals(drift=0.0, cost_per_move=4.0))
     assert costly == current
 
 
