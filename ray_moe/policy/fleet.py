@@ -249,9 +249,8 @@ class Fleet:
         held = self.held.on(host.host_id)
         missing, extra = difference(wanted, held), difference(union(held, host.unsure), wanted, named)
         if missing:
-            room = self.settings.chunk_bytes
-            if not host.standby:
-                room = min(room, self.budget_bytes(host) - self.used_bytes(host))
+            free = self.settings.chunk_bytes if host.standby else self.budget_bytes(host) - self.used_bytes(host)
+            room = min(self.settings.chunk_bytes, free)
             chunk = most_needed(missing, unserved, rates, self._expert_bytes, room)
             if not chunk and not extra:  # larger than a chunk, or one of a ring of full hosts: one at a time
                 chunk = most_needed(missing, unserved, rates, dict.fromkeys(self._expert_bytes, 1), 1)

@@ -209,6 +209,53 @@ def find_homes(
     return homes, homeless
 
 
+def evict(
+    homeless: Sequence[ExpertKey],
+    rows: Mapping[LayerPath, Sequence[Row]],
+    room_bytes: Mapping[HostId, int],
+    expert_bytes: Mapping[LayerPath, int],
+    load: Mapping[LayerPath, Floats],
+    there: Placement,
+) -> tuple[dict[ExpertKey, HostId], dict[ExpertKey, Row], list[ExpertKey]]:
+    """Homes in the place of replicas that are not the last of their expert, the coldest first.
+
+    Args:
+        homeless: experts that nobody has room for, the most important first.
+        rows: hosts of each expert.
+        room_bytes: what each host can still take; a host that is not named takes nothing and gives nothing up.
+        there: the replicas that are loaded; one of each expert stays.
+
+    Returns: homes; the rows that become shorter for them; who is homeless all the same.
+    """
+    room, shorter = dict(room_bytes), dict[ExpertKey, Row]()
+    surplus = [
+        (_rate(load, layer, expert) / len(hosts), layer, expert, host)
+        for layer, experts in rows.items()
+        for expert, hosts in enumerate(experts)
+        if len(hosts) > 1
+        for host in hosts
+        if host in room
+    ]
+    surplus.sort(reverse=True)
+    homes: dict[ExpertKey, HostId] = {}
+    left: list[ExpertKey] = []
+    for key in homeless:
+        size, home = expert_bytes[key[0]], None
+        while surplus and home is None:
+            _, layer, expert, host = surplus.pop()
+            row = tuple(other for other in shorter.get((layer, expert), rows[layer][expert]) if other != host)
+            if not set(row).isdisjoint(there.hosts_of[layer][expert]):
+                shorter[layer, expert] = row
+                room[host] += expert_bytes[layer]
+                home = host if room[host] >= size else None
+        if home is None:
+            left.append(key)
+        else:
+            room[home] -= size
+            homes[key] = home
+    return homes, shorter, left
+
+
 def loads_of(placement: Placement, load: Mapping[LayerPath, Floats]) -> dict[HostId, float]:
     """Tokens per second of each host, each expert's divided equally over its replicas."""
     total: defaultdict[HostId, float] = defaultdict(float)
@@ -228,13 +275,15 @@ def rehome(
     load: Mapping[LayerPath, Floats],
     speed: Mapping[HostId, float],
     absent: Collection[HostId] = (),
+    there: Placement | None = None,
 ) -> tuple[Placement, list[ExpertKey]]:
     """The same placement without the hosts that are `leaving`, and the experts for which there is no room.
 
-    Only experts that would have no replica left get a new home, by `find_homes`.
+    Only experts that would have no replica left get a new home, by `find_homes`, or else by `evict`.
 
     Args:
         absent: hosts that keep their place, but on which nobody can count now.
+        there: the replicas that are loaded; None: all of `placement`.
     """
     leaving_hosts, after = set(leaving), dict[LayerPath, list[Row]]()
     orphans: list[ExpertKey] = []
@@ -249,6 +298,14 @@ def rehome(
         return _frozen(after), []
     staying = loads_of(_frozen(after), load)
     homes, homeless = find_homes(orphans, room_bytes, staying, expert_bytes, load, speed)
+    if homeless:
+        room = dict(room_bytes)
+        for (layer, _), home in homes.items():
+            room[home] -= expert_bytes[layer]
+        others, shorter, homeless = evict(homeless, after, room, expert_bytes, load, there or placement)
+        homes |= others
+        for (layer, expert), row in shorter.items():
+            after[layer][expert] = row
     for (layer, expert), home in homes.items():
         after[layer][expert] = (home, *after[layer][expert])
     return _frozen(after), homeless

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from ray_moe.policy.cluster import Cluster
 from ray_moe.policy.hosts import HostState, number_of
-from ray_moe.policy.migration import find_homes, loads_of, rehome
+from ray_moe.policy.migration import evict, find_homes, loads_of, rehome
 from ray_moe.policy.rows import ExpertKey, Held
 from ray_moe.types import HostId, Placement
 
@@ -59,7 +59,9 @@ def appoint_stand_ins(cluster: Cluster) -> None:
     homes, homeless = _homes(cluster, orphans, room)
     if homeless and cluster.transaction is not None and cluster.resize is None and not cluster.leaving():
         cluster.abort("experts without a host need the room")
-        homes, _ = _homes(cluster, orphans, cluster.room_bytes(but=gone))
+        homes, homeless = _homes(cluster, orphans, cluster.room_bytes(but=gone))
+    if homeless and not cluster.settings.can_sleep and not cluster.leaving() and cluster.transaction is None:
+        homes |= _evict(cluster, homeless, homes, gone)
     for (layer, expert), home in sorted((homes | there).items()):
         others = cluster.placed.of(layer, expert)
         last = cluster.stand_ins.pop((layer, expert), None)
@@ -101,6 +103,21 @@ def _homes(
     )
 
 
+def _evict(
+    cluster: Cluster, homeless: list[ExpertKey], homes: dict[ExpertKey, HostId], gone: set[HostId]
+) -> dict[ExpertKey, HostId]:
+    """Homes where spare replicas are given up for them: nobody else would compute these experts."""
+    room = cluster.room_bytes(but=gone)
+    for (layer, _), home in homes.items():
+        room[home] -= cluster.expert_bytes[layer]
+    rates, rows = cluster.current_rates(), cluster.placement.hosts_of
+    there = cluster.tables.named.placement()
+    others, shorter, _ = evict(homeless, rows, room, cluster.expert_bytes, rates, there)
+    for (layer, expert), row in shorter.items():
+        cluster.placed.put(layer, expert, row)
+    return others
+
+
 def dismiss_stand_ins(cluster: Cluster) -> None:
     """Where a host is back that the expert is placed on, its stand-in gives it up again."""
     for (layer, expert), stand_in in list(cluster.stand_ins.items()):
@@ -118,7 +135,8 @@ def evacuated(cluster: Cluster) -> tuple[Placement, list[ExpertKey]]:
     leaving = {host.host_id for host in cluster.leaving()}
     gone = {host.host_id for host in cluster.fleet.gone(cluster.now_s)}
     room, rates, speeds = cluster.room_bytes(but=gone), cluster.current_rates(), cluster.fleet.speeds
-    return rehome(cluster.placement, leaving, room, cluster.expert_bytes, rates, speeds, absent=gone)
+    there = cluster.tables.named.placement()
+    return rehome(cluster.placement, leaving, room, cluster.expert_bytes, rates, speeds, gone, there)
 
 
 def evacuate(cluster: Cluster) -> None:

@@ -28,9 +28,9 @@ def expected(mixtral):
 
 @pytest.fixture(scope="module")
 def add(add_node):
-    """Adds a node with room for four actors, in a zone that is its own."""
+    """Adds a node with room for two actors, in a zone that is its own."""
     zones = itertools.count()
-    return lambda: add_node(4, zone=f"zone-{next(zones)}")
+    return lambda: add_node(2, zone=f"zone-{next(zones)}")
 
 
 @pytest.fixture(scope="module")

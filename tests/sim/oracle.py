@@ -165,7 +165,7 @@ class Oracle:
 
     def check_end(self) -> None:
         """After the faults, and some time: everything is as it should be."""
-        state, world = self.world.state, self.world
+        state = self.world.state
         if state.transaction is not None or state.resize is not None:
             self.find(f"still under way: {state.resize or state.transaction}")
         if state.stand_ins:
@@ -182,6 +182,11 @@ class Oracle:
                         self.find(f"{layer} {expert} is placed nowhere")
         if state.placement != state.table.placement and not state.is_asleep:
             self.find("the table is not the placement")
+        self.check_holders_at_end()
+
+    def check_holders_at_end(self) -> None:
+        """The hosts hold what is placed on them, and the routers know it."""
+        state, world = self.world.state, self.world
         for host_id, actor in world.actors.items():
             there = state.hosts.get(host_id)
             if there is None:

@@ -74,6 +74,23 @@ def test_without_a_standby_others_stand_in_as_far_as_there_is_room_for_the_hotte
     assert driver.placed == ["0", "0", "1", "01"]
 
 
+SPARE = placement("0", "12", "1", "2")
+
+
+def test_a_spare_replica_makes_room_for_an_expert_that_nobody_else_would_compute():
+    driver = Driver.ready(num_hosts=3, placed=SPARE, max_bytes=20, return_s=100.0)
+    driver.lose("expert-0")
+    driver.run(10.0, starts=False)
+    assert driver.named == ["1", "2", "1", "2"]
+
+
+def test_with_a_lifeboat_spare_replicas_stay():
+    driver = Driver.ready(num_hosts=3, placed=SPARE, max_bytes=20, return_s=100.0, can_sleep=True)
+    driver.lose("expert-0")
+    driver.run(10.0, starts=False)
+    assert driver.named == ["", "12", "1", "2"]
+
+
 def test_a_stand_in_is_dismissed_when_the_lost_host_is_back_and_drops_what_it_took():
     driver = Driver.ready(max_bytes=40)
     driver.lose("expert-1")

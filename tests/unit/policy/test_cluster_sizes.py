@@ -260,3 +260,11 @@ def test_a_host_whose_place_was_taken_is_a_standby_again_when_its_drain_is_rolle
     driver.run(31.0, starts=False)
     assert driver.phases == {"0": "ready", "1": "standby", "2": "ready"}
     assert driver.state.num_hosts == 2
+
+
+def test_shrinking_gives_up_spare_replicas_for_what_only_the_going_hosts_hold():
+    driver = Driver.ready(num_hosts=3, placed=placement("0", "12", "1", "2"), max_bytes=20)
+    driver.tell(ev.SizeRequested(2))
+    driver.run(10.0)
+    assert driver.phases == {"0": "ready", "1": "ready"}
+    assert sorted(driver.named) == ["0", "0", "1", "1"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_moe.policy.migration import Move, copied_bytes, find_homes, held_bytes, loads_of, moves, rehome, waves
+from ray_moe.policy.migration import Move, copied_bytes, evict, find_homes, held_bytes, loads_of, moves, rehome, waves
 from ray_moe.types import Placement
 
 NO_LOAD: dict[str, np.ndarray] = {}
@@ -225,11 +225,27 @@ def test_after_rehoming_nobody_is_on_a_leaving_host_and_the_rest_stays(change, l
     current, _, size, _ = change
     room = {host: 10 * slots for host in HOSTS if host not in leaving}
     after, homeless = rehome(current, leaving, room, size, NO_LOAD, {})
+    rows = [hosts for experts in current.hosts_of.values() for hosts in experts]
+    nobody_moves = all(set(hosts) - leaving for hosts in rows if hosts)
     for layer, experts in current.hosts_of.items():
         for expert, before in enumerate(experts):
             now, stays = after.hosts_of[layer][expert], tuple(host for host in before if host not in leaving)
             assert not leaving & set(now)
             if stays or not before:
-                assert now == stays
+                assert set(now) <= set(stays)  # a spare replica may make room
+                assert now == stays or (now and not nobody_moves)
             else:
                 assert (len(now) == 1) != ((layer, expert) in homeless)
+
+
+# --- spare replicas make room ----------------------------------------------------------------------------------
+def test_the_coldest_spare_replica_makes_room_and_never_the_last_that_is_loaded():
+    load = {"a": np.array([1.0, 8.0, 2.0, 5.0])}
+    rows = placement("xy", "xy", "yz", "")
+    homes, shorter, homeless = evict([("a", 3)], rows.hosts_of, {"x": 0, "y": 0}, {"a": 10}, load, rows)
+    assert (homes, shorter, homeless) == ({("a", 3): "x"}, {("a", 0): ("y",)}, [])
+    there = placement("x", "xy", "yz", "")  # expert 0 is on its way to y
+    homes, shorter, homeless = evict([("a", 3)], rows.hosts_of, {"x": 0, "y": 0}, {"a": 10}, load, there)
+    assert (homes, shorter) == ({("a", 3): "y"}, {("a", 0): ("x",)})
+    assert evict([("a", 3)], rows.hosts_of, {"z": 0}, {"a": 99}, load, rows)[0] == {("a", 3): "z"}
+    assert evict([("a", 3)], placement("x", "y", "z", "").hosts_of, {"x": 0}, {"a": 1}, load, rows)[2] == [("a", 3)]
