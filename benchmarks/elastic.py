@@ -209,6 +209,7 @@ def measure_stalls(folder: Path, rounds: int) -> dict[str, list[float]]:
                         assert streams.are_running, "it has not lasted long enough"
                     assert streams.results == [tokens[:num_tokens] for tokens in expected], disturbance.name
                     stalls[disturbance.name].append(streams.longest_stall_s)
+                    print(f"  longest {streams.longest_stall_s:.3f} s", file=sys.stderr)
                     time.sleep(1.0)
                     await_whole(client, settings)
             assert client.status().router.failed_requests == 0
@@ -267,7 +268,7 @@ def main() -> None:
     from ray_moe.service import cluster
 
     os.environ.update(
-        {name: value for name, value in cluster.QUICK_FAILURE_DETECTION.items() if name not in os.environ}
+        {name: value for name, value in cluster.RAY_ENVIRONMENT.items() if name not in os.environ}
     )
     ray.init(
         num_cpus=16, namespace=cluster.NAMESPACE, include_dashboard=False, log_to_driver=False, logging_level="error"

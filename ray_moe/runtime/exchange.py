@@ -235,7 +235,7 @@ class Exchange:
                 self.num_rows = sum(loads) + sum(len(share.slot) for share in here)
                 router.statistics.add_batch(loads, routes.num_holding)
             for share in here:  # while the hosts are at theirs
-                sent = self._compute(share)
+                sent = self._compute(share, likely=np.flatnonzero(routes.owner == view.here).tolist())
                 if sent is None:
                     self._set_aside(share.slot, view)
                 else:
@@ -271,13 +271,13 @@ class Exchange:
             hedge.num_open += 1
         peer.submit(self._make(share, self._view.table.epoch), sent)
 
-    def _compute(self, share: HostShare, hedge: _Hedge | None = None) -> Sent | None:
-        """Compute a share in this process; None when that cannot be."""
+    def _compute(self, share: HostShare, hedge: _Hedge | None = None, likely: Sequence[int] = ()) -> Sent | None:
+        """Compute a share in this process; None when that cannot be. Args: likely: as of `OwnExperts.run`."""
         own = self._router.own
         if own is None or self._reach != "any":
             return None
         num_loads = own.num_lifeboat_loads
-        reply = own.run(self._make(share, self._view.table.epoch))
+        reply = own.run(self._make(share, self._view.table.epoch), likely)
         if own.num_lifeboat_loads != num_loads:
             self._router.note_own()
         if reply is None:

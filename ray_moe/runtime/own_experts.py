@@ -85,6 +85,7 @@ class OwnExperts:
         self._version = 0
         """Counts `clear`s: what was being read then is not kept."""
         self._batch = 0
+        self._reading = threading.Lock()
         self._rebalancing = threading.Lock()
         self._counted: dict[LayerPath, Ints] = {}
         """[E] tokens that are in the heat already."""
@@ -134,12 +135,16 @@ class OwnExperts:
         return self.has_lifeboat and (failed_s is None or time.monotonic() - failed_s >= RETRY_EVERY_S)
 
     # --- computing -----------------------------------------------------------------------------------------
-    def run(self, call: ExpertCall) -> ExpertReply | None:
+    def run(self, call: ExpertCall, likely: Sequence[int] = ()) -> ExpertReply | None:
         """Compute `call`, taking aboard what is not here; None when that cannot be.
+
+        Args:
+            likely: experts of the layer that will be asked for soon as well: read in one go with the others, as far as
+                there is room in the lifeboat.
 
         Raises: `ExpertFailed`, `WireError`, as a host does.
         """
-        while self._embark(call.layer, call.experts):
+        while self._embark(call.layer, call.experts, likely):
             outcome = self._host.run([call])[0]
             if isinstance(outcome, StaleRouting):
                 continue  # thrown out by another batch between the two lines above
@@ -149,7 +154,7 @@ class OwnExperts:
             return outcome
         return None
 
-    def _embark(self, layer: LayerPath, experts: Sequence[int]) -> bool:
+    def _embark(self, layer: LayerPath, experts: Sequence[int], likely: Sequence[int]) -> bool:
         """Have `experts` here; each is read once, however many batches wait for it."""
         with self._lock:
             self._batch += 1
@@ -164,6 +169,8 @@ class OwnExperts:
                 return False
             others = [self._loading[layer, expert] for expert in missing if (layer, expert) in self._loading]
             mine = [expert for expert in missing if (layer, expert) not in self._loading]
+            if mine:
+                mine = sorted({*mine, *self._fitting(layer, likely, len(mine))})
             done: Future[None] = Future()
             self._loading.update({(layer, expert): done for expert in mine})
         if mine:
@@ -180,11 +187,20 @@ class OwnExperts:
             other.result()
         return self.has(layer, experts)
 
+    def _fitting(self, layer: LayerPath, experts: Sequence[int], num_others: int) -> list[int]:
+        """Those of `experts` that are not here nor on their way, as many as fit beside `num_others` of the layer."""
+        absent = [e for e in experts if (layer, e) not in self._entries and (layer, e) not in self._loading]
+        keys = [*(key for key, entry in self._entries.items() if not entry.is_cached), *self._loading]
+        free_bytes = self.lifeboat_bytes - sum(self._expert_bytes[aboard] for aboard, _ in keys)
+        number = free_bytes // max(1, self._expert_bytes[layer]) - num_others
+        return absent[: max(0, number)]
+
     def _take(self, layer: LayerPath, experts: Sequence[int], is_cached: bool) -> bool:
         """Read `experts` and hold them; false when they could not be read, or are out of date already."""
         version = self._version
         try:
-            group = self._load(layer, experts)
+            with self._reading:  # side by side, readers would only take the interpreter from each other
+                group = self._load(layer, experts)
         except Exception as error:  # whatever reading files or allocating memory raises: the rows can still wait
             logger.warning("experts %s of %s could not be read by the router: %s", list(experts), layer, error)
             with self._lock:

@@ -33,7 +33,7 @@ Serve = Callable[..., Service]
 @pytest.fixture(scope="session", autouse=True)
 def local_ray() -> Iterator[Cluster]:
     """The Ray that every `Service` of this process finds and uses. Tests may add nodes to it, and take them away."""
-    for name, value in cluster.QUICK_FAILURE_DETECTION.items():
+    for name, value in cluster.RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     head = {
         "num_cpus": NUM_CPUS,

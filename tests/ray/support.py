@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import time
@@ -169,6 +170,7 @@ class Streams:
 
     def __init__(self, address: str, wanted: Sequence[Sequence[int]], num_tokens: int) -> None:
         self.longest_stall_s = 0.0
+        """Longest time between two tokens of a stream."""
         self.errors: list[BaseException | None] = [None] * len(wanted)
         self.tokens: list[list[int]] = [[] for _ in wanted]
         self._num_tokens = num_tokens
@@ -180,7 +182,7 @@ class Streams:
         ]
 
     def _run(self, number: int, prompt: list[int]) -> None:
-        last_s = time.monotonic()
+        last_s = math.inf  # the wait for the first token is no stall
         try:
             for chunk in self._client.stream(token_ids=prompt, max_new_tokens=self._num_tokens, ignore_eos=True):
                 now_s = time.monotonic()

@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "RAY_enable_autoscaler_v2": "0",
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",
 }
 NUM_TOKENS = 24
 
