@@ -76,23 +76,23 @@ class Traffic:
         return TOKENS * sum(begin_s < at_s <= end_s for at_s in self.done_s) / (end_s - begin_s)
 
 
-def routing() -> dict[str, Any]:
-    """[T, 1] experts of the tokens of a batch: evenly, and with `HOT_SHARE` of them for expert 0."""
+def routing(hot: int) -> dict[str, Any]:
+    """[T, 1] experts of the tokens of a batch: evenly, and with `HOT_SHARE` of them for expert `hot`."""
     rng = np.random.default_rng(1)
     even = rng.permutation(np.arange(TOKENS) % EXPERTS)[:, None]
-    hot = np.where(np.arange(TOKENS) < HOT_SHARE * TOKENS, 0, 1 + np.arange(TOKENS) % (EXPERTS - 1))
-    return {"even": even, "skewed": rng.permutation(hot)[:, None]}
+    skewed = np.where(np.arange(TOKENS) < HOT_SHARE * TOKENS, 0, 1 + np.arange(TOKENS) % (EXPERTS - 1))
+    return {"even": even, "skewed": (rng.permutation(skewed)[:, None] + hot) % EXPERTS}
 
 
-def one_block(client: Client, layer: str, index: Any) -> tuple[float, float | None, float | None]:
-    """Tokens per second once settled; seconds until expert 0 was served by two hosts, and until both had worked."""
+def one_block(client: Client, layer: str, index: Any, hot: int) -> tuple[float, float | None, float | None]:
+    """Tokens per second once settled; seconds until `hot` was served by two hosts, and until both had worked."""
     traffic = Traffic(client, layer, index)
     routed_s = served_s = None
     begin_s = time.monotonic()
     with traffic.running():
         rows: dict[str, int] = {}
         while time.monotonic() < begin_s + SETTLE_S:
-            if routed_s is None and len(client.placement().placement.hosts_of[layer][0]) > 1:
+            if routed_s is None and len(client.placement().placement.hosts_of[layer][hot]) > 1:
                 routed_s = time.monotonic() - begin_s
                 rows = {host.host_id: host.num_rows for host in client.status().hosts}
             if routed_s is not None and served_s is None and _all_worked(client.status(), rows):
@@ -129,9 +129,10 @@ def measure_skew(folder: Path, rounds: int) -> dict[str, list[float]]:
         for number in range(rounds + 1):
             print(f"skew: round {number} of {rounds}", file=sys.stderr)
             found: dict[str, float] = {}
+            hot = number % EXPERTS  # another one each time: its replica must be made anew
             for service, client in (("fixed", without), ("elastic", with_replicas)):
-                for law, index in routing().items():
-                    tokens_per_s, routed_s, served_s = one_block(client, layer, index)
+                for law, index in routing(hot).items():
+                    tokens_per_s, routed_s, served_s = one_block(client, layer, index, hot)
                     found[f"{law}, {service}"] = tokens_per_s
                     if law == "skewed" and service == "elastic":
                         found["routed_s"] = float("inf") if routed_s is None else routed_s
@@ -267,9 +268,7 @@ def main() -> None:
 
     from ray_moe.service import cluster
 
-    os.environ.update(
-        {name: value for name, value in cluster.RAY_ENVIRONMENT.items() if name not in os.environ}
-    )
+    os.environ.update({name: value for name, value in cluster.RAY_ENVIRONMENT.items() if name not in os.environ})
     ray.init(
         num_cpus=16, namespace=cluster.NAMESPACE, include_dashboard=False, log_to_driver=False, logging_level="error"
     )

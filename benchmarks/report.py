@@ -59,16 +59,22 @@ def cell(of: Sequence[float], to: Sequence[float]) -> str:
 def machine() -> dict[str, Any]:
     """What the numbers were measured on and with."""
     packages = ("torch", "ray", "grpcio", "transformers", "numpy")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
-        "commit": commit,
+        "commit": _commit(),
         "cores": os.cpu_count(),
         "cpu": _cpu_name(),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return run.stdout.strip()
 
 
 def _cpu_name() -> str:
