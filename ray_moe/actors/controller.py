@@ -69,7 +69,7 @@ class Controller:
 
     def __init__(self, spec: ServiceSpec) -> None:
         self._spec = spec
-        self._settings = cluster_settings(spec)
+        self._settings = cluster_settings(spec.config, spec.layers)
         self._launcher = ray.get_actor(spec.actor_name("launcher"))
         self._state = ClusterState(self._settings, spec.hosts, spec.standbys, spec.placement, now_s=time.monotonic())
         self._actors: dict[HostId, _Actor] = {}

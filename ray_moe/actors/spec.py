@@ -131,9 +131,9 @@ def transport_settings(config: TransportConfig) -> TransportSettings:
     )
 
 
-def cluster_settings(spec: ServiceSpec) -> ClusterSettings:
-    """The policies' own values out of the user's."""
-    experts, balance, scaling = spec.config.experts, spec.config.balance, spec.config.scaling
+def cluster_settings(config: Config, layers: tuple[LayerSpec, ...]) -> ClusterSettings:
+    """The policies' own values out of the user's, for a model with these layers."""
+    experts, balance, scaling = config.experts, config.balance, config.scaling
     goals = Goals(
         min_replicas=balance.min_replicas,
         min_gain=balance.min_gain,
@@ -141,7 +141,7 @@ def cluster_settings(spec: ServiceSpec) -> ClusterSettings:
         survive_nodes=balance.survive_nodes,
     )
     return ClusterSettings(
-        layers=spec.layers,
+        layers=layers,
         spare_slots=experts.spare_slots,
         max_bytes=experts.max_bytes,
         goals=goals,
@@ -153,7 +153,7 @@ def cluster_settings(spec: ServiceSpec) -> ClusterSettings:
         resize_s=scaling.start_timeout_s,
         preload_standbys=experts.standby_preload,
         donors=experts.copy_from,
-        can_sleep=bool(spec.config.router.lifeboat_bytes),
+        can_sleep=bool(config.router.lifeboat_bytes),
         scaling=None
         if not scaling.enabled
         else ScalingGoals(

@@ -8,14 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-import ray_moe
-from ray_moe.actors.spec import ServiceSpec, cluster_settings
+from ray_moe.actors.spec import cluster_settings
 from ray_moe.cli.terminal import ProgressView, format_bytes
 from ray_moe.client.sync import Client
 from ray_moe.config import Config, ExpertsConfig
@@ -27,7 +25,7 @@ from ray_moe.simulate.recording import RecordedTrace, watch
 from ray_moe.simulate.report import Faults, Report, StepReport
 from ray_moe.simulate.scenario import Scenario
 from ray_moe.simulate.trace import KINDS, Jump, Step, SyntheticTrace, Trace, parse_kind
-from ray_moe.types import LayerSpec, Placement
+from ray_moe.types import LayerSpec
 
 NUM_HOSTS, NUM_LAYERS, NUM_EXPERTS, SECONDS = 8, 16, 64, 60.0
 """What is simulated when nothing else is said."""
@@ -193,13 +191,7 @@ def make_settings(asked: Asked, config: Config, trace: Trace) -> ClusterSettings
     layers = tuple(
         LayerSpec(path, number, 0, 0, "", size) for path, number in zip(trace.layers, trace.num_experts, strict=True)
     )
-    spec = ServiceSpec(config, ray_moe.__version__, "", layers, Placement({}), (), (), "", _no_door)
-    return cluster_settings(spec)
-
-
-def _no_door(*_: Any) -> Any:
-    """Nobody opens a front door of a simulation."""
-    raise NotImplementedError
+    return cluster_settings(config, layers)
 
 
 def _bytes(option: str, text: str) -> int:

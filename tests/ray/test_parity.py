@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ray_moe.client.sync import Client
-from tests.ray.support import PROMPT, await_status, greedy, has_actors
+from tests.ray.support import PROMPT, await_status, greedy, has_actors, serving
 from tests.tiny_models import TINY, save
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -28,8 +28,8 @@ def family(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(family, serve_module):
-    with Client(serve_module(family[2], experts={"num_actors": 1}).address) as client:
+def client(family):
+    with serving(family[2], experts={"num_actors": 1}) as service, Client(service.address) as client:
         yield client
 
 
