@@ -18,7 +18,8 @@ demo: $(STAMP)  ## train a small MoE, serve it with its experts in actors, kill 
 	@$(BIN)/ray-moe demo
 
 test: $(STAMP)  ## the whole suite
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 tests/arch tests/unit tests/sim tests/parity
+	@$(PY) -m pytest tests/ray
 
 check: $(STAMP)  ## format, lint, types, import layers, unit tests (under a minute)
 	@$(BIN)/ruff format --check .

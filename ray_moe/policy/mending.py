@@ -47,7 +47,31 @@ def mended(load: Floats, before: Bools, target: int, hosts: Hosts) -> Bools:
         ).any(-1)
         rows = rows[better]
         held[rows] = other[better]
+    for row in np.flatnonzero(num_short(held, target, hosts) > 0):
+        _swap(load[row], held[row], target, hosts)
     return held
+
+
+def _swap(load: Floats, held: Bools, target: int, hosts: Hosts) -> None:
+    """Give experts of one layer (in place) replicas they lack, where the only free slots are on hosts that have them.
+
+    Another expert, the coldest that can, moves to such a slot and leaves its own. No expert gets fewer nodes by that.
+    """
+    node = hosts.node
+    for expert in np.repeat(np.arange(len(held)), np.maximum(target - held.sum(-1), 0)):
+        free = np.flatnonzero(held[expert] & (held.sum(0) < hosts.slots))
+        mine = set(node[held[expert]].tolist())
+        options = [
+            (load[other], other, home, slot)
+            for slot in free
+            for home in np.flatnonzero(~held[expert])
+            if node[home] not in mine or len(mine) == hosts.num_nodes
+            for other in np.flatnonzero(held[:, home] & ~held[:, slot])
+            if node[slot] == node[home] or node[slot] not in node[held[other]]
+        ]
+        if options:
+            _, other, home, slot = min(options)
+            held[other, home], held[other, slot], held[expert, home] = False, True, True
 
 
 def num_short(held: Bools, target: int, hosts: Hosts) -> Ints:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_moe.errors import InsufficientResources, InvalidConfig
+from ray_moe.policy.placement import place_by_index
 from ray_moe.policy.planner import Capacity, Goals, plan, predict, slots_in_bytes
 from ray_moe.types import Placement
 
@@ -283,3 +284,13 @@ def test_slots_in_bytes():
 def test_impossible_requests_are_refused_with_the_numbers(load, hosts, error, message):
     with pytest.raises(error, match=message):
         plan({"a": np.array(load)}, hosts)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(32, 8, 2), (12, 4, 2), (12, 6, 3)]))
+def test_just_enough_slots_are_enough_for_every_replica_from_where_a_service_begins(seed, size):
+    num_experts, num_hosts, least = size
+    hosts = same(num_hosts, least * num_experts // num_hosts)
+    current = place_by_index({"a": num_experts}, [host.host_id for host in hosts])
+    tokens = np.random.default_rng(seed).permutation(1.0 / np.arange(1, num_experts + 1))
+    after = plan({"a": tokens}, hosts, current, Goals(min_replicas=least))
+    assert [len(names) for names in after.hosts_of["a"]] == [least] * num_experts
