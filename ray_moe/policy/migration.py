@@ -84,9 +84,9 @@ def waves(
     In each step, what a host holds of before and after fits in its `max_bytes` (a host that is not named there has no
     limit). Experts without a replica come first, then those that give up a replica for another, then those that only
     get more; each the hottest first. So that few steps do, nothing that only adds takes the room that others lack, and
-    where room is lacking, replicas that are to go and are not the last of their expert go at once. When only rings of
-    full hosts are left, hosts exceed their limit by an expert for the length of a step: the alternative would be to
-    never get there.
+    where room is lacking, replicas that are to go and are not the last of their expert go at once. Where nothing fits,
+    hosts exceed their limit by an expert for the length of a step: else rings of full hosts would never turn, and the
+    hottest expert would wait until its room is free.
 
     Args:
         used_bytes: what hosts hold now; None: what `current` says.
@@ -109,14 +109,14 @@ def waves(
             else:
                 for host in move.added:
                     lacking[host] += room.size(move)
-        released, left = _released(left, lacking, room)
+        released, rest = _released(left, lacking, room)
+        if not any(move.added for move in taken):  # a replica that goes first is not gone at once: some do not wait
+            forced, rest = _forced(rest, {(move.layer, move.expert) for move in released}, room)
+            taken += forced
         taken += released
-        if not taken:
-            taken, left = _forced(left, room)
         for move in taken:
             room.give_up(move)
         steps.append(taken)
-        rest = left
     return steps
 
 
@@ -161,12 +161,15 @@ def _released(left: Sequence[Move], lacking: Mapping[HostId, int], room: _Room) 
     return released, rest[::-1]
 
 
-def _forced(left: Sequence[Move], room: _Room) -> tuple[list[Move], list[Move]]:
-    """Moves that exceed limits, those least that do so first, each host by one expert at the most; what is left."""
+def _forced(left: Sequence[Move], but: set[ExpertKey], room: _Room) -> tuple[list[Move], list[Move]]:
+    """Moves that exceed limits, those least that do so first, each host by one expert at the most; what is left.
+
+    Args: but: experts that are left out.
+    """
     forced: list[Move] = []
     strained: set[HostId] = set()
     for move in sorted(left, key=lambda move: room.size(move) - min(room.free(host) for host in move.added)):
-        if strained.isdisjoint(move.added):
+        if strained.isdisjoint(move.added) and (move.layer, move.expert) not in but:
             forced.append(move)
             strained.update(move.added)
             room.take(move)

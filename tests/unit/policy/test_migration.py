@@ -137,7 +137,7 @@ def test_a_replica_that_is_not_the_last_goes_first_where_its_room_is_lacking():
     current, target = placement("xy", "z"), placement("xz", "y")
     steps = waves(current, target, {"a": 10}, {"x": 10, "y": 10, "z": 10}, NO_LOAD)
     made = [[(move.expert, "".join(move.before), "".join(move.after)) for move in step] for step in steps]
-    assert made == [[(0, "xy", "x")], [(1, "z", "y")], [(0, "x", "xz")]]
+    assert made == [[(1, "z", "y"), (0, "xy", "x")], [(0, "x", "xz")]]
 
 
 def test_what_only_adds_waits_while_others_need_the_room():
