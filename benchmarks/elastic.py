@@ -9,6 +9,7 @@ stream are compared with those of `transformers`. Results go to `benchmarks/resu
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import statistics
@@ -135,8 +136,8 @@ def measure_skew(folder: Path, rounds: int) -> dict[str, list[float]]:
                     tokens_per_s, routed_s, served_s = one_block(client, layer, index, hot)
                     found[f"{law}, {service}"] = tokens_per_s
                     if law == "skewed" and service == "elastic":
-                        found["routed_s"] = float("inf") if routed_s is None else routed_s
-                        found["served_s"] = float("inf") if served_s is None else served_s
+                        found["routed_s"] = math.inf if routed_s is None else routed_s
+                        found["served_s"] = math.inf if served_s is None else served_s
             for name, value in found.items() if number else ():  # the first round only warms up
                 values.setdefault(name, []).append(value)
             time.sleep(1.0)  # the placement forgets nothing; the rates do
@@ -229,8 +230,13 @@ def await_whole(client: Client, settings: dict[str, Any]) -> None:
 
 
 # --- Report --------------------------------------------------------------------------------------------------
-def spread(values: Sequence[float], unit: str = " s") -> str:
-    return f"{statistics.median(values):.2f}{unit} ({min(values):.2f}–{max(values):.2f})"
+def spread(values: Sequence[float]) -> str:
+    """Seconds; infinite is what did not happen while it was looked for."""
+    least, median, most = (
+        f"{value:.2f}" if math.isfinite(value) else f"over {SETTLE_S:.0f}"
+        for value in (min(values), statistics.median(values), max(values))
+    )
+    return f"{median} s ({least}–{most})"
 
 
 def render(skew: dict[str, list[float]], stalls: dict[str, list[float]]) -> str:
