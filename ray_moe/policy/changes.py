@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ray_moe.policy.events import Announce
@@ -26,12 +26,22 @@ class Transaction:
     waiting: set[tuple[HostId, ExpertKey]] = field(default_factory=set)
     """Of that, what is not there yet."""
 
-    def prepare(self, held: Rows) -> None:
-        """Set about the first step."""
+    def prepare(self, held: Rows, loading: Collection[HostId]) -> None:
+        """Set about the first step.
+
+        Where it only takes replicas away, it waits for those that stay, if none of them is loaded: until then the
+        others cannot go, and their room is not free.
+
+        Args:
+            loading: hosts that load what they are to hold; others are not waited for.
+        """
         self.pending, self.waiting = {}, set()
         for move in self.steps[0]:
             holders = held.of(move.layer, move.expert)
-            for host in move.added:
+            needed = move.added
+            if not needed and set(holders).isdisjoint(move.after):
+                needed = tuple(host for host in move.after if host in loading)
+            for host in needed:
                 self.pending.setdefault(host, {}).setdefault(move.layer, set()).add(move.expert)
                 if host not in holders:
                     self.waiting.add((host, (move.layer, move.expert)))
@@ -46,7 +56,7 @@ class Transaction:
 
     def uses(self, host: HostId) -> bool:
         """Whether anything is to be loaded by `host`."""
-        return any(host in move.added for move in self.moves())
+        return any(host in move.added for move in self.moves()) or any(host == waited for waited, _ in self.waiting)
 
     def rename(self, host: HostId, heir: HostId) -> None:
         """The heir in the host's place, which nothing is loaded by."""

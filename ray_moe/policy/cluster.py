@@ -223,7 +223,7 @@ class Cluster:
         self.out.append(ev.PlanPlacement(op_id, rates, self.capacities(), self.placement, goals))
 
     def begin(self, reason: str, target: Placement) -> bool:
-        """Set about a change; false when there is nothing to change."""
+        """Set about a change, or as much of it as there is room for; false when there is nothing to change."""
         current = self.placement
         changes = moves(current, target)
         if not changes:
@@ -231,6 +231,10 @@ class Cluster:
         budgets = self.fleet.budgets(self.members)
         used = {host.host_id: self.fleet.used_bytes(host, self.placed.on(host.host_id)) for host in self.hosts.values()}
         steps = waves(current, target, self.expert_bytes, budgets, self.current_rates(), used)
+        if not steps:
+            self.say("aborted", f"{reason}: there is no room to begin with")
+            self.put_off_plans()
+            return True
         num_bytes = copied_bytes(changes, self.expert_bytes)
         self.say("planned", f"{reason}: {len(changes)} experts change, {num_bytes:,} bytes to copy")
         self.transaction = Transaction(reason, steps)
@@ -239,7 +243,7 @@ class Cluster:
 
     def prepare(self, transaction: Transaction) -> None:
         """Set about the first of its steps."""
-        transaction.prepare(self.fleet.held)
+        transaction.prepare(self.fleet.held, {host.host_id for host in self.members})
         self.look_at(transaction.pending)
 
     def commit(self, transaction: Transaction) -> None:

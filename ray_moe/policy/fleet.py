@@ -125,9 +125,12 @@ class Fleet:
         }
 
     def lose(self, host: HostState, now_s: float) -> None:
-        """Nobody can count on the host. If this life comes back, its last order may have been carried out or not."""
-        if host.operation is not None:
-            host.unsure = union(host.unsure, host.operation.experts)
+        """Nobody can count on the host. If this life comes back, it may have all that it had, whatever it says first.
+
+        That may have been said long ago. Its last order may have been carried out or not.
+        """
+        doing = {} if host.operation is None else host.operation.experts
+        host.unsure = union(host.unsure, self.held.on(host.host_id), doing)
         self.held.clear(host.host_id)
         host.phase, host.since_s, host.operation = "lost", now_s, None
 
@@ -153,9 +156,12 @@ class Fleet:
         share = slots * sum(self._expert_bytes.values())
         budgets = {}
         for host in hosts:
-            limits = [limit for limit in (host.max_bytes, self.settings.max_bytes) if limit is not None]
-            budgets[host.host_id] = min(limits, default=share)
+            budgets[host.host_id] = min(self._limits(host), default=share)
         return budgets
+
+    def _limits(self, host: HostState) -> list[int]:
+        """What must not be exceeded; none where the budget is only a share."""
+        return [limit for limit in (host.max_bytes, self.settings.max_bytes) if limit is not None]
 
     @property
     def widest(self) -> int:
@@ -253,6 +259,7 @@ class Fleet:
             room = min(self.settings.chunk_bytes, free)
             chunk = most_needed(missing, unserved, rates, self._expert_bytes, room)
             if not chunk and not extra:  # larger than a chunk, or one of a ring of full hosts: one at a time
+                missing = missing if host.standby else self._bearable(host, missing, free)
                 chunk = most_needed(missing, unserved, rates, dict.fromkeys(self._expert_bytes, 1), 1)
             if chunk:
                 return self._load(host, chunk, now_s)
@@ -261,6 +268,18 @@ class Fleet:
         if now_s < host.unnamed_s + self.settings.drain_s:
             return host.unnamed_s + self.settings.drain_s
         return self._drop(host, extra, now_s)
+
+    def _bearable(self, host: HostState, missing: Held, free: int) -> Held:
+        """Of `missing`, what `host` may have already, and what makes it exceed its limit by an expert at the most."""
+        if not self._limits(host):
+            return missing
+        beyond = free + max(self._expert_bytes.values())
+        maybe = {layer: experts & host.unsure.get(layer, set()) for layer, experts in missing.items()}
+        return {
+            layer: experts if self._expert_bytes[layer] <= beyond else maybe[layer]
+            for layer, experts in missing.items()
+            if maybe[layer] or self._expert_bytes[layer] <= beyond
+        }
 
     def _load(self, host: HostState, experts: Held, now_s: float) -> ev.LoadReplicas:
         host.operation = Operation(self.new_op(), True, frozen(experts), now_s)

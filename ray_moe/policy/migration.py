@@ -81,6 +81,8 @@ def waves(
 ) -> list[list[Move]]:
     """The moves from `current` to `target`, in the steps in which they are made; empty when there is nothing to do.
 
+    Those that are not possible are left out: hosts that are over their limit already take nothing more.
+
     In each step, what a host holds of before and after fits in its `max_bytes` (a host that is not named there has no
     limit). Experts without a replica come first, then those that give up a replica for another, then those that only
     get more; each the hottest first. So that few steps do, nothing that only adds takes the room that others lack, and
@@ -114,6 +116,8 @@ def waves(
             forced, rest = _forced(rest, {(move.layer, move.expert) for move in released}, room)
             taken += forced
         taken += released
+        if not taken:
+            break
         for move in taken:
             room.give_up(move)
         steps.append(taken)
@@ -164,12 +168,15 @@ def _released(left: Sequence[Move], lacking: Mapping[HostId, int], room: _Room) 
 def _forced(left: Sequence[Move], but: set[ExpertKey], room: _Room) -> tuple[list[Move], list[Move]]:
     """Moves that exceed limits, those least that do so first, each host by one expert at the most; what is left.
 
+    Not on hosts that are over their limit already: they may have to hold that for long, for others that are lost.
+
     Args: but: experts that are left out.
     """
     forced: list[Move] = []
     strained: set[HostId] = set()
     for move in sorted(left, key=lambda move: room.size(move) - min(room.free(host) for host in move.added)):
-        if strained.isdisjoint(move.added) and (move.layer, move.expert) not in but:
+        within = all(room.free(host) >= 0 for host in move.added)
+        if within and strained.isdisjoint(move.added) and (move.layer, move.expert) not in but:
             forced.append(move)
             strained.update(move.added)
             room.take(move)

@@ -6,7 +6,7 @@ import pytest
 
 from ray_moe.policy import events as ev
 from ray_moe.policy.hosts import MAX_FAILURES
-from tests.unit.policy.driver import LAYER, Driver, homes, layers_of, of_kind, placement
+from tests.unit.policy.driver import EXPERT_BYTES, LAYER, Driver, homes, layers_of, of_kind, placement
 
 START = ["0", "0", "1", "1"]
 TARGET = placement("1", "0", "0", "1")
@@ -225,11 +225,41 @@ def test_a_load_that_fails_and_has_nothing_to_do_with_the_plan_is_only_tried_aga
     driver = Driver.ready(num_hosts=3, max_bytes=40)
     driver.lose("expert-0")
     driver.start("expert-0")
-    driver.begin(placement("0", "0", "12", "2"))
+    driver.begin(placement("01", "02", "12", "2"))
     driver.answer("expert-0", failure="disk full")
     assert driver.told("aborted") == []
     driver.run(10.0)
-    assert driver.named == ["0", "0", "12", "2"]
+    assert driver.named == ["0", "0", "12", "2"]  # nobody stands in any more
+
+
+def test_what_goes_waits_for_those_that_stay_to_be_loaded():
+    driver = Driver.ready(num_hosts=3, max_bytes=40)
+    driver.lose("expert-0")
+    driver.load_all()  # others stand in for it
+    driver.start("expert-0")
+    driver.begin(placement("0", "0", "12", "2"))
+    driver.answer("expert-2")
+    assert driver.placed == ["10", "20", "1", "2"] and driver.named == ["1", "2", "1", "2"]
+    driver.answer("expert-0")
+    assert driver.placed == driver.named == ["0", "0", "12", "2"]
+
+
+def test_a_host_loads_no_more_than_one_expert_beyond_its_limit():
+    driver = Driver(num_hosts=1, told_bytes=2 * EXPERT_BYTES)
+    driver.run(5.0)
+    assert driver.placed == ["0", "0", "0", "0"]
+    assert sorted(driver.named) == ["", "0", "0", "0"]
+
+
+def test_a_life_that_comes_back_is_asked_to_drop_what_it_may_still_have():
+    driver = Driver.ready(num_hosts=2, max_bytes=40)
+    driver.lose("expert-0")
+    driver.run(1.0, starts=False)
+    driver.log.clear()
+    driver.tell(driver.started("expert-0"))  # sent before it had anything, and late
+    driver.begin(placement("1", "1", "1", "1"))
+    driver.run(10.0)
+    assert [layers_of(order.experts) for order in driver.seen(ev.DropReplicas)] == [(0, 1)]
 
 
 def test_a_host_that_is_lost_during_prepare_aborts_it_and_the_next_plan_succeeds():

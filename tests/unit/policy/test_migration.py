@@ -155,6 +155,13 @@ def test_experts_without_a_replica_go_first_and_then_the_hottest():
     assert [move.expert for move in steps[0]] == [3, 1]
 
 
+def test_a_host_over_its_limit_takes_nothing_more():
+    current, target = placement("x", "x", "y", "y"), placement("y", "z", "y", "y")
+    steps = waves(current, target, {"a": 10}, {"x": 20, "y": 15, "z": 10}, NO_LOAD)
+    assert [[move.expert for move in step] for step in steps] == [[1]]
+    assert waves(placement("x", "y"), placement("y", "y"), {"a": 10}, {"y": 5}, NO_LOAD) == []
+
+
 def test_there_are_no_waves_when_there_is_nothing_to_do():
     assert waves(placement("xy"), placement("yx"), {"a": 10}, {}, NO_LOAD) == []
 
