@@ -180,10 +180,19 @@ class RouterConfig(Section):
     """Threads the router computes with."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """`auto` is a GPU when one is reserved (`num_gpus`), else the CPU."""
-    max_concurrent_requests: Count = 8
-    """Requests computed at the same time; further ones wait."""
+    max_concurrent_requests: Count = 64
+    """Generations computed together; further ones wait."""
     max_queued_requests: Annotated[int, Field(ge=0), _Number] = 256
-    """Requests that may wait; further ones are refused as overloaded."""
+    """Generations that may wait; further ones are refused as overloaded."""
+    max_queued_tokens: Count = 2**20
+    """Tokens that the prompts of those may have, all together."""
+    max_step_tokens: Count = 512
+    """Tokens computed at a time: a longer prompt is computed in parts, so that others go on in between."""
+    kv_cache_bytes: Annotated[Bytes, Field(ge=2**20)] = 2**30
+    """Keys and values of all generations, and of ended ones that are kept for others that begin the same; 1 MiB or
+    more."""
+    reuse_prefixes: bool = True
+    """Whether what prompts begin with is kept for others that begin the same."""
     expert_call_timeout_s: Seconds = 30
     """Seconds after which an unanswered call to an expert actor is sent again."""
     recovery_timeout_s: Seconds = 60

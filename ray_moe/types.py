@@ -263,6 +263,38 @@ class GenerateRequest:
     seed: int | None = None
     ignore_eos: bool = False
     """Go on to `max_new_tokens` whatever is generated."""
+    top_k: int = 0
+    """Sampling among so many of the likeliest tokens; 0 is among all."""
+    min_p: float = 0.0
+    """Sampling among tokens at least this much as likely as the likeliest (Nguyen et al., 2024)."""
+    repetition_penalty: float | None = None
+    """Logits of tokens that have occurred, the prompt included, are divided by it, or multiplied where negative (Keskar
+    et al., 2019); None is what the checkpoint asks for, which is usually 1."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that have been generated."""
+    frequency_penalty: float = 0.0
+    """Taken off them once for each time."""
+    stop: tuple[str, ...] = ()
+    """Texts before which the generation ends. They are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens with which it ends."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told for each, beside its own log-probability; None: not even that."""
+    timeout_s: float | None = None
+    """Seconds after which nobody waits for it any more."""
+    caller: str = ""
+    """Whom it is for: callers take turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was, before temperature, penalties and the choice among the likeliest."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm."""
+    top: tuple[TokenLogprob, ...] = ()
+    """The likeliest tokens, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,5 +305,9 @@ class GenerateChunk:
     text: str
     """Text these tokens complete (a multi-token character waits for its last token); empty without tokenizer."""
     finish_reason: str = ""
-    """Empty while it goes on; ``stop`` at an end-of-sequence token, ``length`` at `max_new_tokens`."""
+    """Empty while it goes on; ``stop`` at an end-of-sequence token or a stop, ``length`` at `max_new_tokens`."""
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that did not have to be computed: another one had begun with them."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `token_ids`, if they were asked for."""

@@ -245,7 +245,7 @@ class Router:
         import torch
 
         from ray_moe.models.huggingface import Checkpoint
-        from ray_moe.runtime.engine import Engine
+        from ray_moe.runtime.engine import Engine, EngineLimits
 
         config, device = self._spec.config.router, self._device
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -260,8 +260,14 @@ class Router:
             checkpoint.layers,
             dispatcher,
             max_positions=checkpoint.max_positions,
-            max_concurrent_requests=config.max_concurrent_requests,
-            max_queued_requests=config.max_queued_requests,
+            limits=EngineLimits(
+                max_concurrent_requests=config.max_concurrent_requests,
+                max_queued_requests=config.max_queued_requests,
+                max_queued_tokens=config.max_queued_tokens,
+                max_step_tokens=config.max_step_tokens,
+                kv_cache_bytes=config.kv_cache_bytes,
+                reuse_prefixes=config.reuse_prefixes,
+            ),
         )
 
     async def until_lost(self) -> None:

@@ -84,7 +84,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many of the likeliest tokens; 0 is all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Sample from tokens so much as likely as the likeliest.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="Prompt and output are token numbers.")] = False,
     timeout: Timeout = 300.0,
     debug: Debug = False,
@@ -101,7 +104,10 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
             seed=seed,
+            stop=stop or (),
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ray_moe.errors import InvalidRequest, WireError
-from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath
+from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath, TokenLogprob
 from ray_moe.wire import arrays, messages
 from ray_moe.wire.v1 import admin_pb2
 from ray_moe.wire.v1 import inference_pb2 as pb
@@ -50,6 +50,22 @@ class GenerateOptions(TypedDict, total=False):
     """Makes sampling repeatable."""
     ignore_eos: bool
     """Go on to `max_new_tokens` whatever is generated."""
+    top_k: int
+    """Sampling among so many of the likeliest tokens; 0 is among all."""
+    min_p: float
+    """Sampling among tokens at least this much as likely as the likeliest, 0 to 1."""
+    repetition_penalty: float | None
+    """Above 1 makes tokens that have occurred less likely; None is what the checkpoint asks for."""
+    presence_penalty: float
+    """Taken off the logits of tokens that have been generated."""
+    frequency_penalty: float
+    """Taken off them once for each time."""
+    stop: str | Sequence[str]
+    """Texts before which the generation ends; they are not part of it."""
+    stop_token_ids: Sequence[int]
+    """Tokens with which it ends."""
+    logprobs: int | None
+    """How many of the likeliest tokens are told for each, beside its own log-probability; None: not even that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +76,12 @@ class Generation:
     """Empty if the model has no tokenizer."""
     token_ids: tuple[int, ...]
     finish_reason: str
-    """``stop`` at an end-of-sequence token, ``length`` at `max_new_tokens`."""
+    """``stop`` at an end-of-sequence token or a stop, ``length`` at `max_new_tokens`."""
     num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    """Of those, the first ones that did not have to be computed."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `token_ids`, if they were asked for."""
 
     @classmethod
     def of(cls, chunks: Sequence[GenerateChunk]) -> Generation:
@@ -73,15 +93,18 @@ class Generation:
             token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
             finish_reason=chunks[-1].finish_reason,
             num_prompt_tokens=chunks[-1].num_prompt_tokens,
+            num_cached_tokens=chunks[-1].num_cached_tokens,
+            logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
         )
 
 
 def generate_request(prompt: str | None, options: GenerateOptions) -> pb.GenerateRequest:
     """The message, or `InvalidRequest`."""
-    token_ids = options.get("token_ids")
+    token_ids, stop = options.get("token_ids"), options.get("stop", ())
     try:
         tokens = None if token_ids is None else tuple(token_ids)
-        request = GenerateRequest(**{**options, "prompt": prompt, "token_ids": tokens})  # type: ignore[arg-type]
+        lists = {"token_ids": tokens, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        request = GenerateRequest(**{**options, "prompt": prompt, **lists})  # type: ignore[arg-type]
     except TypeError as exc:
         raise InvalidRequest(f"the request cannot be made: {exc}") from exc
     return messages.generate_request_to_proto(request)

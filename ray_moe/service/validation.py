@@ -25,6 +25,12 @@ MAX_NEW_TOKENS = 2**20
 MIN_TEMPERATURE = 1e-4
 """Logits divided by less leave float32."""
 
+MAX_PENALTY = 100.0
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000
+MAX_STOP_TOKENS = 1000
+
 _F64 = sys.float_info.max
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 
@@ -138,16 +144,48 @@ def check_generate(backend: Backend, request: GenerateRequest, max_prompt_bytes:
         )
     if not 0 < request.top_p <= 1:
         raise InvalidRequest(f"top_p is {request.top_p}; expected 0 < top_p <= 1 (1 keeps every token)")
+    _check_choice(request)
+    _check_stops(backend, request)
 
 
-def _check_token_ids(backend: Backend, token_ids: tuple[int, ...]) -> None:
+def _check_choice(request: GenerateRequest) -> None:
+    """What the choice of a token is ruled by, but for temperature and top_p."""
+    if request.top_k < 0:
+        raise InvalidRequest(f"top_k is {request.top_k}; expected at least 0 (0 keeps every token)")
+    if not 0 <= request.min_p <= 1:
+        raise InvalidRequest(f"min_p is {request.min_p}; expected 0 to 1 (0 keeps every token)")
+    penalty = request.repetition_penalty
+    if penalty is not None and not 0 < penalty < math.inf:
+        raise InvalidRequest(f"repetition_penalty is {penalty}; expected a number above 0 (1 changes nothing)")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not abs(getattr(request, name)) <= MAX_PENALTY:
+            raise InvalidRequest(f"{name} is {getattr(request, name)}; expected -{MAX_PENALTY:g} to {MAX_PENALTY:g}")
+    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(f"logprobs is {request.logprobs}; expected 0 to {MAX_LOGPROBS}")
+
+
+def _check_stops(backend: Backend, request: GenerateRequest) -> None:
+    if len(request.stop) > MAX_STOPS:
+        raise InvalidRequest(f"{len(request.stop)} stops are given; expected at most {MAX_STOPS}")
+    for number, stop in enumerate(request.stop):
+        if not 0 < len(stop) <= MAX_STOP_LENGTH:
+            raise InvalidRequest(f"stop[{number}] has {len(stop)} characters; expected 1 to {MAX_STOP_LENGTH}")
+    if request.stop and not backend.has_tokenizer:
+        raise InvalidRequest("this model has no tokenizer: send stop_token_ids instead of stop")
+    if len(request.stop_token_ids) > MAX_STOP_TOKENS:
+        raise InvalidRequest(f"{len(request.stop_token_ids)} stop tokens; expected at most {MAX_STOP_TOKENS}")
+    if request.stop_token_ids:
+        _check_token_ids(backend, request.stop_token_ids, "stop_token_ids")
+
+
+def _check_token_ids(backend: Backend, token_ids: tuple[int, ...], name: str = "token_ids") -> None:
     vocab_size = backend.vocab_size
     ids = np.asarray(token_ids)
     wrong = (ids < 0) | (ids >= vocab_size)
     if wrong.any():
         position = int(wrong.argmax())
         raise InvalidRequest(
-            f"token_ids[{position}] is {token_ids[position]}; the vocabulary has 0..{vocab_size - 1}: "
+            f"{name}[{position}] is {token_ids[position]}; the vocabulary has 0..{vocab_size - 1}: "
             "is the tokenizer another model's?"
         )
 

@@ -26,6 +26,7 @@ from ray_moe.types import (
     RouterStatus,
     RoutingTable,
     ServiceStatus,
+    TokenLogprob,
 )
 from ray_moe.wire.v1 import admin_pb2, inference_pb2
 
@@ -64,6 +65,8 @@ def generate_request_to_proto(request: GenerateRequest) -> inference_pb2.Generat
     if (request.prompt is None) == (request.token_ids is None):
         raise InvalidRequest("expected exactly one of prompt (text) and token_ids")
     given = _fields(request)
+    for name in ("timeout_s", "caller"):  # the call has a deadline, and the service knows who asks
+        del given[name]
     try:
         if request.token_ids is not None:
             given["token_ids"] = inference_pb2.TokenIds(ids=request.token_ids)
@@ -74,21 +77,32 @@ def generate_request_to_proto(request: GenerateRequest) -> inference_pb2.Generat
 
 def generate_request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateRequest:
     """Absent fields get the defaults of `GenerateRequest`."""
-    given: dict[str, Any] = {"temperature": message.temperature, "ignore_eos": message.ignore_eos}
+    plain = ("temperature", "ignore_eos", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+    given: dict[str, Any] = {name: getattr(message, name) for name in plain}
+    given |= {"stop": tuple(message.stop), "stop_token_ids": tuple(message.stop_token_ids)}
     if message.HasField("token_ids"):
         given["token_ids"] = tuple(message.token_ids.ids)
-    for name in ("prompt", "max_new_tokens", "top_p", "seed"):
+    for name in ("prompt", "max_new_tokens", "top_p", "seed", "repetition_penalty", "logprobs"):
         if message.HasField(name):
             given[name] = getattr(message, name)
     return GenerateRequest(**given)
 
 
 def chunk_to_proto(chunk: GenerateChunk) -> inference_pb2.GenerateResponse:
-    return inference_pb2.GenerateResponse(**_fields(chunk))
+    return inference_pb2.GenerateResponse(**_fields(chunk) | {"logprobs": map(_logprob_to_proto, chunk.logprobs)})
 
 
 def chunk_from_proto(message: inference_pb2.GenerateResponse) -> GenerateChunk:
-    return _value(GenerateChunk, message, token_ids=tuple(message.token_ids))
+    logprobs = tuple(map(_logprob_from_proto, message.logprobs))
+    return _value(GenerateChunk, message, token_ids=tuple(message.token_ids), logprobs=logprobs)
+
+
+def _logprob_to_proto(one: TokenLogprob) -> inference_pb2.TokenLogprob:
+    return inference_pb2.TokenLogprob(**_fields(one) | {"top": map(_logprob_to_proto, one.top)})
+
+
+def _logprob_from_proto(message: inference_pb2.TokenLogprob) -> TokenLogprob:
+    return _value(TokenLogprob, message, top=tuple(map(_logprob_from_proto, message.top)))
 
 
 # --- Status and placement ------------------------------------------------------------------------------------

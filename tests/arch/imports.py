@@ -10,7 +10,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "ray": ("actors/", "transport/object_store.py", "service/", "cli/"),
     "grpc": ("transport/grpc", "wire/status.py", "wire/v1/", "service/grpc/", "client/"),
     "pydantic": ("config.py",),
-    "transformers": ("models/", "runtime/engine.py"),
+    "transformers": ("models/", "runtime/packing.py", "runtime/sampling.py"),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "yaml": ("config.py",),

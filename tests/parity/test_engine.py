@@ -16,7 +16,7 @@ from ray_moe.models.experts import experts_modules, install
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import place_by_index
-from ray_moe.runtime.engine import Engine
+from ray_moe.runtime.engine import Engine, EngineLimits
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
 from ray_moe.transport.local import LocalTransport
@@ -31,7 +31,13 @@ OFF_THE_INTERFACE = {"dbrx", "jetmoe", "llama4_text"}
 class Cluster:
     """An engine over hosts in this process, loaded from a checkpoint on disk."""
 
-    def __init__(self, folder: Path, num_hosts: int, settings: DispatchSettings | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_hosts: int,
+        settings: DispatchSettings | None = None,
+        limits: EngineLimits | None = None,
+    ) -> None:
         checkpoint = Checkpoint.open(str(folder))
         names = [f"expert-{number}" for number in range(num_hosts)]
         placement = place_by_index({p: spec.num_experts for p, spec in checkpoint.layers.items()}, names)
@@ -45,7 +51,7 @@ class Cluster:
         dispatcher.update(RoutingTable(1, placement, {name: self.transport.address(name) for name in names}))
         self.model = checkpoint.load_backbone()
         self.dispatcher = dispatcher
-        self.engine = Engine(self.model, None, checkpoint.layers, dispatcher)
+        self.engine = Engine(self.model, None, checkpoint.layers, dispatcher, limits=limits or EngineLimits())
 
     async def generate(self, **request) -> list[int]:
         chunks = [c async for c in self.engine.generate(GenerateRequest(token_ids=tuple(PROMPT), **request))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -76,6 +76,7 @@ class InferenceService:
         async with self._guard.request(context):
             with self._guard.payload(len(data)):
                 request = await _off_loop(len(data), self._read_generate, data)
+            request = replace(request, timeout_s=context.time_remaining())
             async with aclosing(self._backend.generate(request)) as chunks:
                 async for chunk in chunks:
                     await context.write(messages.chunk_to_proto(chunk).SerializeToString())

@@ -42,9 +42,10 @@ def test_all_options_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("ray_moe.cli.generate.Client", client_that(stream=stream))
     words = "generate hi --server h:1 --max-new-tokens 3 --temperature 0.5 --top-p 0.9 --seed 4".split()
+    words += "--top-k 40 --min-p 0.1 --stop . --stop END".split()
     assert run(commands, words).exit_code == 0
-    options = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 4}
-    assert seen == {"prompt": "hi", "target": "h:1", **options}
+    options = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 4, "top_k": 40, "min_p": 0.1}
+    assert seen == {"prompt": "hi", "target": "h:1", **options, "stop": [".", "END"]}
 
 
 def test_a_stream_that_breaks_keeps_what_came_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

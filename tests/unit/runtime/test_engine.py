@@ -14,7 +14,7 @@ from ray_moe.models.experts import experts_modules
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import place_by_index
-from ray_moe.runtime.engine import Engine
+from ray_moe.runtime.engine import Engine, EngineLimits
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.transport.local import LocalTransport
@@ -106,7 +106,7 @@ async def test_top_p_of_almost_nothing_is_greedy(make_engine):
 
 
 async def test_leaving_a_stream_frees_its_place(make_engine):
-    engine = make_engine(max_concurrent_requests=1, max_queued_requests=0)
+    engine = make_engine(limits=EngineLimits(max_concurrent_requests=1, max_queued_requests=0))
     stream = engine.generate(GenerateRequest(token_ids=(5,), max_new_tokens=200, ignore_eos=True))
     await anext(stream)
     with pytest.raises(Overloaded, match="1 requests are running"):
@@ -118,7 +118,7 @@ async def test_leaving_a_stream_frees_its_place(make_engine):
 
 
 async def test_leaving_the_queue_frees_the_place_at_once(make_engine):
-    engine = make_engine(max_concurrent_requests=1, max_queued_requests=2)
+    engine = make_engine(limits=EngineLimits(max_concurrent_requests=1, max_queued_requests=2))
     running = engine.generate(GenerateRequest(token_ids=(5,), max_new_tokens=250, ignore_eos=True))
     await anext(running)
     waiting = [asyncio.create_task(collect(engine, token_ids=(5,), max_new_tokens=1)) for _ in range(2)]
@@ -146,7 +146,7 @@ async def test_closing_ends_queued_layer_calls_as_unavailable(make_engine):
 
 
 async def test_closing_ends_what_runs_and_what_waits(make_engine):
-    engine = make_engine(max_concurrent_requests=1)
+    engine = make_engine(limits=EngineLimits(max_concurrent_requests=1))
     running = asyncio.create_task(collect(engine, token_ids=(5,), max_new_tokens=250, ignore_eos=True))
     waiting = asyncio.create_task(collect(engine, token_ids=(5,), max_new_tokens=250, ignore_eos=True))
     await until(lambda: engine.num_generated_tokens)

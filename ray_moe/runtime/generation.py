@@ -1,0 +1,163 @@
+"""The loop that generates: one thread, one step after the other, all sequences that are due together in each.
+
+Between two steps requests join, leave and are given up on; a step that fails is done again for each of its sequences by
+itself, so that a request that cannot be computed harms no other. Knows nothing of Ray, gRPC and asyncio. Owned by
+`engine.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from ray_moe.errors import DeadlineExceeded, ExpertFailed, RayMoEError, Unavailable
+from ray_moe.runtime.scheduler import Scheduler, Sequence
+from ray_moe.runtime.stepper import Stepper, Work
+from ray_moe.runtime.stream import Item, Stream
+from ray_moe.runtime.vitals import Vitals
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationLoop:
+    """See the module."""
+
+    def __init__(self, stepper: Stepper, scheduler: Scheduler, vitals: Vitals) -> None:
+        self.num_generated_tokens = 0
+        self._stepper = stepper
+        self._scheduler = scheduler
+        self._vitals = vitals
+        self._streams: dict[Sequence, Stream] = {}
+        self._inbox: list[Callable[[], None]] = []
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+
+    # --- asked from other threads -----------------------------------------------------------------------------
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Of prompts that wait."""
+        return self._scheduler.num_waiting_tokens
+
+    def add(self, stream: Stream) -> None:
+        """It is computed from now on, as soon as there is room."""
+        self._vitals.opened(stream)
+        self._post(lambda: self._join(stream))
+
+    def leave(self, stream: Stream) -> None:
+        """Nobody listens to it any more. Its room is free before the next step; idempotent."""
+        stream.is_left = True
+        self._post(lambda: self._end(stream))
+
+    def stop(self) -> None:
+        """End after the present step. Whoever still listens is told that the service stops."""
+        self._is_stopping = True
+        self._post(lambda: None)
+
+    def _post(self, what: Callable[[], None]) -> None:
+        with self._changed:
+            self._inbox.append(what)
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
+                self._thread.start()
+
+    # --- the thread -------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        while not self._is_stopping:
+            with self._changed:
+                while not self._inbox and not self._streams and not self._is_stopping:
+                    self._changed.wait()
+                inbox, self._inbox = self._inbox, []
+            for what in inbox:
+                what()
+            self._give_up_the_late()
+            work = self._scheduler.next_step()
+            if work:
+                self._step(work)
+        gone = Unavailable("the generation was stopped because the service is stopping; retry")
+        for stream in list(self._streams.values()):
+            self._end(stream, gone)
+
+    def _join(self, stream: Stream) -> None:
+        if not stream.is_left:
+            self._streams[stream.sequence] = stream
+            self._scheduler.add(stream.sequence)
+        else:
+            self._vitals.closed(stream)
+
+    def _end(self, stream: Stream, error: BaseException | None = None, keep: bool = False) -> None:
+        """Give up what is kept for a stream, unless that was done before."""
+        if self._streams.pop(stream.sequence, None) is None:
+            return
+        self._scheduler.remove(stream.sequence, keep)
+        self._vitals.closed(stream)
+        if error is not None:
+            stream.tell([error])
+
+    def _give_up_the_late(self) -> None:
+        now_s = time.monotonic()
+        for stream in list(self._streams.values()):
+            if stream.deadline_s is not None and now_s > stream.deadline_s:
+                number = len(stream.sequence.tokens) - stream.sequence.num_prompt
+                self._end(stream, DeadlineExceeded(f"the time of the request is over; {number} tokens were generated"))
+
+    def _step(self, work: Work) -> None:
+        for sequence, _ in work:
+            self._vitals.begun(self._streams[sequence])
+        try:
+            logits = self._stepper.compute(work, self._scheduler.pool)
+        except Exception as error:
+            self._step_failed(work, error)
+            return
+        greedy = logits.argmax(-1).tolist()
+        said = defaultdict[Stream, list[Item]](list)
+        for row, (sequence, _) in enumerate(work):
+            if sequence.num_new:  # a part of a prompt
+                continue
+            stream = self._streams[sequence]
+            try:
+                chunk = stream.take(greedy[row]) if stream.wants_greedy else stream.choose(logits[row])
+            except Exception as error:  # of its own wishes: it harms no other
+                self._fail(stream, error)
+                continue
+            said[stream].append(chunk)
+            self._generated(stream)
+            if chunk.finish_reason:
+                self._end(stream, keep=True)
+        for stream, items in said.items():
+            stream.tell(items)
+
+    def _generated(self, stream: Stream) -> None:
+        now_s = time.monotonic()
+        if stream.last_token_s is not None:
+            self._vitals.paused(now_s - stream.last_token_s)
+        stream.last_token_s = now_s
+        self.num_generated_tokens += 1
+
+    def _step_failed(self, work: Work, error: Exception) -> None:
+        """Tell those whose fault it is, as far as that can be told."""
+        if len(work) > 1 and not isinstance(error, Unavailable):
+            for one in work:
+                if one[0] in self._streams:
+                    self._step([one])
+            return
+        for sequence, _ in work:
+            self._fail(self._streams[sequence], error)
+
+    def _fail(self, stream: Stream, error: Exception) -> None:
+        if not isinstance(error, RayMoEError):
+            logger.exception("a generation failed", exc_info=error)
+            failure = ExpertFailed(f"generation failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            error = failure
+        if isinstance(error, (Unavailable, ExpertFailed)):
+            self._vitals.failed()
+        self._end(stream, error)

@@ -1,0 +1,198 @@
+"""Keys and values of the sequences that are being generated, and of ended ones whose beginning may come again.
+
+Each sequence has one contiguous buffer per layer, which grows in blocks: attention reads it in place, on any device,
+without a kernel of its own. A pool keeps all buffers within a budget; what it gives up first are the sequences that
+have ended, the longest unused first. A new sequence that begins like one of those takes its keys and values over.
+
+Knows nothing of models or of scheduling. Used by `scheduler.py` (room) and `packing.py` (contents), in one thread.
+
+Shape legend: H key/value heads, C capacity in tokens, Q new tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+BLOCK_TOKENS = 64
+"""Buffers grow by whole blocks."""
+
+GROWTH = 4
+"""And by at least one part in this many, so that growing a long sequence copies each token a few times at most."""
+
+MIN_REUSED_TOKENS = 16
+"""A shorter common beginning is computed again: looking for it would cost as much."""
+
+
+class KVCache:
+    """Of one sequence."""
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        """Tokens there is room for."""
+        self.length = 0
+        """Tokens whose keys and values are there. What lies behind them is of a step that has not ended well."""
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put [1, H, Q, D] behind what is there; all of it, [1, H, length + Q, D] each, as views.
+
+        The tokens count as there once `length` says so: a step that fails half-way is simply done again.
+        """
+        end = self.length + keys.shape[2]
+        if layer not in self._buffers:
+            self._buffers[layer] = (self._room(keys), self._room(values))
+        for buffer, new in zip(self._buffers[layer], (keys, values), strict=True):
+            buffer[:, :, self.length : end] = new
+        return self.read(layer, end)
+
+    def read(self, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` tokens of a layer: [1, H, length, D] keys and values."""
+        keys, values = self._buffers[layer]
+        return keys[:, :, :length], values[:, :, :length]
+
+    def resize(self, capacity: int) -> None:
+        """Make room for `capacity` tokens, and keep what is there as far as it fits."""
+        self.capacity, self.length = capacity, min(self.length, capacity)
+        old = self._buffers if capacity else {}
+        self._buffers = {layer: (self._moved(keys), self._moved(values)) for layer, (keys, values) in old.items()}
+
+    def copy_of(self, length: int, capacity: int) -> KVCache:
+        """Another cache that begins with the first `length` tokens of this one."""
+        other = KVCache()
+        other.capacity, other.length = capacity, length
+        other._buffers = {
+            layer: (other._moved(keys), other._moved(values)) for layer, (keys, values) in self._buffers.items()
+        }
+        return other
+
+    def bytes_per_token(self) -> int:
+        """0 before anything was written."""
+        return sum(
+            part.shape[1] * part.shape[3] * part.element_size() for both in self._buffers.values() for part in both
+        )
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty((1, like.shape[1], self.capacity, like.shape[3]))
+
+    def _moved(self, old: torch.Tensor) -> torch.Tensor:
+        new = self._room(old)
+        new[:, :, : self.length] = old[:, :, : self.length]
+        return new
+
+
+@dataclass(slots=True)
+class _Ended:
+    """A sequence that has ended, kept for its beginning."""
+
+    tokens: np.ndarray
+    cache: KVCache
+
+
+@dataclass(slots=True)
+class KVPool:
+    """Buffers within a budget."""
+
+    max_bytes: int
+    keeps_prefixes: bool = True
+    """Whether ended sequences are kept while there is room."""
+    bytes_per_token: int = 0
+    """Of the model; 0 until the first sequence has written, and then everything fits."""
+    used_tokens: int = 0
+    """Capacity of all buffers together."""
+    _ended: OrderedDict[int, _Ended] = field(default_factory=OrderedDict)
+    _num_ended: int = 0
+
+    @property
+    def max_tokens(self) -> float:
+        """Tokens that fit in all."""
+        return self.max_bytes // self.bytes_per_token if self.bytes_per_token else float("inf")
+
+    def measure(self, cache: KVCache) -> None:
+        """Learn from a cache that has been written what a token takes."""
+        self.bytes_per_token = self.bytes_per_token or cache.bytes_per_token()
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a single sequence of so many tokens could ever be held."""
+        return _blocks(num_tokens) <= self.max_tokens
+
+    def grow(self, cache: KVCache, num_tokens: int) -> bool:
+        """Give `cache` room for `num_tokens`, at the cost of ended sequences; false where that is not enough."""
+        if cache.capacity >= num_tokens:
+            return True
+        wished = _blocks(max(num_tokens, cache.capacity + cache.capacity // GROWTH))
+        for capacity in (wished, _blocks(num_tokens)):
+            if self._make_room(capacity - cache.capacity):
+                self.used_tokens += capacity - cache.capacity
+                cache.resize(capacity)
+                return True
+        return False
+
+    def free(self, cache: KVCache) -> None:
+        """Give up a cache."""
+        self.used_tokens -= cache.capacity
+        cache.resize(0)
+
+    def retire(self, cache: KVCache, tokens: Sequence[int]) -> None:
+        """A sequence has ended; `tokens` are all of its."""
+        if not self.keeps_prefixes or cache.length < MIN_REUSED_TOKENS:
+            self.free(cache)
+            return
+        self._num_ended += 1
+        self._ended[self._num_ended] = _Ended(np.array(tokens[: cache.length], dtype=np.int64), cache)
+
+    def begin(self, tokens: Sequence[int], num_tokens: int) -> KVCache | None:
+        """A cache with room for `num_tokens` for a sequence that begins with `tokens`; None where there is no room.
+
+        It has the keys and values of the beginning it shares with an ended sequence, but never those of the last of
+        `tokens`: that one has to be computed, or there would be nothing to go on from.
+        """
+        number, shared = self._longest_shared(np.array(tokens[:-1], dtype=np.int64))
+        if number is not None:
+            ended = self._ended[number]
+            if shared == len(ended.tokens):  # it goes on where the other has ended: no copy
+                del self._ended[number]
+                if not self.grow(ended.cache, num_tokens):
+                    self._ended[number] = ended
+                    return None
+                return ended.cache
+            self._ended.move_to_end(number)
+            capacity = _blocks(num_tokens)
+            if self._make_room(capacity, but=number):
+                self.used_tokens += capacity
+                return ended.cache.copy_of(shared, capacity)
+        cache = KVCache()
+        return cache if self.grow(cache, num_tokens) else None
+
+    def _longest_shared(self, tokens: np.ndarray) -> tuple[int | None, int]:
+        """The ended sequence that shares most of its beginning with `tokens`, and how many of them."""
+        best: tuple[int | None, int] = (None, MIN_REUSED_TOKENS - 1)
+        for number, ended in self._ended.items():
+            length = min(len(tokens), len(ended.tokens))
+            differs = np.flatnonzero(tokens[:length] != ended.tokens[:length])
+            shared = int(differs[0]) if len(differs) else length
+            if shared > best[1]:
+                best = (number, shared)
+        return best
+
+    def _make_room(self, num_tokens: int, but: int | None = None) -> bool:
+        """Whether there is room for so many more, once ended sequences other than `but` have been given up."""
+        kept = 0 if but is None else self._ended[but].cache.capacity
+        spare = sum(ended.cache.capacity for ended in self._ended.values()) - kept
+        if self.used_tokens - spare + num_tokens > self.max_tokens:
+            return False
+        for number in list(self._ended):
+            if self.used_tokens + num_tokens <= self.max_tokens:
+                break
+            if number != but:
+                self.free(self._ended.pop(number).cache)
+        return True
+
+
+def _blocks(num_tokens: int) -> int:
+    """Tokens of as many whole blocks as `num_tokens` need."""
+    return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS

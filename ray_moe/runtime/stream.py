@@ -1,0 +1,99 @@
+"""What becomes of one request: its next tokens, their text, and when it ends. Called by `generation.py`, in one thread.
+
+Shape legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ray_moe.runtime.detokenizer import Detokenizer
+from ray_moe.runtime.sampling import Sampler, logprob_of
+from ray_moe.runtime.scheduler import Sequence
+from ray_moe.types import GenerateChunk, GenerateRequest, TokenLogprob
+
+Item = GenerateChunk | BaseException
+
+
+class Stream:
+    """Of one request."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        tokens: list[int],
+        tokenizer: Any | None,
+        end_tokens: frozenset[int],
+        repetition_penalty: float,
+        tell: Callable[[list[Item]], None],
+        deadline_s: float | None,
+    ) -> None:
+        """Args:
+        tokens: of the prompt.
+        end_tokens: the checkpoint's own.
+        tell: takes what there is to say to whoever waits, from any thread.
+        deadline_s: monotonic.
+        """
+        self.sequence = Sequence(tokens, len(tokens) + request.max_new_tokens, request.caller)
+        self.sampler = Sampler(request, repetition_penalty)
+        self.tell = tell
+        self.deadline_s = deadline_s
+        self.last_token_s: float | None = None
+        self.is_left = False
+        """Whether nobody listens any more."""
+        self._request = request
+        self._end_tokens = end_tokens if not request.ignore_eos else frozenset()
+        self._text = Detokenizer(tokenizer)
+        self._stops = StopTexts(request.stop)
+
+    @property
+    def wants_greedy(self) -> bool:
+        """Whether its next token is the likeliest, and nothing else is to be told of it."""
+        return self.sampler.is_plain and self._request.logprobs is None
+
+    def choose(self, logits: torch.Tensor) -> GenerateChunk:
+        """The next piece, by [V] float32 logits on the CPU."""
+        told = logits.clone() if self._request.logprobs is not None and not self.sampler.is_plain else logits
+        token = self.sampler.sample(self.sequence.tokens, logits)
+        return self.take(token, told)
+
+    def take(self, token: int, logits: torch.Tensor | None = None) -> GenerateChunk:
+        """The next piece, `token` being the next token."""
+        request, sequence = self._request, self.sequence
+        sequence.tokens.append(token)
+        is_end = token in self._end_tokens or token in request.stop_token_ids
+        is_last = is_end or len(sequence.tokens) >= sequence.max_tokens
+        text, is_stopped = self._stops.add(self._text.add((token,), last=is_last), last=is_last)
+        reason = "stop" if is_end or is_stopped else "length" if is_last else ""
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if request.logprobs is not None and logits is not None:
+            logprobs = (logprob_of(token, logits, request.logprobs),)
+        return GenerateChunk((token,), text, reason, sequence.num_prompt, sequence.num_cached, logprobs)
+
+
+class StopTexts:
+    """Ends a growing text before the first of some texts, and never tells a beginning of one too early."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def add(self, text: str, last: bool = False) -> tuple[str, bool]:
+        """What of `text` and what was held back can be told now, and whether a stop was found; `last`: all of it."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        found = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=-1)
+        if found >= 0:
+            return self._held[:found], True
+        kept = 0 if last else max(map(self._begun, self._stops))
+        told, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return told, False
+
+    def _begun(self, stop: str) -> int:
+        """How many characters at the end of what is held may be the beginning of `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((number for number in range(longest, 0, -1) if self._held.endswith(stop[:number])), 0)
