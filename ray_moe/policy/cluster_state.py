@@ -21,7 +21,7 @@ from ray_moe.errors import InsufficientResources
 from ray_moe.policy import events as ev
 from ray_moe.policy import repair, sizing
 from ray_moe.policy.cluster import Cluster
-from ray_moe.policy.hosts import ClusterSettings
+from ray_moe.policy.hosts import ClusterSettings, HostState
 from ray_moe.policy.recovery import placement_by_holders
 from ray_moe.policy.rules import broken_rules
 from ray_moe.policy.tables import SKIPPED_EPOCHS
@@ -249,12 +249,16 @@ class ClusterState(Cluster):
             host.phase != "up" and self.now_s - host.since_s < self.settings.return_s
             for host in self.fleet.with_role("serving")
         )
-        if not expected and all(host.operation is None and host.host_id not in self.due for host in self.members):
+        if not expected and not any(map(self._is_loading, self.members)):
             self.waits_since_s = None
             return True
         if self.waits_since_s is None:
             self.waits_since_s = self.now_s
         return self.now_s - self.waits_since_s >= self.settings.return_s
+
+    def _is_loading(self, host: HostState) -> bool:
+        """Whether what the host is to hold is not all there. What waits to be dropped is in nobody's way."""
+        return host.operation is not None or (host.host_id in self.due and bool(self.lacks(host)))
 
     # --- what follows from the state --------------------------------------------------------------------------
     def _settle(self) -> None:

@@ -52,13 +52,14 @@ def forecast(held: Bools, batches: Floats, speed: Floats) -> tuple[Floats, Float
     Returns: [P] balancedness, the mean over batches of mean / max host time; [P, H] mean time of each host.
     """
     num_placements, _, num_hosts = held.shape
-    num_batches = batches.shape[1]
     number = held.sum(-1)
     placement, expert, host = where(held)
     share = batches[placement, :, expert] / number[placement, expert, None]  # [R, S]: equal shares to begin with
-    row = (placement[:, None] * num_batches + np.arange(num_batches)) * num_hosts + host[:, None]
+    row = placement * num_hosts + host
     cost = 1.0 / speed
-    level = np.bincount(row.ravel(), (share * cost[host, None]).ravel(), num_placements * num_batches * num_hosts)
+    loads = (share * cost[host, None]).T
+    # A row for each host of each placement, so that whole rows are taken and put back.
+    level = np.stack([np.bincount(row, load, num_placements * num_hosts) for load in loads], 1)
     steps = [
         (here, there, row[here], row[there], cost[host[here], None], cost[host[there], None])
         for here, there in _links(placement, expert, host)
@@ -66,8 +67,8 @@ def forecast(held: Bools, batches: Floats, speed: Floats) -> tuple[Floats, Float
     ideal = batches.sum(-1) / speed.sum()
     for _ in range(NUM_SWEEPS):
         for here, there, row_here, row_there, cost_here, cost_there in steps:
-            level_here, level_there = level[row_here], level[row_there]
-            share_here, share_there = share[here], share[there]
+            level_here, level_there = level.take(row_here, 0), level.take(row_there, 0)
+            share_here, share_there = share.take(here, 0), share.take(there, 0)
             move = (level_here - level_there) / (cost_here + cost_there)
             move = np.minimum(np.maximum(move, -share_there), share_here)
             share[here] = share_here - move
@@ -75,9 +76,9 @@ def forecast(held: Bools, batches: Floats, speed: Floats) -> tuple[Floats, Float
             level[row_here] = level_here - move * cost_here
             level[row_there] = level_there + move * cost_there
         steps.reverse()
-    level = level.reshape(num_placements, num_batches, num_hosts)
-    score: Floats = (ideal / level.max(-1)).mean(-1)
-    return score, level.mean(1)
+    level = level.reshape(num_placements, num_hosts, -1)
+    score: Floats = (ideal / level.max(1)).mean(-1)
+    return score, level.mean(-1)
 
 
 def _links(placement: Ints, expert: Ints, host: Ints) -> list[tuple[Ints, Ints]]:
