@@ -314,8 +314,21 @@ class Router:
         return self._ready_checkpoint().max_positions
 
     @property
+    def model_name(self) -> str:
+        return self._spec.config.served_name
+
+    @property
     def has_tokenizer(self) -> bool:
         return self._ready_engine().has_tokenizer
+
+    async def tokenize(self, text: str) -> tuple[int, ...]:
+        return await self._ready_engine().texts.tokenize(text)
+
+    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        return await self._ready_engine().texts.tokenize_chat(messages)
+
+    def token_text(self, token_id: int) -> str:
+        return self._ready_engine().texts.token_text(token_id)
 
     def _ready_checkpoint(self) -> Checkpoint:
         if self._checkpoint is None:

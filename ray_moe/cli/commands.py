@@ -13,7 +13,7 @@ import typer
 
 import ray_moe
 from ray_moe.cli.terminal import Interrupts, told
-from ray_moe.config import ENV_PREFIX, LoadedConfig, load_config, show_config
+from ray_moe.config_sources import ENV_PREFIX, LoadedConfig, load_config, show_config
 from ray_moe.errors import InvalidConfig
 
 commands = typer.Typer(

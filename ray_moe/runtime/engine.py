@@ -27,6 +27,7 @@ from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.runtime.scheduler import Scheduler
 from ray_moe.runtime.stepper import Stepper
 from ray_moe.runtime.stream import Item, Stream
+from ray_moe.runtime.texts import Texts
 from ray_moe.runtime.vitals import Vitals
 from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath, LayerSpec
 
@@ -70,12 +71,11 @@ class Engine:
         self.layers = dict(layers)
         self.vitals = Vitals()
         self._model: Any = model
-        self._tokenizer = tokenizer
+        self.texts = Texts(tokenizer)
         self._dispatcher = dispatcher
         self._max_positions = max_positions
         self._limits = limits
         self._forwards = ThreadPoolExecutor(FORWARD_THREADS, thread_name_prefix="forward")
-        self._texts = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._streams: set[Stream] = set()
         self._idle = asyncio.Event()
         self._closed = False
@@ -91,7 +91,7 @@ class Engine:
 
     @property
     def has_tokenizer(self) -> bool:
-        return self._tokenizer is not None
+        return self.texts.tokenizer is not None
 
     @property
     def num_generated_tokens(self) -> int:
@@ -173,7 +173,7 @@ class Engine:
             raise Unavailable("the service is stopping; retry elsewhere or later")
         deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         self._refuse_if_full(0)
-        tokens = await asyncio.get_running_loop().run_in_executor(self._texts, self._tokenize, request)
+        tokens = await self._tokenize(request)
         self._refuse_if_full(len(tokens))
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Item]()
 
@@ -216,28 +216,28 @@ class Engine:
                 f"prompts of {waiting:,} tokens are waiting, and {limits.max_queued_tokens:,} may; retry later"
             )
 
-    def _make_stream(self, request: GenerateRequest, tokens: list[int], tell: Any, deadline_s: float | None) -> Stream:
+    def _make_stream(
+        self, request: GenerateRequest, tokens: tuple[int, ...], tell: Any, deadline_s: float | None
+    ) -> Stream:
         base = self._model.generation_config
         return Stream(
             request,
-            tokens,
-            self._tokenizer,
+            list(tokens),
+            self.texts.tokenizer,
             frozenset(_as_set(base.eos_token_id)),
             base.repetition_penalty or 1.0,
             tell,
             deadline_s,
         )
 
-    def _tokenize(self, request: GenerateRequest) -> list[int]:
-        if request.token_ids is not None:
-            tokens = list(request.token_ids)
-        elif self._tokenizer is None:
-            raise InvalidRequest("this checkpoint has no tokenizer; send token_ids instead of a prompt")
-        else:
-            tokens = list(self._tokenizer(request.prompt)["input_ids"])
+    async def _tokenize(self, request: GenerateRequest) -> tuple[int, ...]:
+        """The tokens of the prompt, if the model can take them."""
+        tokens = request.token_ids
+        if tokens is None:
+            tokens = await self.texts.tokenize(request.prompt or "")
         if not tokens:
             raise InvalidRequest("the prompt has no tokens; give at least one")
-        if request.stop and self._tokenizer is None:
+        if request.stop and not self.has_tokenizer:
             raise InvalidRequest("this checkpoint has no tokenizer; send stop_token_ids instead of stop texts")
         if self._max_positions is not None and len(tokens) + request.max_new_tokens > self._max_positions:
             raise InvalidRequest(
@@ -258,7 +258,7 @@ class Engine:
             await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=grace_s)
         self._loop.stop()
         self._forwards.shutdown(wait=False, cancel_futures=True)
-        self._texts.shutdown(wait=False)
+        self.texts.close()
 
 
 def _as_set(tokens: int | list[int] | None) -> set[int]:

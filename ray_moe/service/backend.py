@@ -7,8 +7,8 @@ the layer, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,30 @@ class Backend(Protocol):
         ...
 
     @property
+    def model_name(self) -> str:
+        """The name that clients ask for."""
+        ...
+
+    @property
     def has_tokenizer(self) -> bool: ...
+
+    async def tokenize(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text as a prompt. Raises: `InvalidRequest` for a model without a tokenizer."""
+        ...
+
+    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """The prompt that the checkpoint's chat template makes of a conversation, up to where the answer begins.
+
+        Args:
+            messages: each with ``role`` and ``content``, and whatever else the template knows.
+
+        Raises: `InvalidRequest` for a checkpoint without a chat template, and for what its template refuses.
+        """
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself; empty for a model without a tokenizer."""
+        ...
 
     async def forward(
         self, layer: LayerPath, hidden: FloatArray, routing: tuple[NDArray[np.int64], FloatArray] | None

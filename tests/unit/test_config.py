@@ -9,7 +9,8 @@ import pytest
 import yaml
 from ray._private.label_utils import validate_label_selector
 
-from ray_moe.config import Config, Section, load_config, show_config
+from ray_moe.config import Config, Section
+from ray_moe.config_sources import load_config, show_config
 from ray_moe.errors import InvalidConfig
 
 

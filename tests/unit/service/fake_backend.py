@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_moe.errors import InvalidRequest
 from ray_moe.service.backend import FloatArray
 from ray_moe.service.grpc.server import FrontDoor
 from ray_moe.types import (
@@ -78,6 +79,7 @@ class FakeBackend:
         self.layers_with_gate = frozenset(LAYERS) - {GATELESS}
         self.vocab_size = 100
         self.max_positions: int | None = 50
+        self.model_name = "tiny"
         self.has_tokenizer = True
         self.calls: list[tuple[LayerPath, NDArray[Any], tuple[NDArray[Any], NDArray[Any]] | None]] = []
         self.requests: list[GenerateRequest] = []
@@ -91,6 +93,17 @@ class FakeBackend:
         self.closed = asyncio.Event()
         self.both_open = asyncio.Event()
         """Two generations are open at once."""
+
+    async def tokenize(self, text: str) -> tuple[int, ...]:
+        return tuple(1 + ord(letter) % 90 for letter in text)
+
+    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        if any(message["role"] == "nobody" for message in messages):
+            raise InvalidRequest("the checkpoint's chat template refuses these messages: nobody speaks")
+        return await self.tokenize("".join(str(message["content"]) for message in messages))
+
+    def token_text(self, token_id: int) -> str:
+        return f"<{token_id}>"
 
     async def forward(
         self, layer: LayerPath, hidden: FloatArray, routing: tuple[NDArray[np.int64], FloatArray] | None
