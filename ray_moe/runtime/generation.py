@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
-from ray_moe.errors import DeadlineExceeded, ExpertFailed, RayMoEError, Unavailable
+from ray_moe.errors import DeadlineExceeded, ExpertFailed, InvalidRequest, RayMoEError, Unavailable
 from ray_moe.runtime.scheduler import Scheduler, Sequence
 from ray_moe.runtime.stepper import Stepper, Work
 from ray_moe.runtime.stream import Item, Stream
@@ -35,6 +35,7 @@ class GenerationLoop:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+        self._has_ended = False
 
     # --- asked from other threads -----------------------------------------------------------------------------
     @property
@@ -65,7 +66,8 @@ class GenerationLoop:
         with self._changed:
             self._inbox.append(what)
             self._changed.notify()
-            if self._thread is None:
+            if self._thread is None or self._has_ended:  # then it only tells those who come that they are too late
+                self._has_ended = False
                 self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
                 self._thread.start()
 
@@ -75,16 +77,54 @@ class GenerationLoop:
             with self._changed:
                 while not self._inbox and not self._streams and not self._is_stopping:
                     self._changed.wait()
-                inbox, self._inbox = self._inbox, []
-            for what in inbox:
-                what()
-            self._give_up_the_late()
-            work = self._scheduler.next_step()
+            try:
+                self._take_in()
+                self._give_up_the_late()
+                work = self._scheduler.next_step()
+            except Exception as error:  # no memory for keys and values, for example
+                self._fail_all(error)
+                continue
             if work:
                 self._step(work)
+            else:
+                self._refuse_the_too_large()
+        self._wind_up()
+
+    def _take_in(self) -> None:
+        with self._changed:
+            inbox, self._inbox = self._inbox, []
+        for what in inbox:
+            what()
+
+    def _wind_up(self) -> None:
+        """Tell all who listen, and those who come meanwhile, that it is over."""
         gone = Unavailable("the generation was stopped because the service is stopping; retry")
+        while True:
+            self._take_in()
+            for stream in list(self._streams.values()):
+                self._end(stream, gone)
+            with self._changed:
+                if not self._inbox:
+                    self._has_ended = True
+                    return
+
+    def _refuse_the_too_large(self) -> None:
+        """Nothing can be computed: then there are sequences for which there can never be room.
+
+        They came when it was not known yet what a token takes.
+        """
+        pool = self._scheduler.pool
         for stream in list(self._streams.values()):
-            self._end(stream, gone)
+            if not pool.fits(stream.sequence.max_tokens):
+                error = InvalidRequest(
+                    f"prompt and max_new_tokens are {stream.sequence.max_tokens} tokens together, but there is room "
+                    f"for the keys and values of {pool.max_tokens:,.0f} (router.kv_cache_bytes); shorten one"
+                )
+                self._end(stream, error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for stream in list(self._streams.values()):
+            self._fail(stream, error)
 
     def _join(self, stream: Stream) -> None:
         if not stream.is_left:

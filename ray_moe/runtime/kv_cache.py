@@ -45,7 +45,7 @@ class KVCache:
         """
         end = self.length + keys.shape[2]
         if layer not in self._buffers:
-            self._buffers[layer] = (self._room(keys), self._room(values))
+            self._buffers[layer] = (_room(keys, self.capacity), _room(values, self.capacity))
         for buffer, new in zip(self._buffers[layer], (keys, values), strict=True):
             buffer[:, :, self.length : end] = new
         return self.read(layer, end)
@@ -57,16 +57,21 @@ class KVCache:
 
     def resize(self, capacity: int) -> None:
         """Make room for `capacity` tokens, and keep what is there as far as it fits."""
-        self.capacity, self.length = capacity, min(self.length, capacity)
-        old = self._buffers if capacity else {}
-        self._buffers = {layer: (self._moved(keys), self._moved(values)) for layer, (keys, values) in old.items()}
+        length, old = min(self.length, capacity), self._buffers if capacity else {}
+        # First: there may be no memory for it, and then all is as it was.
+        self._buffers = {
+            layer: (_moved(keys, length, capacity), _moved(values, length, capacity))
+            for layer, (keys, values) in old.items()
+        }
+        self.capacity, self.length = capacity, length
 
     def copy_of(self, length: int, capacity: int) -> KVCache:
         """Another cache that begins with the first `length` tokens of this one."""
         other = KVCache()
         other.capacity, other.length = capacity, length
         other._buffers = {
-            layer: (other._moved(keys), other._moved(values)) for layer, (keys, values) in self._buffers.items()
+            layer: (_moved(keys, length, capacity), _moved(values, length, capacity))
+            for layer, (keys, values) in self._buffers.items()
         }
         return other
 
@@ -75,14 +80,6 @@ class KVCache:
         return sum(
             part.shape[1] * part.shape[3] * part.element_size() for both in self._buffers.values() for part in both
         )
-
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_empty((1, like.shape[1], self.capacity, like.shape[3]))
-
-    def _moved(self, old: torch.Tensor) -> torch.Tensor:
-        new = self._room(old)
-        new[:, :, : self.length] = old[:, :, : self.length]
-        return new
 
 
 @dataclass(slots=True)
@@ -112,10 +109,6 @@ class KVPool:
         """Tokens that fit in all."""
         return self.max_bytes // self.bytes_per_token if self.bytes_per_token else float("inf")
 
-    def measure(self, cache: KVCache) -> None:
-        """Learn from a cache that has been written what a token takes."""
-        self.bytes_per_token = self.bytes_per_token or cache.bytes_per_token()
-
     def fits(self, num_tokens: int) -> bool:
         """Whether a single sequence of so many tokens could ever be held."""
         return _blocks(num_tokens) <= self.max_tokens
@@ -127,8 +120,9 @@ class KVPool:
         wished = _blocks(max(num_tokens, cache.capacity + cache.capacity // GROWTH))
         for capacity in (wished, _blocks(num_tokens)):
             if self._make_room(capacity - cache.capacity):
-                self.used_tokens += capacity - cache.capacity
+                more = capacity - cache.capacity
                 cache.resize(capacity)
+                self.used_tokens += more
                 return True
         return False
 
@@ -163,8 +157,9 @@ class KVPool:
             self._ended.move_to_end(number)
             capacity = _blocks(num_tokens)
             if self._make_room(capacity, but=number):
+                cache = ended.cache.copy_of(shared, capacity)
                 self.used_tokens += capacity
-                return ended.cache.copy_of(shared, capacity)
+                return cache
         cache = KVCache()
         return cache if self.grow(cache, num_tokens) else None
 
@@ -191,6 +186,17 @@ class KVPool:
             if number != but:
                 self.free(self._ended.pop(number).cache)
         return True
+
+
+def _room(like: torch.Tensor, capacity: int) -> torch.Tensor:
+    return like.new_empty((1, like.shape[1], capacity, like.shape[3]))
+
+
+def _moved(old: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
+    """The first `length` tokens of a buffer in one for `capacity`."""
+    new = _room(old, capacity)
+    new[:, :, :length] = old[:, :, :length]
+    return new
 
 
 def _blocks(num_tokens: int) -> int:

@@ -36,16 +36,16 @@ class Sampler:
         else:
             self._generator.manual_seed(request.seed)
         penalty = repetition_penalty if request.repetition_penalty is None else request.repetition_penalty
-        self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1.0 else None
+        self._penalty = RepetitionPenaltyLogitsProcessor(float(penalty)) if penalty != 1.0 else None
         self._warpers: list[LogitsProcessor] = []
         if request.temperature > 0:
-            self._warpers.append(TemperatureLogitsWarper(request.temperature))
+            self._warpers.append(TemperatureLogitsWarper(float(request.temperature)))
             if request.top_k:
                 self._warpers.append(TopKLogitsWarper(request.top_k))
             if request.top_p < 1.0:
-                self._warpers.append(TopPLogitsWarper(request.top_p))
+                self._warpers.append(TopPLogitsWarper(float(request.top_p)))
             if request.min_p > 0.0:
-                self._warpers.append(MinPLogitsWarper(request.min_p))
+                self._warpers.append(MinPLogitsWarper(float(request.min_p)))
 
     @property
     def is_plain(self) -> bool:

@@ -126,6 +126,8 @@ class Scheduler:
                 left -= number
         # Somebody may have been put out after it was chosen.
         step = [(sequence, number) for sequence, number in step if sequence in self.running]
+        for sequence, number in step:
+            self._served[sequence.caller] += number
         while len(self.running) < self._max_running and (caller := self._next_caller()) is not None:
             sequence = self._waiting[caller][0]
             if not self._part(sequence.num_new, left, not step) or not self._let_in(sequence):
@@ -133,8 +135,7 @@ class Scheduler:
             number = self._part(sequence.num_new, left, not step)
             step.append((sequence, number))
             left -= number
-        for sequence, number in step:
-            self._served[sequence.caller] += number
+            self._served[caller] += number
         return step
 
     def _part(self, wanted: int, left: int, is_first: bool) -> int:

@@ -86,9 +86,10 @@ class StopTexts:
         if not self._stops:
             return text, False
         self._held += text
-        found = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=-1)
-        if found >= 0:
-            return self._held[:found], True
+        # The one that is complete first, whatever pieces the text comes in; of several the longest.
+        found = min(((at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+        if found is not None:
+            return self._held[: found[1]], True
         kept = 0 if last else max(map(self._begun, self._stops))
         told, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return told, False
