@@ -19,7 +19,7 @@ demo: $(STAMP)  ## train a small MoE, serve it with its experts in actors, kill 
 
 test: $(STAMP)  ## the whole suite
 	@$(PY) -m pytest -n 2 tests/arch tests/unit tests/sim tests/parity
-	@$(PY) -m pytest tests/ray
+	@$(PY) -m pytest -n 2 --dist loadfile tests/ray
 
 check: $(STAMP)  ## format, lint, types, import layers, unit tests (under a minute)
 	@$(BIN)/ruff format --check .

@@ -6,7 +6,6 @@ A cluster of its own, started and served as a user would, from the files in `clu
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -68,11 +67,12 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         watching.set()
         watcher.join()
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
         for child in family.values():
             if child.is_running():
                 child.kill()
