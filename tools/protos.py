@@ -1,4 +1,4 @@
-"""Writes the Python stubs of ``protos/`` into ``ray_moe/wire/v1``; ``make protos`` runs it.
+"""Writes the Python stubs of ``protos/`` below ``ray_moe/wire``; ``make protos`` runs it.
 
 The stubs are committed, so that installing needs no compiler; ``tests/arch/test_protos.py`` runs this into a temporary
 directory and compares. Versions matter: stubs of grpcio-tools 1.78 run on protobuf 6.31 up to 7, those of a later one
@@ -17,15 +17,26 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = ROOT / "protos"
-PACKAGE = Path("ray_moe/v1")
-STUBS = ROOT / "ray_moe/wire/v1"
+STUBS = ROOT / "ray_moe/wire"
+PACKAGES = {"ray_moe.v1": "v1", "inference": "kserve"}
+"""Package of the protos, whose path below ``protos/`` is its name's -> folder of its stubs."""
+
+FOREIGN = frozenset({"inference"})
+"""Packages that others define too (tritonclient and kserve do). Each of their stubs has a descriptor pool of its own,
+since the default one takes a name only once, and whoever comes second could not be imported."""
 
 
 def generate(out: Path) -> None:
-    """Replace everything in `out` by the stubs."""
+    """Replace everything in the folders of the stubs below `out`."""
+    for package, folder in PACKAGES.items():
+        _generate(package, out / folder)
+
+
+def _generate(package: str, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     scratch = out / "scratch"
     scratch.mkdir(parents=True)
+    sources = Path(*package.split("."))
     scripts = Path(sysconfig.get_path("scripts"))
     failed = protoc.main(
         [
@@ -35,20 +46,26 @@ def generate(out: Path) -> None:
             f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
             *(f"--{kind}_out={scratch}" for kind in ("python", "grpc_python")),
             *(f"--{kind}_out=quiet:{scratch}" for kind in ("mypy", "mypy_grpc")),
-            *(str(path) for path in sorted((PROTOS / PACKAGE).glob("*.proto"))),
+            *(str(path) for path in sorted((PROTOS / sources).glob("*.proto"))),
         ]
     )
     if failed:
-        sys.exit(f"tools/protos.py: protoc failed on {PROTOS}: see its message above")
-    for stub in sorted((scratch / PACKAGE).iterdir()):
-        # protoc names modules after the proto package (ray_moe.v1); they live in ray_moe.wire.v1.
-        text = stub.read_text().replace("ray_moe.v1 import", "ray_moe.wire.v1 import")
-        (out / stub.name).write_text(text.rstrip("\n") + "\n")
+        sys.exit(f"tools/protos.py: protoc failed on {PROTOS / sources}: see its message above")
+    for stub in sorted((scratch / sources).iterdir()):
+        (out / stub.name).write_text(_adapted(stub.read_text(), package).rstrip("\n") + "\n")
     shutil.rmtree(scratch)
     (out / "__init__.py").touch()
 
 
+def _adapted(text: str, package: str) -> str:
+    """protoc names modules after the proto package (ray_moe.v1); they live elsewhere (ray_moe.wire.v1)."""
+    text = text.replace(f"from {package} import", f"from ray_moe.wire.{PACKAGES[package]} import")
+    if package in FOREIGN:
+        text = text.replace("_descriptor_pool.Default()", "_descriptor_pool.DescriptorPool()")
+    return text
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=STUBS, help="directory to replace (default: ray_moe/wire/v1)")
+    parser.add_argument("--out", type=Path, default=STUBS, help="where to replace v1/ and kserve/ (default: wire/)")
     generate(parser.parse_args().out)

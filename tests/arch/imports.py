@@ -8,8 +8,19 @@ from pathlib import Path
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "ray": ("actors/", "transport/object_store.py", "service/", "cli/"),
-    "grpc": ("transport/grpc", "wire/status.py", "wire/v1/", "service/grpc/", "client/"),
-    "pydantic": ("config.py", "config_sources.py"),
+    "grpc": (
+        "transport/grpc",
+        "wire/status.py",
+        "wire/v1/",
+        "wire/kserve/",
+        "service/grpc/",
+        "service/kserve/",
+        "client/",
+    ),
+    "pydantic": ("config.py", "config_sources.py", "service/openai/"),
+    "fastapi": ("service/openai/",),
+    "starlette": ("service/openai/",),
+    "uvicorn": ("service/openai/",),
     "transformers": ("models/", "runtime/packing.py", "runtime/sampling.py"),
     "typer": ("cli/",),
     "rich": ("cli/",),

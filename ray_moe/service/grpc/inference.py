@@ -6,11 +6,10 @@ input. Letters in shapes: T tokens, D width of the layer, K experts per token.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import numpy as np
@@ -19,15 +18,11 @@ from numpy.typing import NDArray
 from ray_moe.errors import InvalidRequest
 from ray_moe.service.backend import Backend, FloatArray
 from ray_moe.service.grpc.guard import Context, Guard
+from ray_moe.service.offload import off_loop
 from ray_moe.service.validation import check_gate, check_generate, check_hidden, check_routing, find_layer
 from ray_moe.types import GenerateRequest, LayerSpec
 from ray_moe.wire import arrays, messages
 from ray_moe.wire.v1 import inference_pb2 as pb
-
-INLINE_BYTES = 2**20
-"""Smaller messages are coded in the event loop (under a millisecond), larger ones in a thread."""
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +70,7 @@ class InferenceService:
         """Writes, and does not yield: a cancelled `write` raises here and now, so the work ends with the call."""
         async with self._guard.request(context):
             with self._guard.payload(len(data)):
-                request = await _off_loop(len(data), self._read_generate, data)
+                request = await off_loop(len(data), self._read_generate, data)
             request = replace(request, timeout_s=context.time_remaining())
             async with aclosing(self._backend.generate(request)) as chunks:
                 async for chunk in chunks:
@@ -88,13 +83,13 @@ class InferenceService:
 
     async def _forward(self, data: bytes) -> bytes:
         with self._guard.payload(len(data)):
-            asked = await _off_loop(len(data), self._read, data)
+            asked = await off_loop(len(data), self._read, data)
             result: NDArray[Any]
             if len(asked.hidden):
                 result = await self._backend.forward(asked.spec.path, asked.hidden, asked.routing)
             else:
                 result = np.empty((0, asked.spec.output_size), np.float32)
-            return await _off_loop(result.nbytes, _write, asked, result)
+            return await off_loop(result.nbytes, _write, asked, result)
 
     def _read(self, data: bytes) -> _Forward:
         message = messages.parse(pb.ForwardRequest, data)
@@ -119,10 +114,3 @@ def _write(asked: _Forward, result: NDArray[Any]) -> bytes:
     response = pb.ForwardResponse(request_id=asked.request_id)
     arrays.encode(result, asked.dtype, into=response.hidden, name="hidden")
     return response.SerializeToString()
-
-
-async def _off_loop(num_bytes: int, work: Callable[..., R], *arguments: Any) -> R:
-    """Do `work` on about `num_bytes` where it holds nobody up."""
-    if num_bytes <= INLINE_BYTES:
-        return work(*arguments)
-    return await asyncio.to_thread(work, *arguments)

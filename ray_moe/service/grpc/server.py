@@ -12,13 +12,20 @@ import socket
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is loaded; its fork handlers crash children
 
 import grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from ray_moe.errors import InsufficientResources
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.admin import AdminService, HealthService
 from ray_moe.service.grpc.guard import Guard
 from ray_moe.service.grpc.inference import InferenceService
+from ray_moe.service.kserve.reflection import pool_of
+from ray_moe.service.kserve.servicer import KServeService
+from ray_moe.wire.kserve import grpc_service_pb2
+from ray_moe.wire.v1 import admin_pb2, inference_pb2
+
+_PROTOS = (inference_pb2, admin_pb2, grpc_service_pb2, health_pb2, reflection_pb2)
 
 
 class FrontDoor:
@@ -55,8 +62,12 @@ class FrontDoor:
         self._inference = InferenceService(
             backend, self._guard, max_forward_tokens=max_forward_tokens, max_prompt_bytes=max_prompt_bytes
         )
+        self._kserve = KServeService(
+            backend, self._guard, max_forward_tokens=max_forward_tokens, max_prompt_bytes=max_prompt_bytes
+        )
         self._admin = AdminService(backend, self._guard)
-        self._health = HealthService(self._guard, frozenset({InferenceService.NAME, AdminService.NAME}))
+        known = (InferenceService.NAME, KServeService.NAME, AdminService.NAME)
+        self._health = HealthService(self._guard, frozenset(known))
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> int:
@@ -68,10 +79,11 @@ class FrontDoor:
             InsufficientResources: the port is in use, or cannot be had for another reason, which is named.
         """
         server = grpc.aio.server(options=_options(self._max_request_bytes))
-        services = (self._inference, self._admin, self._health)
+        services = (self._inference, self._kserve, self._admin, self._health)
         server.add_generic_rpc_handlers([service.handler() for service in services])
         names = [service.NAME for service in services]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        pool = pool_of(*(proto.DESCRIPTOR for proto in _PROTOS))
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server, pool)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
             port = server.add_insecure_port(f"{host}:{self._port}")
