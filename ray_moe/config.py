@@ -222,7 +222,7 @@ class BalanceConfig(Section):
     """Place replicas so that all experts most likely survive the loss of so many nodes, whichever; then balance."""
     domain_label: str = ""
     """Label of the nodes that names their failure domain, over which replicas are spread: ray.io/availability-zone."""
-    drain_s: Seconds = 1
+    drain_s: Seconds = 0.5
     """Seconds that an actor keeps an expert after no routing table names it there any more."""
     return_s: Seconds = 60
     """Seconds that a lost actor is expected back before plans are made without it."""

@@ -82,6 +82,8 @@ class Controller:
         self._failure: RayMoEError | None = None
         self._was_ready = False
         self._stopping = False
+        self._wakes_s: float | None = None
+        """When `_wake` is next called."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Lock()
         self._started = False
@@ -246,6 +248,16 @@ class Controller:
         for instruction in self._state.handle(event, time.monotonic()):
             self._carry_out(instruction)
         self._was_ready = self._was_ready or self._is_whole
+        due_s = self._state.next_due_s
+        if due_s is not None and due_s != self._wakes_s:
+            self._wakes_s = due_s
+            asyncio.get_running_loop().call_later(max(0.0, due_s - time.monotonic()), self._wake, due_s)
+
+    def _wake(self, due_s: float) -> None:
+        """It is time for what waited to be dropped, or to be tried again."""
+        if self._wakes_s == due_s and not self._stopping:
+            self._wakes_s = None
+            self._handle(ev.Ticked())
 
     def _carry_out(self, instruction: ev.Instruction) -> None:
         match instruction:

@@ -133,6 +133,11 @@ class Cluster:
             self.rates = self.load.rates(self.now_s)
         return self.rates
 
+    @property
+    def next_due_s(self) -> float | None:
+        """When there will be something to do, if nothing happens before; None when that is not known."""
+        return min(self.due.values(), default=None)
+
     # --- what there is room for -------------------------------------------------------------------------------
     def room_bytes(self, but: Collection[HostId] = ()) -> dict[HostId, int]:
         """What each member could hold on top of what it holds or is to hold."""
