@@ -94,7 +94,11 @@ def waves(
         used_bytes: what hosts hold now; None: what `current` says.
     """
     rest = moves(current, target)
-    rest.sort(key=lambda move: (bool(move.before), not move.removed, -_rate(load, move.layer, move.expert)))
+
+    def order(move: Move) -> tuple[bool, bool, float]:
+        return bool(move.before), not move.removed, -_rate(load, move.layer, move.expert)
+
+    rest.sort(key=order)
     used = held_bytes(current, expert_bytes) if used_bytes is None else dict(used_bytes)
     room = _Room(used, max_bytes, expert_bytes)
     steps: list[list[Move]] = []
@@ -113,7 +117,9 @@ def waves(
                     lacking[host] += room.size(move)
         released, rest = _released(left, lacking, room)
         if not any(move.added for move in taken):  # a replica that goes first is not gone at once: some do not wait
+            rest.sort(key=lambda move: (bool(move.before), -_rate(load, move.layer, move.expert)))
             forced, rest = _forced(rest, {(move.layer, move.expert) for move in released}, room)
+            rest.sort(key=order)
             taken += forced
         taken += released
         if not taken:
@@ -166,7 +172,7 @@ def _released(left: Sequence[Move], lacking: Mapping[HostId, int], room: _Room) 
 
 
 def _forced(left: Sequence[Move], but: set[ExpertKey], room: _Room) -> tuple[list[Move], list[Move]]:
-    """Moves that exceed limits, those least that do so first, each host by one expert at the most; what is left.
+    """Moves that exceed limits, in their order, each host by one expert at the most; what is left.
 
     Not on hosts that are over their limit already: they may have to hold that for long, for others that are lost.
 
@@ -174,7 +180,7 @@ def _forced(left: Sequence[Move], but: set[ExpertKey], room: _Room) -> tuple[lis
     """
     forced: list[Move] = []
     strained: set[HostId] = set()
-    for move in sorted(left, key=lambda move: room.size(move) - min(room.free(host) for host in move.added)):
+    for move in left:
         within = all(room.free(host) >= 0 for host in move.added)
         if within and strained.isdisjoint(move.added) and (move.layer, move.expert) not in but:
             forced.append(move)
