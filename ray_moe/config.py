@@ -289,12 +289,14 @@ class TransportConfig(Section):
 
 
 class ServerConfig(Section):
-    """The gRPC front door."""
+    """The front doors: gRPC and HTTP."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every interface, and there is no encryption yet."""
     port: Annotated[int, Field(ge=0, le=65535), _Number] = 8476
-    """TCP port to listen on; 0 takes a free one."""
+    """TCP port for gRPC; 0 takes a free one."""
+    http_port: Annotated[int, Field(ge=0, le=65535), _Number] | None = 8477
+    """TCP port for HTTP, which speaks OpenAI's interface; 0 takes a free one, null opens none."""
     max_request_bytes: Annotated[Bytes, Field(ge=2**12, le=2**31 - 1)] = 512 * 2**20
     """Size of the largest message a client may send; at most 2 GiB, which is gRPC's limit."""
     max_in_flight_bytes: Annotated[Bytes, Field(ge=2**12)] = 4 * 2**30

@@ -172,7 +172,7 @@ def save(name: str, folder: str | Path, dtype: torch.dtype = torch.float32, seed
     return model
 
 
-def save_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+def save_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Write a byte-level tokenizer with 3 special tokens and the 256 bytes (a vocabulary of 259)."""
     specials = ["<pad>", "<bos>", "<eos>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -182,5 +182,6 @@ def save_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=specials[0], bos_token=specials[1], eos_token=specials[2]
     )
+    fast.chat_template = chat_template
     fast.save_pretrained(folder)
     return fast

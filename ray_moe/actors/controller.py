@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from ray_moe.actors import nodes
-from ray_moe.actors.spec import ClusterStatus, HostReport, RouterReport, ServiceSpec, cluster_settings
+from ray_moe.actors.spec import ClusterStatus, HostReport, Ports, RouterReport, ServiceSpec, cluster_settings
 from ray_moe.errors import InvalidRequest, NotFound, RayMoEError
 from ray_moe.policy import events as ev
 from ray_moe.policy import planner
@@ -76,8 +76,8 @@ class Controller:
         self._published = asyncio.Event()
         self._events: deque[ClusterEvent] = deque(maxlen=NUM_EVENTS)
         self._router: Any = None
-        self._router_port = 0
-        self._last_port = 0
+        self._ports = Ports()
+        self._last_ports = Ports()
         self._router_report: RouterReport | None = None
         self._failure: RayMoEError | None = None
         self._was_ready = False
@@ -167,7 +167,7 @@ class Controller:
             state=self._state_name(),
             epoch=state.table.epoch,
             hosts=tuple(self._host_status(host) for host in _by_number(state.hosts.values())),
-            router_port=self._router_port,
+            ports=self._ports,
             changing=change,
             events=tuple(self._events),
             p_lossless=p_lossless(state.table.placement, nodes_of, max(1, self._settings.goals.survive_nodes)),
@@ -450,13 +450,13 @@ class Controller:
             try:
                 self._router = await self._launcher.start_router.remote(ended)
                 ended = False
-                self._router_port = self._last_port = await self._router.start.remote(self._last_port)
+                self._ports = self._last_ports = await self._router.start.remote(self._last_ports)
                 self._was_ready = self._was_ready or self._is_whole
                 await self._router.until_lost.remote()
             except ActorUnavailableError:  # Ray restarts it
-                self._router_port = 0
+                self._ports = Ports()
             except RayError as error:  # for good, or it cannot start
-                self._router_port, ended = 0, not isinstance(error, RayTaskError)
+                self._ports, ended = Ports(), not isinstance(error, RayTaskError)
                 self._note_failure("the router cannot start", error)
                 await asyncio.sleep(FAILED_S)
             await asyncio.sleep(RETRY_S)
@@ -465,7 +465,7 @@ class Controller:
     @property
     def _is_whole(self) -> bool:
         """Whether clients are answered and every expert has a living replica (or nobody is meant to have any)."""
-        return bool(self._router_port) and (self._state.table.is_complete or self._state.is_asleep)
+        return bool(self._ports.grpc) and (self._state.table.is_complete or self._state.is_asleep)
 
     def _state_name(self) -> str:
         if self._is_whole:

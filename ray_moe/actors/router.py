@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_moe.actors.chaos import run_chaos
-from ray_moe.actors.spec import ClusterStatus, FrontDoor, RouterReport, ServiceSpec, transport_settings
+from ray_moe.actors.spec import ClusterStatus, FrontDoor, Ports, RouterReport, ServiceSpec, transport_settings
 from ray_moe.errors import InsufficientResources, InvalidConfig, RayMoEError, Unavailable
 from ray_moe.policy.load import TokenCounts
 from ray_moe.types import (
@@ -72,7 +72,7 @@ class Router:
         self._started_at = time.monotonic()
         self._starting = asyncio.Lock()
         self._door: FrontDoor | None = None
-        self._port = 0
+        self._ports = Ports()
         self._engine: Engine | None = None
         self._dispatcher: ExpertDispatcher | None = None
         self._partition: PartitionedTransport | None = None
@@ -86,19 +86,20 @@ class Router:
         torch.set_num_threads(spec.config.router.num_threads)
 
     # --- life ------------------------------------------------------------------------------------------------
-    async def start(self, port: int = 0) -> int:
-        """Listen, load the backbone, connect to the experts; returns the port of the front door. Idempotent.
+    async def start(self, before: Ports = Ports()) -> Ports:  # noqa: B008 -- frozen
+        """Listen, load the backbone, connect to the experts; returns the ports of the front door. Idempotent.
 
-        The front door listens from the beginning and says that it is not ready until all of that is done. `port` is
+        The front door listens from the beginning and says that it is not ready until all of that is done. `before` is
         where an earlier life of the router listened, so that clients find this one; 0 is the configured port.
         """
         async with self._starting:
             if self._engine is not None:
-                return self._port
+                return self._ports
             if self._door is None:
                 server = self._spec.config.server
-                door = self._spec.open_door(self, server.model_copy(update={"port": port or server.port}))
-                self._port = await door.start()
+                ports = {"port": before.grpc or server.port, "http_port": before.http or server.http_port}
+                door = self._spec.open_door(self, server.model_copy(update=ports))
+                self._ports = await door.start()
                 self._door = door
             dispatcher = self._dispatcher or self._make_dispatcher()
             self._dispatcher = dispatcher
@@ -110,7 +111,7 @@ class Router:
             engine = await asyncio.to_thread(self._load, dispatcher)
             await self._table_arrived.wait()
             self._engine = engine
-            return self._port
+            return self._ports
 
     async def epoch(self) -> int:
         """Epoch of the routing table in use, for a controller that was restarted."""
@@ -350,7 +351,7 @@ class Router:
         try:
             cluster: ClusterStatus = await asyncio.wait_for(self._controller().status.remote(), 5.0)
         except (RayError, ValueError, asyncio.TimeoutError):
-            cluster = ClusterStatus("degraded", 0, (), self._port)
+            cluster = ClusterStatus("degraded", 0, (), self._ports)
         dispatcher = self._dispatcher
         return ServiceStatus(
             model=self._spec.config.model,

@@ -16,11 +16,19 @@ from ray_moe.transport.settings import TransportSettings
 from ray_moe.types import ClusterEvent, HostAddress, HostId, HostStatus, LayerPath, LayerSpec, Placement
 
 
-class FrontDoor(Protocol):
-    """A server that answers clients on behalf of a router (`service/grpc/server.py`)."""
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where a router listens; 0 is nowhere."""
 
-    async def start(self) -> int:
-        """Listen; returns the port. Raises `InsufficientResources` when the port is taken."""
+    grpc: int = 0
+    http: int = 0
+
+
+class FrontDoor(Protocol):
+    """What answers clients on behalf of a router (`service/doors.py`)."""
+
+    async def start(self) -> Ports:
+        """Listen. Raises `InsufficientResources` when a port is taken."""
         ...
 
     async def stop(self, grace_s: float) -> None: ...
@@ -105,8 +113,8 @@ class ClusterStatus:
     """``starting``, ``ready``, ``degraded`` or ``failed``."""
     epoch: int
     hosts: tuple[HostStatus, ...]
-    router_port: int
-    """Port of the front door; 0 while it does not listen."""
+    ports: Ports
+    """Of the front doors."""
     changing: str = ""
     """The change of the cluster that is under way; empty when there is none."""
     events: tuple[ClusterEvent, ...] = ()

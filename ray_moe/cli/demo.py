@@ -106,7 +106,7 @@ def _config(model: Path) -> Config:
         ray=RayConfig(num_cpus=2),
         experts=ExpertsConfig(num_actors=NUM_ACTORS, num_cpus=0.2, standby_actors=1, standby_preload=True),
         router=RouterConfig(num_cpus=0.5),
-        server=ServerConfig(port=0),
+        server=ServerConfig(port=0, http_port=None),
     )
 
 

@@ -27,7 +27,8 @@ def run(config: Config, interrupts: Interrupts) -> None:
             service.start()
         interrupts.install()
         console.print(
-            f"serving {config.model} on {service.address} (gRPC)\n"
+            f"serving {config.model} on {service.address} (gRPC)"
+            f"{f' and {service.http_address}/v1 (OpenAI)' if service.http_address else ''}\n"
             f"  ray-moe generate 'Hello' --server {service.address}\n"
             f"  ray-moe status --server {service.address}\n"
             "Ctrl-C stops",

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_moe import __version__, errors
 from ray_moe.actors.controller import Controller
 from ray_moe.actors.launcher import Launcher, worker_env
-from ray_moe.actors.spec import ClusterStatus, ServiceSpec
+from ray_moe.actors.spec import ClusterStatus, Ports, ServiceSpec
 from ray_moe.config import Config
 from ray_moe.errors import RayMoEError, Unavailable
 from ray_moe.models.huggingface import Checkpoint
@@ -53,14 +53,22 @@ class Service:
         self._joined = cluster.Joined.NOT_YET
         self._launcher: Any = None
         self._controller: Any = None
-        self._port = 0
+        self._ports = Ports()
         self._stopped = threading.Event()
 
     @property
     def address(self) -> str:
         """``host:port`` of the gRPC front door."""
+        return self._at(self._ports.grpc)
+
+    @property
+    def http_address(self) -> str:
+        """``http://host:port`` of the HTTP front door; empty when there is none."""
+        return f"http://{self._at(self._ports.http)}" if self._ports.http else ""
+
+    def _at(self, port: int) -> str:
         host = "127.0.0.1" if self.config.server.host in ("0.0.0.0", "::") else self.config.server.host
-        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def start(self) -> None:
         """Start everything and return when clients can be answered.
@@ -103,7 +111,7 @@ class Service:
             hosts=hosts,
             standbys=standbys,
             token=secrets.token_urlsafe(32),
-            open_door=doors.open_grpc,
+            open_door=doors.open_all,
         )
         preflight.check(spec, checkpoint.backbone_bytes, room)
         return spec
@@ -141,7 +149,7 @@ class Service:
                 if status.state == "failed":
                     error_class: type[RayMoEError] = getattr(errors, status.failure_class, RayMoEError)
                     raise error_class(status.failure)
-                self._port = status.router_port
+                self._ports = status.ports
                 ready = sum(host.state in ("ready", "standby") for host in status.hosts)
                 self._on_progress(
                     ServiceProgress(

@@ -1,25 +1,60 @@
 """The front doors that a router opens; the composition root hands them down by name.
 
 Every actor of a service gets that name with its specification and so imports this module, also those that only
-coordinate: it must not import torch or transformers, which take seconds.
+coordinate: it must not import torch, transformers or the HTTP server, which take seconds.
 """
 
 from __future__ import annotations
 
-from ray_moe.actors.spec import FrontDoor
+import asyncio
+
+from ray_moe.actors.spec import FrontDoor, Ports
 from ray_moe.config import ServerConfig
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.server import FrontDoor as GrpcFrontDoor
 
 
-def open_grpc(backend: Backend, server: ServerConfig) -> FrontDoor:
-    """The gRPC front door of a router."""
-    return GrpcFrontDoor(
-        backend,
-        server.host,
-        server.port,
-        max_request_bytes=server.max_request_bytes,
-        max_forward_tokens=server.max_forward_tokens,
-        max_prompt_bytes=server.max_prompt_bytes,
-        max_in_flight_bytes=server.max_in_flight_bytes,
-    )
+def open_all(backend: Backend, server: ServerConfig) -> FrontDoor:
+    """gRPC, and HTTP where it is wanted."""
+    return Doors(backend, server)
+
+
+class Doors:
+    """Of one router: they open and close together."""
+
+    def __init__(self, backend: Backend, server: ServerConfig) -> None:
+        self._grpc = GrpcFrontDoor(
+            backend,
+            server.host,
+            server.port,
+            max_request_bytes=server.max_request_bytes,
+            max_forward_tokens=server.max_forward_tokens,
+            max_prompt_bytes=server.max_prompt_bytes,
+            max_in_flight_bytes=server.max_in_flight_bytes,
+        )
+        self._http = None
+        if server.http_port is not None:
+            from ray_moe.service.openai.jobs import RequestLimits
+            from ray_moe.service.openai.server import HttpFrontDoor
+
+            self._http = HttpFrontDoor(
+                backend,
+                server.host,
+                server.http_port,
+                limits=RequestLimits(max_prompt_bytes=server.max_prompt_bytes),
+                max_in_flight_bytes=server.max_in_flight_bytes,
+            )
+
+    async def start(self) -> Ports:
+        """Listen. Raises `InsufficientResources` when a port is taken; then none listens."""
+        grpc_port = await self._grpc.start()
+        try:
+            return Ports(grpc_port, 0 if self._http is None else await self._http.start())
+        except BaseException:
+            await self._grpc.stop(0.0)
+            raise
+
+    async def stop(self, grace_s: float) -> None:
+        """Admit nothing more, give requests in flight `grace_s`, then cancel them."""
+        doors = [door for door in (self._grpc, self._http) if door is not None]
+        await asyncio.gather(*(door.stop(grace_s) for door in doors))

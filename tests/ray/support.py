@@ -38,7 +38,7 @@ def make_config(model: Path | str, settings: Mapping[str, Any]) -> Config:
         "experts": {"num_cpus": 0.1, "num_gpus": GPU_SHARE, "num_actors": 2, "start_timeout_s": 120},
         "router": {"num_cpus": 0.1, "num_gpus": GPU_SHARE, "max_concurrent_requests": 16},
         "balance": {"enabled": False},  # what a test does not ask for does not move
-        "server": {"port": 0, "grace_s": 1},
+        "server": {"port": 0, "http_port": None, "grace_s": 1},
     }
     for name, value in settings.items():
         tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value

@@ -141,7 +141,7 @@ def test_nodes_come_with_the_load_and_go_with_it(mixtral, address, tmp_path) -> 
     port = free_port()
     command = [str(BIN / "ray-moe"), "serve", str(folder), "--address", address, "--port", str(port)]
     command += ["--config", str(ROOT / "cluster/local-autoscaling-service.yaml"), "--set", "ray.auth=disabled"]
-    command += ["--set", "router.max_concurrent_requests=1"]
+    command += ["--set", "router.max_concurrent_requests=1", "--set", "server.http_port=null"]
     began_s = time.monotonic()
     with running(command, tmp_path / "serve.log"), Client(f"127.0.0.1:{port}") as client:
         client.wait_ready(120)

@@ -70,6 +70,7 @@ class Command:
 def command(model: Path, log: Path) -> Iterator[Command]:
     """Start the command in a process group of its own, as a shell does; kill whatever outlives the block."""
     arguments = [sys.executable, "-m", "ray_moe.cli.main", "serve", str(model), "--actors", "1", "--port", "0"]
+    arguments += ["--set", "server.http_port=null"]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*arguments, *(part for setting in SETTINGS for part in ("--set", setting))],

@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayTaskError
 
+from ray_moe.actors.spec import Ports
 from ray_moe.config import Config
 from ray_moe.errors import InvalidCheckpoint, RayMoEError
 from ray_moe.service.app import Service
@@ -26,8 +27,11 @@ from ray_moe.service.app import Service
 )
 def test_the_address_can_be_dialled(host: str, address: str) -> None:
     service = Service(Config.model_validate({"server": {"host": host}}))
-    service._port = 8476
+    service._ports = Ports(8476)
     assert service.address == address
+    assert service.http_address == ""
+    service._ports = Ports(8476, 8477)
+    assert service.http_address == f"http://{address.replace('8476', '8477')}"
 
 
 class Unanswered:
