@@ -28,30 +28,38 @@ RAY_MOE = [command for command in COMMANDS if command.startswith("ray-moe ")]
 
 
 @pytest.fixture(scope="module")
-def address(serve_module, tmp_path_factory):
+def service(serve_module, tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     save("qwen3_moe", folder, vocab_size=259, hidden_size=128)
     save_tokenizer(folder)
-    return serve_module(folder).address
+    return serve_module(folder, server={"http_port": 0})
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
 
 
-def test_the_python_block_runs(address):
-    assert len(PYTHON) == 1
-    result = run(sys.executable, "-c", PYTHON[0].replace("127.0.0.1:8476", address))
+def run_block(service, number):
+    """What a block of Python prints; it names the ports that are usual."""
+    block = PYTHON[number].replace("127.0.0.1:8476", service.address)
+    result = run(sys.executable, "-c", block.replace("http://127.0.0.1:8477", service.http_address))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-2:] == ["(5, 128)", "(5, 128)"]
+    return result.stdout
 
 
-def test_the_commands_against_a_running_service_run(address):
+def test_the_python_blocks_run(service):
+    assert len(PYTHON) == 3
+    assert run_block(service, 0).splitlines()[-2:] == ["(5, 128)", "(5, 128)"]
+    assert run_block(service, 1)
+    assert run_block(service, 2)
+
+
+def test_the_commands_against_a_running_service_run(service):
     asking = [command for command in RAY_MOE if command.split()[1] in ("generate", "status", "config")]
     asking += [command for command in RAY_MOE if "--dry-run" in command]
     assert len(asking) == 4
     for command in asking:
-        server = [] if " config " in command else ["--server", address]
+        server = [] if " config " in command else ["--server", service.address]
         result = run(sys.executable, "-m", "ray_moe.cli.main", *shlex.split(command)[1:], *server)
         assert result.returncode == 0, f"{command}: {result.stderr}"
         assert result.stdout.strip()
