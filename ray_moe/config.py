@@ -6,6 +6,7 @@ Every setting has a description, a unit where it has one, and a range. Where the
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Literal
 
@@ -40,6 +41,11 @@ def _device(value: str) -> str:
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         return value
     raise ValueError("should be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+
+def _absolute(file: str) -> str:
+    """Actors have another working directory than whoever wrote this."""
+    return os.path.abspath(os.path.expanduser(file)) if file else ""
 
 
 _RESERVED = {
@@ -85,6 +91,7 @@ _Number = BeforeValidator(_not_bool)
 Count = Annotated[int, Field(ge=1), _Number]
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), _Number]
 Seconds = Annotated[float, Field(gt=0), _Number]
+File = Annotated[str, AfterValidator(_absolute)]
 Devices = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one), _Number]
 
 
@@ -292,11 +299,19 @@ class ServerConfig(Section):
     """The front doors: gRPC and HTTP."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every interface, and there is no encryption yet."""
+    """Address to listen on; 0.0.0.0 is every interface: then set `keys_file` and `tls_cert_file`."""
     port: Annotated[int, Field(ge=0, le=65535), _Number] = 8476
     """TCP port for gRPC; 0 takes a free one."""
     http_port: Annotated[int, Field(ge=0, le=65535), _Number] | None = 8477
     """TCP port for HTTP, which speaks OpenAI's interface; 0 takes a free one, null opens none."""
+    keys_file: File = ""
+    """File of API keys (`ray-moe keys`), followed when it changes; empty lets everybody in."""
+    tls_cert_file: File = ""
+    """Certificate in PEM, followed by those up to the root; read again when it changes. Empty: no encryption."""
+    tls_key_file: File = ""
+    """Its private key in PEM, not encrypted."""
+    tls_client_ca_file: File = ""
+    """Roots of clients' certificates; when set, clients without one are refused."""
     max_request_bytes: Annotated[Bytes, Field(ge=2**12, le=2**31 - 1)] = 512 * 2**20
     """Size of the largest message a client may send; at most 2 GiB, which is gRPC's limit."""
     max_in_flight_bytes: Annotated[Bytes, Field(ge=2**12)] = 4 * 2**30
@@ -308,6 +323,16 @@ class ServerConfig(Section):
     """Size of a prompt given as text, in UTF-8; a longer one is refused before it is split into tokens."""
     grace_s: Annotated[float, Field(ge=0), _Number] = 5
     """Seconds that requests in flight may go on when the service stops."""
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> ServerConfig:
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            raise ValueError("tls_cert_file and tls_key_file go together; set both, or neither")
+        if self.tls_client_ca_file and not self.tls_cert_file:
+            raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
+        if self.keys_file and not self.tls_cert_file and self.host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError("keys would travel unencrypted: set tls_cert_file and tls_key_file, or host to 127.0.0.1")
+        return self
 
 
 class Config(Section):

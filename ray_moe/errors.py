@@ -1,13 +1,24 @@
 """Every error a caller can meet, one class per thing the caller can do about it.
 
 The class decides the gRPC and HTTP code (one table, in `wire/status.py`). All of them are built from one
-message, so they survive pickling and can be rebuilt on the other side of a wire from (class name, message).
-A message says what was wrong, what was expected, and what to do.
+message and, where a time to retry is known, `retry_after_s`; so they survive pickling and can be rebuilt on the other
+side of a wire. A message says what was wrong, what was expected, and what to do.
 """
 
 
 class RayMoEError(Exception):
     """Base of all errors of this package."""
+
+    def __init__(self, *args: object, retry_after_s: float | None = None) -> None:
+        """Keeps what it is told.
+
+        Args:
+            args: the message.
+            retry_after_s: seconds from now after which the same call may succeed, for `Overloaded` and `Unavailable`.
+                None: not known.
+        """
+        super().__init__(*args)
+        self.retry_after_s = retry_after_s  # no default on the class: Ray's stand-ins look absent attributes up here
 
     @property
     def message(self) -> str:
@@ -32,7 +43,11 @@ class InvalidConfig(RayMoEError):
 
 
 class Unauthenticated(RayMoEError):
-    """The token is absent or wrong."""
+    """The API key is absent, unknown or expired: send a valid one."""
+
+
+class PermissionDenied(RayMoEError):
+    """The API key is valid but lacks the role that the call needs: use a key that has it."""
 
 
 # --- The checkpoint -----------------------------------------------------------------------------------------
@@ -50,7 +65,7 @@ class InsufficientResources(RayMoEError):
 
 
 class Overloaded(RayMoEError):
-    """Too much work is queued already: retry later."""
+    """Too much work is queued already, or the caller's own limit is reached: retry later (`retry_after_s`)."""
 
 
 class Unavailable(RayMoEError):

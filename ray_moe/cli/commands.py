@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import ray_moe
+from ray_moe.cli.keys import keys
 from ray_moe.cli.terminal import Interrupts, told
 from ray_moe.config_sources import ENV_PREFIX, LoadedConfig, load_config, show_config
 from ray_moe.errors import InvalidConfig
@@ -23,6 +24,7 @@ commands = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+commands.add_typer(keys, name="keys")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML.")]
 Set = Annotated[

@@ -22,6 +22,7 @@ USER_ERRORS = (
     errors.NotFound,
     errors.InvalidConfig,
     errors.Unauthenticated,
+    errors.PermissionDenied,
     errors.InvalidCheckpoint,
     errors.UnsupportedModel,
     errors.InsufficientResources,

@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is load
 import grpc
 
 from ray_moe.errors import Cancelled, InvalidRequest, RayMoEError, Unavailable
-from ray_moe.wire.status import ERROR_KEY, from_status
+from ray_moe.wire.status import ERROR_KEY, RETRY_AFTER_KEY, from_status
 
 DEFAULT_TARGET: Final = "127.0.0.1:8476"
 DEFAULT_TIMEOUT_S: Final = 300.0
@@ -80,18 +80,28 @@ def to_error(error: grpc.RpcError, target: str, timeout_s: float | None) -> RayM
     """The error that a failed call raises: the service's own, or one of the way there, which names the target."""
     call = cast(grpc.Call, error)  # the stubs leave RpcError without what it has
     code, details = call.code(), call.details() or ""
-    for key, value in call.trailing_metadata() or ():
-        if key == ERROR_KEY:
-            return from_status(code, details, str(value))
+    trailers = {key: str(value) for key, value in call.trailing_metadata() or ()}
+    if ERROR_KEY in trailers:
+        return from_status(code, details, trailers[ERROR_KEY], trailers.get(RETRY_AFTER_KEY))
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return InvalidRequest(f"{target} takes no message of this size ({details}): send fewer tokens at a time")
     explain = {
-        grpc.StatusCode.UNAVAILABLE: f"the service at {target} cannot be reached, or broke off (is it running there?)",
+        grpc.StatusCode.UNAVAILABLE: _why_unreachable(target, details),
         grpc.StatusCode.DEADLINE_EXCEEDED: f"no answer from {target} within {timeout_s} s; give it more (timeout_s)",
         grpc.StatusCode.UNIMPLEMENTED: f"what listens at {target} is not a ray_moe service of this version",
         grpc.StatusCode.CANCELLED: f"the call to {target} was cancelled",
     }
     return from_status(code, f"{explain.get(code, f'the call to {target} failed')}: {details}", None)
+
+
+def _why_unreachable(target: str, details: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in details or "Peer name" in details:
+        return f"the certificate of {target} is not trusted, or is not for that name (ca_file names other roots)"
+    if "WRONG_VERSION_NUMBER" in details:
+        return f"what listens at {target} does not speak TLS; connect without, if you trust the way there"
+    if "andshake failed" in details:
+        return f"no TLS connection with the service at {target} (does it want a certificate of the client?)"
+    return f"the service at {target} cannot be reached, or broke off (is it running there?)"
 
 
 class ReadyPoll:

@@ -7,11 +7,16 @@ coordinate: it must not import torch, transformers or the HTTP server, which tak
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from typing import cast
 
 from ray_moe.actors.spec import FrontDoor, Ports
 from ray_moe.config import ServerConfig
+from ray_moe.service.auth import KeyRing
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.server import FrontDoor as GrpcFrontDoor
+from ray_moe.service.metering import MeteredBackend
+from ray_moe.service.tls import TlsFiles
 
 
 def open_all(backend: Backend, server: ServerConfig) -> FrontDoor:
@@ -23,6 +28,12 @@ class Doors:
     """Of one router: they open and close together."""
 
     def __init__(self, backend: Backend, server: ServerConfig) -> None:
+        self._keys = KeyRing(Path(server.keys_file) if server.keys_file else None)
+        tls = None
+        if server.tls_cert_file:
+            client_ca = Path(server.tls_client_ca_file) if server.tls_client_ca_file else None
+            tls = TlsFiles(Path(server.tls_cert_file), Path(server.tls_key_file), client_ca)
+        backend = cast(Backend, MeteredBackend(backend))
         self._grpc = GrpcFrontDoor(
             backend,
             server.host,
@@ -31,6 +42,8 @@ class Doors:
             max_forward_tokens=server.max_forward_tokens,
             max_prompt_bytes=server.max_prompt_bytes,
             max_in_flight_bytes=server.max_in_flight_bytes,
+            keys=self._keys,
+            tls=tls,
         )
         self._http = None
         if server.http_port is not None:
@@ -43,10 +56,16 @@ class Doors:
                 server.http_port,
                 limits=RequestLimits(max_prompt_bytes=server.max_prompt_bytes),
                 max_in_flight_bytes=server.max_in_flight_bytes,
+                keys=self._keys,
+                tls=tls,
             )
 
     async def start(self) -> Ports:
-        """Listen. Raises `InsufficientResources` when a port is taken; then none listens."""
+        """Listen. Then none listens if one cannot.
+
+        Raises: `InsufficientResources` when a port is taken, `InvalidConfig` for wrong files of keys or certificates.
+        """
+        self._keys.load()
         grpc_port = await self._grpc.start()
         try:
             return Ports(grpc_port, 0 if self._http is None else await self._http.start())

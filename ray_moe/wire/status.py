@@ -1,11 +1,12 @@
 """Errors on the wire: one table from error class to gRPC code and HTTP code, and the way there and back.
 
-The class itself travels as its name in the trailing metadata, so that a client raises the very class that the service
-raised. Used by every front door and by the client; it decides nothing about retries.
+The class itself travels as its name in the trailing metadata, and so does the time to retry, so that a client raises
+what the service raised. Used by every front door and by the client; it decides nothing about retries.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -16,6 +17,9 @@ from ray_moe.errors import RayMoEError
 
 ERROR_KEY = "ray-moe-error"
 """Trailing metadata that names the class of an error."""
+
+RETRY_AFTER_KEY = "ray-moe-retry-after-s"
+"""Trailing metadata with the seconds after which a retry may succeed, where they are known."""
 
 MAX_DETAILS_BYTES = 2000
 """A longer message is cut: gRPC writes each byte as up to three and lets no more than 8 KiB of trailers through."""
@@ -30,6 +34,7 @@ CODES: MappingProxyType[type[RayMoEError], tuple[grpc.StatusCode, int]] = Mappin
         errors.NotFound: (_Code.NOT_FOUND, 404),
         errors.InvalidConfig: (_Code.FAILED_PRECONDITION, 400),
         errors.Unauthenticated: (_Code.UNAUTHENTICATED, 401),
+        errors.PermissionDenied: (_Code.PERMISSION_DENIED, 403),
         errors.InvalidCheckpoint: (_Code.DATA_LOSS, 500),
         errors.UnsupportedModel: (_Code.UNIMPLEMENTED, 501),
         errors.InsufficientResources: (_Code.RESOURCE_EXHAUSTED, 507),
@@ -53,7 +58,7 @@ _FOREIGN: dict[grpc.StatusCode, type[RayMoEError]] = {
     _Code.UNIMPLEMENTED: errors.InvalidRequest,
     _Code.NOT_FOUND: errors.NotFound,
     _Code.UNAUTHENTICATED: errors.Unauthenticated,
-    _Code.PERMISSION_DENIED: errors.Unauthenticated,
+    _Code.PERMISSION_DENIED: errors.PermissionDenied,
     _Code.RESOURCE_EXHAUSTED: errors.Overloaded,
     _Code.UNAVAILABLE: errors.Unavailable,
     _Code.ABORTED: errors.Unavailable,
@@ -80,7 +85,10 @@ def to_status(error: RayMoEError) -> Status:
     """What a gRPC server ends the call with."""
     cls = _public_class(error)
     details = error.message.encode(errors="replace")[:MAX_DETAILS_BYTES].decode(errors="ignore")
-    return Status(CODES[cls][0], details, ((ERROR_KEY, cls.__name__),))
+    trailing_metadata = [(ERROR_KEY, cls.__name__)]
+    if error.retry_after_s is not None:
+        trailing_metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
+    return Status(CODES[cls][0], details, tuple(trailing_metadata))
 
 
 def to_http(error: RayMoEError) -> int:
@@ -88,7 +96,31 @@ def to_http(error: RayMoEError) -> int:
     return CODES[_public_class(error)][1]
 
 
-def from_status(code: grpc.StatusCode, details: str, name: str | None) -> RayMoEError:
-    """The error that a client raises; `name` is the value under `ERROR_KEY`, None when the status has none."""
+def to_http_headers(error: RayMoEError) -> dict[str, str]:
+    """The headers that belong to that code: how to authenticate, and when to retry (whole seconds, rounded up)."""
+    headers = {}
+    if isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return headers
+
+
+def from_status(code: grpc.StatusCode, details: str, name: str | None, retry_after_s: str | None = None) -> RayMoEError:
+    """The error that a client raises.
+
+    Args:
+        code, details: of the status.
+        name: the value under `ERROR_KEY`; None when the status has none.
+        retry_after_s: the value under `RETRY_AFTER_KEY`, likewise. What is no time is passed over.
+    """
     cls = _CLASSES.get(name) if name else None
-    return (cls or _FOREIGN.get(code, RayMoEError))(details)
+    return (cls or _FOREIGN.get(code, RayMoEError))(details, retry_after_s=_seconds(retry_after_s))
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None

@@ -45,28 +45,28 @@ class AdminService:
         )
 
     async def status(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context):
             messages.parse(pb.StatusRequest, data)
             return messages.status_to_proto(await self._backend.status()).SerializeToString()
 
     async def placement(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context):
             messages.parse(pb.PlacementRequest, data)
             return messages.table_to_proto(await self._backend.placement()).SerializeToString()
 
     async def plan(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context, "admin"):
             request = messages.parse(pb.PlanRequest, data)
             return messages.plan_to_proto(await self._backend.plan(request.dry_run)).SerializeToString()
 
     async def resize(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context, "admin"):
             request = messages.parse(pb.ResizeRequest, data)
             await self._backend.resize(validation.num_actors(request.num_actors))
             return pb.ResizeResponse().SerializeToString()
 
     async def drain(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context, "admin"):
             request = messages.parse(pb.DrainRequest, data)
             if not request.target:
                 raise InvalidRequest("expected the name of an expert actor, or the id of a node, as the target")
@@ -74,7 +74,7 @@ class AdminService:
             return pb.DrainResponse(host_ids=host_ids).SerializeToString()
 
     async def chaos(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context, "admin"):
             request = messages.chaos_request_from_proto(messages.parse(pb.ChaosRequest, data))
             report = await self._backend.chaos(validation.chaos(request))
             return messages.chaos_report_to_proto(report).SerializeToString()

@@ -14,7 +14,11 @@ from contextlib import asynccontextmanager, contextmanager
 import grpc
 
 from ray_moe.errors import Overloaded, RayMoEError, Unavailable
+from ray_moe.service.auth import Caller, KeyRing
 from ray_moe.service.backend import Backend
+from ray_moe.service.grpc.authentication import authenticate
+from ray_moe.service.keys import Role
+from ray_moe.service.metering import calling
 from ray_moe.wire.status import to_status
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -25,8 +29,12 @@ logger = logging.getLogger(__name__)
 class Guard:
     """The state that the calls of one server share."""
 
-    def __init__(self, backend: Backend, max_concurrent_requests: int, max_in_flight_bytes: int) -> None:
+    def __init__(
+        self, backend: Backend, max_concurrent_requests: int, max_in_flight_bytes: int, keys: KeyRing | None = None
+    ) -> None:
+        """Args: keys: who may call; None: everybody."""
         self.stopping = False
+        self._keys = keys or KeyRing(None)
         self._backend = backend
         self._max_concurrent_requests = max_concurrent_requests
         self._max_in_flight_bytes = max_in_flight_bytes
@@ -42,6 +50,7 @@ class Guard:
     async def request(self, context: Context) -> AsyncIterator[None]:
         """Around a call that makes the model work: admits it, counts it, maps its errors."""
         async with self.errors(context):
+            caller = self.caller(context, "infer")
             if self.stopping:
                 raise Unavailable("the service is stopping: retry later or elsewhere")
             if not self._backend.ready:
@@ -52,9 +61,21 @@ class Guard:
                 )
             self._num_active += 1
             try:
-                yield
+                with calling(caller):
+                    yield
             finally:
                 self._num_active -= 1
+
+    def caller(self, context: Context, role: Role | None) -> Caller:
+        """Who calls. Raises: `Unauthenticated`; `PermissionDenied` without `role`, None being any."""
+        return authenticate(self._keys, context, role)
+
+    @asynccontextmanager
+    async def known(self, context: Context, role: Role | None = None) -> AsyncIterator[None]:
+        """Around a call that asks something, or changes the cluster: by whoever has a key, of that role if named."""
+        async with self.errors(context):
+            self.caller(context, role)
+            yield
 
     @contextmanager
     def payload(self, num_bytes: int) -> Iterator[None]:

@@ -64,6 +64,7 @@ class InferenceService:
     async def forward_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         async with self._guard.request(context):
             async for data in requests:
+                self._guard.caller(context, "infer")  # a key that was revoked ends the stream
                 await context.write(await self._forward(data))
 
     async def generate(self, data: bytes, context: Context) -> None:

@@ -16,12 +16,15 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from ray_moe.errors import InsufficientResources
+from ray_moe.service.auth import KeyRing
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.admin import AdminService, HealthService
+from ray_moe.service.grpc.credentials import server_credentials
 from ray_moe.service.grpc.guard import Guard
 from ray_moe.service.grpc.inference import InferenceService
 from ray_moe.service.kserve.reflection import pool_of
 from ray_moe.service.kserve.servicer import KServeService
+from ray_moe.service.tls import TlsFiles
 from ray_moe.wire.kserve import grpc_service_pb2
 from ray_moe.wire.v1 import admin_pb2, inference_pb2
 
@@ -31,7 +34,7 @@ _PROTOS = (inference_pb2, admin_pb2, grpc_service_pb2, health_pb2, reflection_pb
 class FrontDoor:
     """The server: `start`, and later `stop`, in one event loop."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each is a setting of its own
         self,
         backend: Backend,
         host: str = "127.0.0.1",
@@ -42,23 +45,28 @@ class FrontDoor:
         max_prompt_bytes: int = 2**20,
         max_concurrent_requests: int = 512,
         max_in_flight_bytes: int = 4 * 2**30,
+        keys: KeyRing | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         """Listens nowhere yet.
 
         Args:
             backend: what does the work.
-            host: address to listen on, without encryption; ``0.0.0.0`` is every interface.
+            host: address to listen on; ``0.0.0.0`` is every interface.
             port: TCP port; 0 takes a free one.
             max_request_bytes: of one message; gRPC ends at 2 GiB.
             max_forward_tokens: of one Forward.
             max_prompt_bytes: of a prompt given as text, in UTF-8.
             max_concurrent_requests: Forward, ForwardStream and Generate calls together; more are `Overloaded`.
             max_in_flight_bytes: of all requests together; more are `Overloaded`, but one alone never is.
+            keys: who may call; None: everybody.
+            tls: certificate to encrypt with; None: no encryption.
         """
+        self._tls = tls
         self._host = host
         self._port = port
         self._max_request_bytes = max_request_bytes
-        self._guard = Guard(backend, max_concurrent_requests, max_in_flight_bytes)
+        self._guard = Guard(backend, max_concurrent_requests, max_in_flight_bytes, keys)
         self._inference = InferenceService(
             backend, self._guard, max_forward_tokens=max_forward_tokens, max_prompt_bytes=max_prompt_bytes
         )
@@ -86,7 +94,11 @@ class FrontDoor:
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server, pool)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            port = server.add_insecure_port(f"{host}:{self._port}")
+            where = f"{host}:{self._port}"
+            if self._tls is None:
+                port = server.add_insecure_port(where)
+            else:
+                port = server.add_secure_port(where, server_credentials(self._tls))
         except RuntimeError as exc:
             raise InsufficientResources(
                 f"cannot listen on {host}:{self._port}: {_why_not(self._host, self._port)}; stop what listens there, "

@@ -82,22 +82,22 @@ class KServeService:
             return pb.ModelReadyResponse(ready=ready).SerializeToString()
 
     async def server_metadata(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context):
             _message(pb.ServerMetadataRequest, data)
             return metadata.server().SerializeToString()
 
     async def model_metadata(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context):
             asked = _message(pb.ModelMetadataRequest, data)
             return metadata.metadata(self._find(asked.name, asked.version)).SerializeToString()
 
     async def model_config(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context):
             asked = _message(pb.ModelConfigRequest, data)
             return metadata.config(self._find(asked.name, asked.version)).SerializeToString()
 
     async def model_statistics(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context):
             asked = _message(pb.ModelStatisticsRequest, data)
             if asked.name:
                 models = [self._find(asked.name, asked.version)]
@@ -107,7 +107,7 @@ class KServeService:
             return self._statistics.to_proto(models).SerializeToString()
 
     async def repository_index(self, data: bytes, context: Context) -> bytes:
-        async with self._guard.errors(context):
+        async with self._guard.known(context):
             asked = _message(pb.RepositoryIndexRequest, data)
             ready = self._guard.serving
             # The one repository has no name, so no other has models.
@@ -143,7 +143,7 @@ class KServeService:
             generates = self._backend.ready and call.request.model_name == self._backend.model_name
             return Reply(call.request.id, not generates, self._answer(call))
 
-        async with self._guard.errors(context):
+        async with self._guard.known(context):
             await Stream(context, self._guard, read).answer(requests)
 
     async def _read(

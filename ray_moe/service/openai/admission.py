@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ray_moe.errors import Overloaded, Unavailable
+from ray_moe.service.auth import Caller, KeyRing, presented_key
 from ray_moe.service.backend import Backend
 
 
@@ -37,7 +38,11 @@ class Payload:
 class Admission:
     """The state that the requests of one server share."""
 
-    def __init__(self, backend: Backend, max_concurrent_requests: int, max_in_flight_bytes: int) -> None:
+    def __init__(
+        self, backend: Backend, max_concurrent_requests: int, max_in_flight_bytes: int, keys: KeyRing | None = None
+    ) -> None:
+        """Args: keys: who may call; None: everybody."""
+        self._keys = keys or KeyRing(None)
         self.max_in_flight_bytes = max_in_flight_bytes
         self.num_bytes = 0
         """Held by all requests together."""
@@ -50,6 +55,10 @@ class Admission:
         self._backend = backend
         self._max_concurrent_requests = max_concurrent_requests
         self._num_active = 0
+
+    def caller(self, headers: Mapping[str, str]) -> Caller:
+        """Who calls, by headers in lower case. Raises: `Unauthenticated`."""
+        return self._keys.identify(presented_key(headers.get("authorization"), headers.get("x-api-key")))
 
     def check(self) -> None:
         """Raise `Unavailable` unless a request would be admitted, load apart."""

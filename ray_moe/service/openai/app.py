@@ -91,14 +91,16 @@ def _add_information(app: FastAPI, backend: Backend, admission: Admission) -> No
         return Health()
 
     @app.get("/v1/models", responses=_errors(503), tags=["models"])
-    async def list_models() -> ModelList:
+    async def list_models(request: Request) -> ModelList:
         """The model that is served."""
+        admission.caller(request.headers)
         admission.check()
         return ModelList(data=[card()])
 
     @app.get("/v1/models/{name:path}", responses=_errors(404, 503), tags=["models"])
-    async def retrieve_model(name: str) -> ModelCard:
+    async def retrieve_model(name: str, request: Request) -> ModelCard:
         """One model, by its name."""
+        admission.caller(request.headers)
         admission.check()
         check_model(backend, name)
         return card()

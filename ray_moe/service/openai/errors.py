@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ray_moe.errors import InvalidRequest, RayMoEError
-from ray_moe.wire.status import to_http
+from ray_moe.wire.status import to_http, to_http_headers
 
 RETRY_AFTER_S = 1
 """What a client that came at a bad time is told to wait."""
@@ -81,8 +81,10 @@ def refusal(error: Exception, names: Mapping[str, str] | None = None, prompt: st
     message, param = error.message, None
     if isinstance(error, InvalidRequest):
         message, param = _in_their_words(message, names or {}, prompt)
-    code = _CODES.get(status)
-    return _refusal(status, message, param, code, {"retry-after": str(RETRY_AFTER_S)} if status in _RETRY else {})
+    headers = {name.lower(): value for name, value in to_http_headers(error).items()}
+    if status in _RETRY:
+        headers.setdefault("retry-after", str(RETRY_AFTER_S))
+    return _refusal(status, message, param, _CODES.get(status), headers)
 
 
 def _refusal(status: int, message: str, param: str | None, code: str | None, headers: Mapping[str, str]) -> Refusal:

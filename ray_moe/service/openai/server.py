@@ -15,10 +15,12 @@ from contextlib import contextmanager
 import uvicorn
 
 from ray_moe.errors import InsufficientResources
+from ray_moe.service.auth import KeyRing
 from ray_moe.service.backend import Backend
 from ray_moe.service.openai.admission import Admission
 from ray_moe.service.openai.app import make_app
 from ray_moe.service.openai.jobs import RequestLimits
+from ray_moe.service.tls import TlsFiles, server_context
 
 KEEP_ALIVE_S = 75
 """How long an idle connection is kept: longer than proxies and clients keep theirs, so that none is cut in use."""
@@ -39,20 +41,25 @@ class HttpFrontDoor:
         limits: RequestLimits | None = None,
         max_concurrent_requests: int = 512,
         max_in_flight_bytes: int = 4 * 2**30,
+        keys: KeyRing | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         """Listens nowhere yet.
 
         Args:
             backend: what does the work.
-            host: address to listen on, without encryption; ``0.0.0.0`` is every interface.
+            host: address to listen on; ``0.0.0.0`` is every interface.
             port: TCP port; 0 takes a free one.
             limits: of one request.
             max_concurrent_requests: completions and chat completions together; more are `Overloaded`.
             max_in_flight_bytes: of all bodies that are being read; more are `Overloaded`, but one alone never is.
+            keys: who may call; None: everybody.
+            tls: certificate to encrypt with; None: no encryption.
         """
+        self._tls = tls
         self._host = host
         self._port = port
-        self._admission = Admission(backend, max_concurrent_requests, max_in_flight_bytes)
+        self._admission = Admission(backend, max_concurrent_requests, max_in_flight_bytes, keys)
         self._app = make_app(backend, self._admission, limits)
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -65,7 +72,7 @@ class HttpFrontDoor:
         Raises:
             InsufficientResources: the port is in use, or cannot be had for another reason, which is named.
         """
-        listener = await self._listen()
+        tls, listener = self._tls, await self._listen()
         config = uvicorn.Config(
             self._app,
             http="h11",
@@ -76,6 +83,7 @@ class HttpFrontDoor:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
+            ssl_context_factory=None if tls is None else lambda config, default: server_context(tls),
         )
         self._server = _Server(config)
         self._serving = asyncio.create_task(self._server.serve([listener]))

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ray_moe.service.backend import Backend
+from ray_moe.service.metering import calling
 from ray_moe.service.openai.admission import Admission
 from ray_moe.service.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from ray_moe.service.openai.errors import refusal
@@ -64,8 +65,10 @@ class Endpoint(ABC):
 
     async def _serve(self, request: Request, reply: Reply, name: str) -> None:
         ending = self._admission.ending
+        caller = self._admission.caller(request.headers)
+        caller.require("infer")
         self._admission.check()
-        with self._admission.payload() as payload:
+        with calling(caller), self._admission.payload() as payload:
             data = await until_ending(ending, read_body(request, self.limits.max_request_bytes, payload))
             with self._admission.request():
                 job = await until_ending(ending, self.job(data), request.receive)

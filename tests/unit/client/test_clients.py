@@ -158,6 +158,13 @@ async def test_the_class_and_the_message_of_the_service_arrive_as_they_were(clie
         assert failure.value.message == backend.failure.args[0]
 
 
+async def test_the_time_to_retry_arrives(client: Any, backend: FakeBackend) -> None:
+    for backend.failure, expected in ((Overloaded("full", retry_after_s=1.5), 1.5), (Overloaded("full"), None)):
+        with pytest.raises(Overloaded) as failure:
+            await client.forward(LAYER, HIDDEN)
+        assert failure.value.retry_after_s == expected
+
+
 # --- streams of batches --------------------------------------------------------------------------------------
 async def test_a_stream_of_batches_answers_in_order(client: Any) -> None:
     dtypes = [np.float32, np.float64, np.float16]
