@@ -187,7 +187,7 @@ DISTURBANCES = (
     Disturbance("two actors of three are killed; lifeboat", THREE, kill_hosts(2)),
     Disturbance("an actor hangs (SIGSTOP)", THREE, kill_hosts(1, signal.SIGSTOP)),
     Disturbance("the controller is killed", THREE, kill_controller),
-    Disturbance("two actors, six, two, with a plan after each", TWO, resize, 400),
+    Disturbance("two actors, six, two, with a plan after each", TWO, resize, 1900),
 )
 
 
