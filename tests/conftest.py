@@ -22,6 +22,13 @@ _UNIT = Path(__file__).parent / "unit"
 
 
 @pytest.fixture(autouse=True)
+def _the_same_numbers_each_time() -> None:
+    torch = sys.modules.get("torch")  # not imported for those that need none
+    if torch is not None:
+        torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _unit_tests_start_no_ray(request: pytest.FixtureRequest) -> object:
     yield
     ray = sys.modules.get("ray")

@@ -39,7 +39,7 @@ def background():
 @pytest.fixture(params=sorted(WAYS))
 def cluster(request, background):
     """Two hosts behind real servers; the dispatcher reaches them as one on the same node does."""
-    module = ToyExperts()
+    module = ToyExperts(dtype=torch.float64)  # where rounding cannot be taken for an error
     _, table, hosts, shards = local_cluster(module, 2)
     settings = WAYS[request.param]
     servers, addresses = {}, {}
@@ -66,20 +66,21 @@ def cluster(request, background):
 @pytest.mark.parametrize("num_tokens", [1, 700])
 def test_forward(cluster, combine, num_tokens):
     module, _, make = cluster
-    hidden = torch.randn(num_tokens, 8)
+    hidden = torch.randn(num_tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     index, weight = random_routing(num_tokens, 6, 3, sentinels=True)
     with torch.no_grad():
         out = make(combine).forward(LAYER, hidden, index, weight)
-        torch.testing.assert_close(out, module.oracle(hidden, index, weight), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, module.oracle(hidden, index, weight), rtol=1e-10, atol=1e-10)
 
 
 def test_backward(cluster):
     module, shards, make = cluster
     index, weight = random_routing(300, 6, 2)
-    ours, theirs = [torch.randn(300, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    hidden = torch.randn(300, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     make().forward(LAYER, ours, index, weight).square().sum().backward()
     module.oracle(theirs, index, weight).square().sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
     for name, parameter in module.named_parameters():
         grads = torch.cat([getattr(shards[host], name).grad for host in sorted(shards)])
-        torch.testing.assert_close(grads, parameter.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(grads, parameter.grad, rtol=1e-10, atol=1e-10)
