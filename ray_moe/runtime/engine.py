@@ -8,6 +8,7 @@ nothing of Ray or gRPC. Called by the router actor; tested without Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -177,13 +178,9 @@ class Engine:
         self._refuse_if_full(len(tokens))
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Item]()
 
-        def put(items: list[Item]) -> None:
-            for item in items:
-                pieces.put_nowait(item)
-
-        def tell(items: list[Item]) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(put, items)
+        def tell(item: Item) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(pieces.put_nowait, item)
 
         stream = self._make_stream(request, tokens, tell, deadline_s)
         self._streams.add(stream)

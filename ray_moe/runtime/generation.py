@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 
 from ray_moe.errors import DeadlineExceeded, ExpertFailed, InvalidRequest, RayMoEError, Unavailable
 from ray_moe.runtime.scheduler import Scheduler, Sequence
 from ray_moe.runtime.stepper import Stepper, Work
-from ray_moe.runtime.stream import Item, Stream
+from ray_moe.runtime.stream import Stream
 from ray_moe.runtime.vitals import Vitals
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ class GenerationLoop:
         self._scheduler.remove(stream.sequence, keep)
         self._vitals.closed(stream)
         if error is not None:
-            stream.tell([error])
+            stream.tell(error)
 
     def _give_up_the_late(self) -> None:
         now_s = time.monotonic()
@@ -151,29 +150,29 @@ class GenerationLoop:
 
     def _step(self, work: Work) -> None:
         for sequence, _ in work:
-            self._vitals.begun(self._streams[sequence])
+            stream = self._streams[sequence]
+            if not stream.has_begun:
+                stream.has_begun = True
+                self._vitals.begun(stream)
         try:
             logits = self._stepper.compute(work, self._scheduler.pool)
         except Exception as error:
             self._step_failed(work, error)
             return
         greedy = logits.argmax(-1).tolist()
-        said = defaultdict[Stream, list[Item]](list)
         for row, (sequence, _) in enumerate(work):
             if sequence.num_new:  # a part of a prompt
                 continue
             stream = self._streams[sequence]
             try:
-                chunk = stream.take(greedy[row]) if stream.wants_greedy else stream.choose(logits[row])
+                chunk = stream.take(greedy[row]) if stream.wants_greedy else stream.choose(logits[row].float().cpu())
             except Exception as error:  # of its own wishes: it harms no other
                 self._fail(stream, error)
                 continue
-            said[stream].append(chunk)
             self._generated(stream)
+            stream.tell(chunk)
             if chunk.finish_reason:
                 self._end(stream, keep=True)
-        for stream, items in said.items():
-            stream.tell(items)
 
     def _generated(self, stream: Stream) -> None:
         now_s = time.monotonic()

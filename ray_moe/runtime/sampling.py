@@ -53,6 +53,7 @@ class Sampler:
         request = self._request
         return not (self._warpers or self._penalty or request.presence_penalty or request.frequency_penalty)
 
+    @torch.inference_mode()  # the logits were made in it, and may not be changed outside
     def sample(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
         """The next token behind `tokens`; [V] float32 logits on the CPU, which are changed."""
         request, scores = self._request, logits[None]

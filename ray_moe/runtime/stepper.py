@@ -49,7 +49,7 @@ class Stepper:
             pack(model)
 
     def compute(self, work: Work, pool: KVPool) -> torch.Tensor:
-        """[number of sequences, V] float32 logits on the CPU, behind what was computed of each."""
+        """[number of sequences, V] logits, behind what was computed of each."""
         with torch.inference_mode():
             try:
                 logits = self._packed(work) if self.packs else self._one_by_one(work)
@@ -57,7 +57,7 @@ class Stepper:
                 self._gathers = True
                 logits = self._packed(work)
             self._measure(work[0][0], pool)
-            return logits.float().cpu()
+            return logits
 
     def _packed(self, work: Work) -> torch.Tensor:
         tokens, positions, segments, last = list[int](), list[int](), list[Segment](), list[int]()

@@ -28,7 +28,7 @@ class Stream:
         tokenizer: Any | None,
         end_tokens: frozenset[int],
         repetition_penalty: float,
-        tell: Callable[[list[Item]], None],
+        tell: Callable[[Item], None],
         deadline_s: float | None,
     ) -> None:
         """Args:
@@ -42,6 +42,8 @@ class Stream:
         self.tell = tell
         self.deadline_s = deadline_s
         self.last_token_s: float | None = None
+        self.has_begun = False
+        """Whether any of it has been computed."""
         self.is_left = False
         """Whether nobody listens any more."""
         self._request = request

@@ -12,6 +12,7 @@ from typing import cast
 
 from ray_moe.actors.spec import FrontDoor, Ports
 from ray_moe.config import ServerConfig
+from ray_moe.service.admission import Admission
 from ray_moe.service.auth import KeyRing
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.server import FrontDoor as GrpcFrontDoor
@@ -34,6 +35,7 @@ class Doors:
             client_ca = Path(server.tls_client_ca_file) if server.tls_client_ca_file else None
             tls = TlsFiles(Path(server.tls_cert_file), Path(server.tls_key_file), client_ca)
         backend = cast(Backend, MeteredBackend(backend))
+        admission = Admission(backend, max_in_flight_bytes=server.max_in_flight_bytes, keys=self._keys)
         self._grpc = GrpcFrontDoor(
             backend,
             server.host,
@@ -41,8 +43,7 @@ class Doors:
             max_request_bytes=server.max_request_bytes,
             max_forward_tokens=server.max_forward_tokens,
             max_prompt_bytes=server.max_prompt_bytes,
-            max_in_flight_bytes=server.max_in_flight_bytes,
-            keys=self._keys,
+            admission=admission,
             tls=tls,
         )
         self._http = None
@@ -55,8 +56,7 @@ class Doors:
                 server.host,
                 server.http_port,
                 limits=RequestLimits(max_prompt_bytes=server.max_prompt_bytes),
-                max_in_flight_bytes=server.max_in_flight_bytes,
-                keys=self._keys,
+                admission=admission,
                 tls=tls,
             )
 

@@ -115,7 +115,7 @@ class HealthService:
     async def watch(self, request: HealthCheckRequest, context: HealthContext) -> None:
         last = None
         while True:
-            ends = self._guard.stopping
+            ends = self._guard.admission.stopping
             status = self._status(request.service)
             if status != last:
                 await context.write(HealthCheckResponse(status=status))
@@ -127,4 +127,4 @@ class HealthService:
     def _status(self, service: str) -> Any:
         if service not in self._services:
             return HealthCheckResponse.SERVICE_UNKNOWN
-        return HealthCheckResponse.SERVING if self._guard.serving else HealthCheckResponse.NOT_SERVING
+        return HealthCheckResponse.SERVING if self._guard.admission.serving else HealthCheckResponse.NOT_SERVING

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from ray_moe.errors import InsufficientResources
-from ray_moe.service.auth import KeyRing
+from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.admin import AdminService, HealthService
 from ray_moe.service.grpc.credentials import server_credentials
@@ -34,18 +34,16 @@ _PROTOS = (inference_pb2, admin_pb2, grpc_service_pb2, health_pb2, reflection_pb
 class FrontDoor:
     """The server: `start`, and later `stop`, in one event loop."""
 
-    def __init__(  # noqa: PLR0913 -- each is a setting of its own
+    def __init__(
         self,
         backend: Backend,
         host: str = "127.0.0.1",
         port: int = 8476,
         *,
+        admission: Admission | None = None,
         max_request_bytes: int = 512 * 2**20,
         max_forward_tokens: int = 131_072,
         max_prompt_bytes: int = 2**20,
-        max_concurrent_requests: int = 512,
-        max_in_flight_bytes: int = 4 * 2**30,
-        keys: KeyRing | None = None,
         tls: TlsFiles | None = None,
     ) -> None:
         """Listens nowhere yet.
@@ -54,19 +52,18 @@ class FrontDoor:
             backend: what does the work.
             host: address to listen on; ``0.0.0.0`` is every interface.
             port: TCP port; 0 takes a free one.
+            admission: shared with other doors of the router; None: its own, with nothing set.
             max_request_bytes: of one message; gRPC ends at 2 GiB.
             max_forward_tokens: of one Forward.
             max_prompt_bytes: of a prompt given as text, in UTF-8.
-            max_concurrent_requests: Forward, ForwardStream and Generate calls together; more are `Overloaded`.
-            max_in_flight_bytes: of all requests together; more are `Overloaded`, but one alone never is.
-            keys: who may call; None: everybody.
             tls: certificate to encrypt with; None: no encryption.
         """
         self._tls = tls
         self._host = host
         self._port = port
         self._max_request_bytes = max_request_bytes
-        self._guard = Guard(backend, max_concurrent_requests, max_in_flight_bytes, keys)
+        self._admission = admission or Admission(backend)
+        self._guard = Guard(self._admission)
         self._inference = InferenceService(
             backend, self._guard, max_forward_tokens=max_forward_tokens, max_prompt_bytes=max_prompt_bytes
         )
@@ -110,7 +107,7 @@ class FrontDoor:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Admit nothing more, give requests in flight `grace_s`, then cancel them. Idempotent."""
-        self._guard.stopping = True
+        self._admission.stopping = True
         if self._server is not None:
             await self._server.stop(grace_s)
 

@@ -73,12 +73,12 @@ class KServeService:
     async def server_ready(self, data: bytes, context: Context) -> bytes:
         async with self._guard.errors(context):
             _message(pb.ServerReadyRequest, data)
-            return pb.ServerReadyResponse(ready=self._guard.serving).SerializeToString()
+            return pb.ServerReadyResponse(ready=self._guard.admission.serving).SerializeToString()
 
     async def model_ready(self, data: bytes, context: Context) -> bytes:
         async with self._guard.errors(context):
             asked = _message(pb.ModelReadyRequest, data)
-            ready = self._guard.serving and catalog.has_model(self._backend, asked.name, asked.version)
+            ready = self._guard.admission.serving and catalog.has_model(self._backend, asked.name, asked.version)
             return pb.ModelReadyResponse(ready=ready).SerializeToString()
 
     async def server_metadata(self, data: bytes, context: Context) -> bytes:
@@ -109,7 +109,7 @@ class KServeService:
     async def repository_index(self, data: bytes, context: Context) -> bytes:
         async with self._guard.known(context):
             asked = _message(pb.RepositoryIndexRequest, data)
-            ready = self._guard.serving
+            ready = self._guard.admission.serving
             # The one repository has no name, so no other has models.
             models = self._models() if not asked.repository_name and (ready or not asked.ready) else []
             return metadata.index(models, ready).SerializeToString()

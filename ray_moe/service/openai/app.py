@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from ray_moe import __version__
 from ray_moe.errors import RayMoEError
+from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
-from ray_moe.service.openai.admission import Admission
 from ray_moe.service.openai.errors import BadRequest, refusal
 from ray_moe.service.openai.jobs import RequestLimits, check_model
 from ray_moe.service.openai.schemas import request_schemas

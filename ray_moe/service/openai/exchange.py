@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Send
 
 from ray_moe.errors import Unavailable
-from ray_moe.service.openai.admission import Payload
+from ray_moe.service.admission import Payload
 from ray_moe.service.openai.errors import BadRequest, Refusal
 
 R = TypeVar("R")

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 import uvicorn
 
 from ray_moe.errors import InsufficientResources
-from ray_moe.service.auth import KeyRing
+from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
-from ray_moe.service.openai.admission import Admission
 from ray_moe.service.openai.app import make_app
 from ray_moe.service.openai.jobs import RequestLimits
 from ray_moe.service.tls import TlsFiles, server_context
@@ -38,10 +37,8 @@ class HttpFrontDoor:
         host: str = "127.0.0.1",
         port: int = 8477,
         *,
+        admission: Admission | None = None,
         limits: RequestLimits | None = None,
-        max_concurrent_requests: int = 512,
-        max_in_flight_bytes: int = 4 * 2**30,
-        keys: KeyRing | None = None,
         tls: TlsFiles | None = None,
     ) -> None:
         """Listens nowhere yet.
@@ -50,16 +47,14 @@ class HttpFrontDoor:
             backend: what does the work.
             host: address to listen on; ``0.0.0.0`` is every interface.
             port: TCP port; 0 takes a free one.
+            admission: shared with other doors of the router; None: its own, with nothing set.
             limits: of one request.
-            max_concurrent_requests: completions and chat completions together; more are `Overloaded`.
-            max_in_flight_bytes: of all bodies that are being read; more are `Overloaded`, but one alone never is.
-            keys: who may call; None: everybody.
             tls: certificate to encrypt with; None: no encryption.
         """
         self._tls = tls
         self._host = host
         self._port = port
-        self._admission = Admission(backend, max_concurrent_requests, max_in_flight_bytes, keys)
+        self._admission = admission or Admission(backend)
         self._app = make_app(backend, self._admission, limits)
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None

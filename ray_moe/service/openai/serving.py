@@ -6,20 +6,19 @@ also for streams.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
-from ray_moe.service.metering import calling
-from ray_moe.service.openai.admission import Admission
+from ray_moe.service.offload import off_loop
 from ray_moe.service.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from ray_moe.service.openai.errors import refusal
 from ray_moe.service.openai.exchange import ClientGone, Reply, read_body, until_ending
@@ -27,11 +26,6 @@ from ray_moe.service.openai.jobs import Job, RequestLimits, chat_job, check_comp
 from ray_moe.service.openai.merging import merged
 from ray_moe.service.openai.schemas import ChatRequest, CompletionRequest, parse
 from ray_moe.types import GenerateRequest
-
-INLINE_BYTES = 2**20
-"""Smaller bodies are read in the event loop (in a few milliseconds), larger ones in a thread."""
-
-R = TypeVar("R")
 
 
 class Endpoint(ABC):
@@ -65,12 +59,11 @@ class Endpoint(ABC):
 
     async def _serve(self, request: Request, reply: Reply, name: str) -> None:
         ending = self._admission.ending
-        caller = self._admission.caller(request.headers)
-        caller.require("infer")
+        caller = self._admission.caller(request.headers, "infer")
         self._admission.check()
-        with calling(caller), self._admission.payload() as payload:
+        with self._admission.payload() as payload:
             data = await until_ending(ending, read_body(request, self.limits.max_request_bytes, payload))
-            with self._admission.request():
+            with self._admission.request(caller):
                 job = await until_ending(ending, self.job(data), request.receive)
                 del data
                 payload.release()
@@ -93,10 +86,6 @@ class Endpoint(ABC):
         await reply.event("[DONE]")
         await reply.end()
 
-    async def _off_loop(self, data: bytes, work: Callable[[bytes], R]) -> R:
-        """Do `work` on the body where it holds nobody up."""
-        return work(data) if len(data) <= INLINE_BYTES else await asyncio.to_thread(work, data)
-
 
 class CompletionEndpoint(Endpoint):
     fields: ClassVar[Mapping[str, str]] = CompletionRequest.FIELDS
@@ -104,7 +93,7 @@ class CompletionEndpoint(Endpoint):
     answer = CompletionAnswer
 
     async def job(self, data: bytes) -> Job:
-        asked, requests = await self._off_loop(data, self._read)
+        asked, requests = await off_loop(len(data), self._read, data)
         return await completion_job(self.backend, asked, requests)
 
     def _read(self, data: bytes) -> tuple[CompletionRequest, list[GenerateRequest]]:
@@ -118,7 +107,7 @@ class ChatEndpoint(Endpoint):
     answer = ChatAnswer
 
     async def job(self, data: bytes) -> Job:
-        asked = await self._off_loop(data, lambda data: parse(data, ChatRequest))
+        asked = await off_loop(len(data), parse, data, ChatRequest)
         return await chat_job(self.backend, self.limits, asked)
 
 

@@ -198,3 +198,23 @@ async def test_a_layer_by_given_routing_and_by_the_models_gate(make_engine, save
     assert not (await engine.forward(layer, hidden, (nobody, weight[:, :1]))).any()
     with pytest.raises(NotFound, match="elsewhere"):
         await engine.forward("elsewhere", hidden, None)
+
+
+async def test_wishes_of_each_request_reach_its_tokens(make_engine):
+    engine = make_engine()
+    base = {"token_ids": (5, 9, 33), "max_new_tokens": 12, "ignore_eos": True}
+    plain, penalised, told, stopped = await asyncio.gather(
+        collect(engine, **base),
+        collect(engine, **base, presence_penalty=100.0, frequency_penalty=1.0, logprobs=3),
+        collect(engine, **base, logprobs=2),
+        collect(engine, **base, temperature=1.0, top_k=1, seed=1),
+    )
+    tokens = [chunk.token_ids[0] for chunk in plain]
+    assert len({chunk.token_ids[0] for chunk in penalised}) == 12  # none comes twice
+    assert [chunk.token_ids[0] for chunk in told] == [chunk.token_ids[0] for chunk in stopped] == tokens
+    for chunk in told:
+        (logprob,) = chunk.logprobs
+        assert logprob.token_id == chunk.token_ids[0] == logprob.top[0].token_id
+        assert logprob.logprob == logprob.top[0].logprob > logprob.top[1].logprob
+    repeated = await collect(engine, **base, repetition_penalty=1e6)
+    assert len({5, 9, 33, *(chunk.token_ids[0] for chunk in repeated)}) == 15

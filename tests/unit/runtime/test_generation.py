@@ -55,9 +55,8 @@ class Listener:
         request = GenerateRequest(token_ids=tuple(prompt), **wishes)
         self.stream = Stream(request, list(prompt), None, frozenset(), 1.0, self.hear, deadline_s)
 
-    def hear(self, items):
-        for item in items:
-            self.items.put(item)
+    def hear(self, item):
+        self.items.put(item)
 
     def next(self):
         return self.items.get(timeout=LONG_S)

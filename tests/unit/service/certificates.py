@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from ray_moe.service.admission import Admission
 from ray_moe.service.grpc.admin import AdminService, HealthService
 from ray_moe.service.grpc.credentials import server_credentials
 from ray_moe.service.grpc.guard import Guard
@@ -66,7 +67,7 @@ async def grpc_server(tls: TlsFiles | None, interceptors: Sequence[Any] = ()) ->
     each handshake.
     """
     backend = FakeBackend()
-    guard = Guard(backend, 100, 2**30)
+    guard = Guard(Admission(backend))
     inference = InferenceService(backend, guard, max_forward_tokens=1000, max_prompt_bytes=1000)
     server = grpc.aio.server(interceptors=list(interceptors))
     services = (inference, AdminService(backend, guard), HealthService(guard, frozenset()))

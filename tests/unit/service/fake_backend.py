@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_moe.errors import InvalidRequest
+from ray_moe.service.admission import Admission
 from ray_moe.service.backend import FloatArray
 from ray_moe.service.grpc.server import FrontDoor
 from ray_moe.types import (
@@ -172,9 +173,16 @@ class FakeBackend:
 
 
 @asynccontextmanager
-async def front_door(backend: FakeBackend, port: int = 0, **limits: Any) -> AsyncIterator[str]:
+async def front_door(
+    backend: FakeBackend,
+    port: int = 0,
+    max_concurrent_requests: int = 512,
+    max_in_flight_bytes: int = 2**30,
+    **limits: Any,
+) -> AsyncIterator[str]:
     """A server on the loopback; yields its target."""
-    door = FrontDoor(backend, port=port, **limits)
+    admission = Admission(backend, max_concurrent_requests, max_in_flight_bytes)
+    door = FrontDoor(backend, port=port, admission=admission, **limits)
     bound = await door.start()
     try:
         yield f"127.0.0.1:{bound}"

@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from ray_moe.errors import Overloaded
+from ray_moe.service.admission import Admission
 from ray_moe.service.auth import KeyRing
-from ray_moe.service.grpc.authentication import authenticate
 from ray_moe.service.grpc.guard import Context, Guard
 from ray_moe.service.keys import editing
 from ray_moe.service.limits import Limits
@@ -27,16 +27,15 @@ class Door:
     def __init__(self, path: Path) -> None:
         self.clock = Clock()
         self.keys = KeyRing(path, clock=self.clock)
-        self._guard = Guard(FakeBackend(), 1, 1)
+        self._guard = Guard(Admission(FakeBackend(), keys=self.keys))
         self._server = grpc.aio.server()
         handlers = {"Who": grpc.stream_stream_rpc_method_handler(self.who)}
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("Door", handlers)])
 
     async def who(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        async with self._guard.errors(context):
-            with authenticate(self.keys, context, "infer").request():
-                async for _ in requests:
-                    await context.write(authenticate(self.keys, context, "infer").name.encode())
+        async with self._guard.request(context):
+            async for _ in requests:
+                await context.write(self._guard.caller(context, "infer").name.encode())
 
     async def start(self) -> str:
         port = self._server.add_insecure_port("127.0.0.1:0")
@@ -97,7 +96,7 @@ async def test_any_key_will_do_where_no_role_is_asked_for(path: Path) -> None:
             return (("trace-bin", b"\xff"), ("X-Api-Key", key))
 
     context: Any = Call()
-    assert authenticate(KeyRing(path), context, None).name == "bob"
+    assert Guard(Admission(FakeBackend(), keys=KeyRing(path))).caller(context, None).name == "bob"
 
 
 async def test_a_limit_says_when_to_retry(who: Any, path: Path) -> None:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from ray_moe.errors import InsufficientResources, NotFound
+from ray_moe.service.admission import Admission
 from ray_moe.service.grpc.admin import AdminService
 from ray_moe.service.grpc.guard import Guard
 from ray_moe.service.grpc.inference import InferenceService
@@ -52,7 +53,7 @@ def stub(channel: grpc.aio.Channel) -> Any:
 
 def test_every_method_of_the_protos_is_served() -> None:
     backend = FakeBackend()
-    guard = Guard(backend, 1, 1)
+    guard = Guard(Admission(backend, 1, 1))
     services: dict[Any, Any] = {
         pb.DESCRIPTOR.services_by_name["Inference"]: InferenceService(
             backend, guard, max_forward_tokens=1, max_prompt_bytes=1

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 from grpc_reflection.v1alpha import reflection
 
+from ray_moe.service.admission import Admission
 from ray_moe.service.grpc.guard import Guard
 from ray_moe.service.kserve.reflection import pool_of
 from ray_moe.service.kserve.servicer import KServeService
@@ -27,7 +28,7 @@ async def serving(
     backend: FakeBackend, *, max_concurrent_requests: int = 8, max_in_flight_bytes: int = 2**30
 ) -> AsyncIterator[tuple[str, Guard]]:
     """The target of a server on the loopback, and its guard."""
-    guard = Guard(backend, max_concurrent_requests, max_in_flight_bytes)
+    guard = Guard(Admission(backend, max_concurrent_requests, max_in_flight_bytes))
     service = KServeService(backend, guard, max_forward_tokens=100, max_prompt_bytes=1000)
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
     server.add_generic_rpc_handlers([service.handler()])

@@ -14,6 +14,7 @@ import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from ray_moe.errors import Unavailable
+from ray_moe.service.admission import Admission
 from ray_moe.service.grpc.guard import Guard
 from ray_moe.service.kserve import streams
 from ray_moe.service.kserve.servicer import KServeService
@@ -67,7 +68,9 @@ async def refusal(call: Any) -> grpc.aio.AioRpcError:
 
 def test_every_method_of_the_proto_is_served() -> None:
     backend = FakeBackend()
-    handler = KServeService(backend, Guard(backend, 1, 1), max_forward_tokens=1, max_prompt_bytes=1).handler()
+    handler = KServeService(
+        backend, Guard(Admission(backend, 1, 1)), max_forward_tokens=1, max_prompt_bytes=1
+    ).handler()
     for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
         details: Any = SimpleNamespace(method=f"/{SERVICE}/{method.name}")
         found: Any = handler.service(details)
@@ -282,7 +285,7 @@ async def test_nothing_is_known_before_the_service_is_ready(stub: Any, backend: 
 async def test_a_stopping_service_is_live_but_takes_nothing(
     stub: Any, guard_and_channel: tuple[Guard, grpc.aio.Channel]
 ) -> None:
-    guard_and_channel[0].stopping = True
+    guard_and_channel[0].admission.stopping = True
     assert (await stub.ServerLive(pb.ServerLiveRequest())).live
     assert not (await stub.ServerReady(pb.ServerReadyRequest())).ready
     assert not (await stub.ModelReady(pb.ModelReadyRequest(name="tiny"))).ready

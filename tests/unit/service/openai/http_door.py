@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import openai
 
-from ray_moe.service.openai.admission import Admission
+from ray_moe.service.admission import Admission
 from ray_moe.service.openai.app import make_app
 from ray_moe.service.openai.jobs import RequestLimits
 from ray_moe.service.openai.server import HttpFrontDoor
@@ -61,9 +61,9 @@ def logprob(token_id: int, num_top: int) -> TokenLogprob:
 
 
 @asynccontextmanager
-async def http_door(backend: FakeBackend, **limits: Any) -> AsyncIterator[str]:
-    """A server on the loopback; yields its address."""
-    door = HttpFrontDoor(backend, port=0, **limits)
+async def http_door(backend: FakeBackend, limits: RequestLimits | None = None, **admitted: Any) -> AsyncIterator[str]:
+    """A server on the loopback, with these arguments of `Admission`; yields its address."""
+    door = HttpFrontDoor(backend, port=0, limits=limits, admission=Admission(backend, **admitted))
     port = await door.start()
     try:
         yield f"http://127.0.0.1:{port}"
@@ -73,7 +73,7 @@ async def http_door(backend: FakeBackend, **limits: Any) -> AsyncIterator[str]:
 
 def without_server(backend: FakeBackend, limits: RequestLimits | None = None) -> httpx.AsyncClient:
     """A client of the application itself, without a network between them."""
-    app = make_app(backend, Admission(backend, 512, 2**30), limits)
+    app = make_app(backend, Admission(backend), limits)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
 
 

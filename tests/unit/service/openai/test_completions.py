@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from ray_moe.service.openai.serving import INLINE_BYTES
+from ray_moe.service.offload import INLINE_BYTES
 from ray_moe.types import GenerateRequest
 from tests.unit.service.openai.http_door import MODEL, TellingBackend
 

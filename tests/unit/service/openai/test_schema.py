@@ -13,7 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.config import SchemathesisConfig
 
-from ray_moe.service.openai.admission import Admission
+from ray_moe.service.admission import Admission
 from ray_moe.service.openai.app import make_app
 from ray_moe.service.openai.server import HttpFrontDoor
 from ray_moe.types import GenerateChunk, GenerateRequest

@@ -1,4 +1,7 @@
-"""Which requests the HTTP front door takes on, and how they end when it closes. It knows nothing of HTTP."""
+"""Which requests a router takes on, at all of its front doors together, and how they end when it stops.
+
+Knows neither gRPC nor HTTP. Used by `service/grpc/guard.py` and `service/openai/`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from contextlib import contextmanager
 from ray_moe.errors import Overloaded, Unavailable
 from ray_moe.service.auth import Caller, KeyRing, presented_key
 from ray_moe.service.backend import Backend
+from ray_moe.service.keys import Role
+from ray_moe.service.metering import calling
 
 
 class Payload:
@@ -22,9 +27,10 @@ class Payload:
         """Raises: `Overloaded` for what is too much beside others; one request alone may hold any size."""
         held, most = self._admission.num_bytes, self._admission.max_in_flight_bytes
         if held > self._num_bytes and held + num_bytes > most:
+            all_of_it = self._num_bytes + num_bytes
             raise Overloaded(
-                f"this request has {num_bytes:,} bytes more, and of the {most:,} that may be in flight {held:,} are "
-                "taken: retry later, or raise server.max_in_flight_bytes"
+                f"this request has {all_of_it:,} bytes, and of the {most:,} that may be in flight {held:,} are taken: "
+                "retry later, or raise server.max_in_flight_bytes"
             )
         self._num_bytes += num_bytes
         self._admission.num_bytes += num_bytes
@@ -36,12 +42,20 @@ class Payload:
 
 
 class Admission:
-    """The state that the requests of one server share."""
+    """The state that the requests of one router share."""
 
     def __init__(
-        self, backend: Backend, max_concurrent_requests: int, max_in_flight_bytes: int, keys: KeyRing | None = None
+        self,
+        backend: Backend,
+        max_concurrent_requests: int = 512,
+        max_in_flight_bytes: int = 4 * 2**30,
+        keys: KeyRing | None = None,
     ) -> None:
-        """Args: keys: who may call; None: everybody."""
+        """Args:
+        max_concurrent_requests: that make the model work; more are `Overloaded`.
+        max_in_flight_bytes: of all requests together; more are `Overloaded`, but one alone never is.
+        keys: who may call; None: everybody.
+        """
         self._keys = keys or KeyRing(None)
         self.max_in_flight_bytes = max_in_flight_bytes
         self.num_bytes = 0
@@ -56,20 +70,31 @@ class Admission:
         self._max_concurrent_requests = max_concurrent_requests
         self._num_active = 0
 
-    def caller(self, headers: Mapping[str, str]) -> Caller:
-        """Who calls, by headers in lower case. Raises: `Unauthenticated`."""
-        return self._keys.identify(presented_key(headers.get("authorization"), headers.get("x-api-key")))
+    def caller(self, headers: Mapping[str, str], role: Role | None = None) -> Caller:
+        """Who calls, by headers in lower case. Raises: `Unauthenticated`; `PermissionDenied` without `role`, if named.
+
+        It is cheap enough for each message of a long stream, which then ends soon after its key is revoked.
+        """
+        caller = self._keys.identify(presented_key(headers.get("authorization"), headers.get("x-api-key")))
+        if role is not None:
+            caller.require(role)
+        return caller
+
+    @property
+    def serving(self) -> bool:
+        """Whether a request would be admitted, load apart."""
+        return self._backend.ready and not self.stopping
 
     def check(self) -> None:
         """Raise `Unavailable` unless a request would be admitted, load apart."""
         if self.stopping:
             raise Unavailable("the service is stopping: retry later or elsewhere")
         if not self._backend.ready:
-            raise Unavailable("the service is not ready: retry, or wait until GET /health answers 200")
+            raise Unavailable("the service is not ready: retry, or wait until its health is SERVING")
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around a call that makes the model work. Raises: `Unavailable`, `Overloaded`."""
+    def request(self, caller: Caller) -> Iterator[None]:
+        """Around a call that makes the model work, for `caller`. Raises: `Unavailable`, `Overloaded`."""
         self.check()
         if self._num_active >= self._max_concurrent_requests:
             raise Overloaded(
@@ -78,17 +103,19 @@ class Admission:
         self._num_active += 1
         self.idle.clear()
         try:
-            yield
+            with calling(caller):
+                yield
         finally:
             self._num_active -= 1
             if not self._num_active:
                 self.idle.set()
 
     @contextmanager
-    def payload(self) -> Iterator[Payload]:
-        """Around the reading of a request."""
+    def payload(self, num_bytes: int = 0) -> Iterator[Payload]:
+        """Around the reading of a request, of which `num_bytes` are there already."""
         payload = Payload(self)
         try:
+            payload.add(num_bytes)
             yield payload
         finally:
             payload.release()
