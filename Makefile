@@ -21,12 +21,15 @@ test: $(STAMP)  ## the whole suite
 	@$(PY) -m pytest -n 2 tests/arch tests/unit tests/sim tests/parity
 	@$(PY) -m pytest -n 2 --dist loadfile tests/ray
 
-check: $(STAMP)  ## format, lint, types, import layers, unit tests (under a minute)
+# Unit tests that open sockets or start processes take as long as all others; `make test` has them.
+SLOWER := transport service client
+
+check: $(STAMP)  ## format, lint, types, import layers, unit tests without sockets (a minute)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(PY) -m pytest -q -n 2 tests/arch tests/unit
+	@$(PY) -m pytest -q -n 2 tests/arch tests/unit $(SLOWER:%=--ignore=tests/unit/%)
 
 protos: $(STAMP)  ## the committed stubs, anew from protos/
 	@$(PY) tools/protos.py
