@@ -94,11 +94,7 @@ def waves(
         used_bytes: what hosts hold now; None: what `current` says.
     """
     rest = moves(current, target)
-
-    def order(move: Move) -> tuple[bool, bool, float]:
-        return bool(move.before), not move.removed, -_rate(load, move.layer, move.expert)
-
-    rest.sort(key=order)
+    rest.sort(key=lambda move: (bool(move.before), not move.removed, -_rate(load, move.layer, move.expert)))
     used = held_bytes(current, expert_bytes) if used_bytes is None else dict(used_bytes)
     room = _Room(used, max_bytes, expert_bytes)
     steps: list[list[Move]] = []
@@ -117,9 +113,7 @@ def waves(
                     lacking[host] += room.size(move)
         released, rest = _released(left, lacking, room)
         if not any(move.added for move in taken):  # a replica that goes first is not gone at once: some do not wait
-            rest.sort(key=lambda move: (bool(move.before), -_rate(load, move.layer, move.expert)))
-            forced, rest = _forced(rest, {(move.layer, move.expert) for move in released}, room)
-            rest.sort(key=order)
+            forced, rest = _forced(rest, {(move.layer, move.expert) for move in released}, room, load)
             taken += forced
         taken += released
         if not taken:
@@ -171,16 +165,19 @@ def _released(left: Sequence[Move], lacking: Mapping[HostId, int], room: _Room) 
     return released, rest[::-1]
 
 
-def _forced(left: Sequence[Move], but: set[ExpertKey], room: _Room) -> tuple[list[Move], list[Move]]:
-    """Moves that exceed limits, in their order, each host by one expert at the most; what is left.
+def _forced(
+    left: Sequence[Move], but: set[ExpertKey], room: _Room, load: Mapping[LayerPath, Floats]
+) -> tuple[list[Move], list[Move]]:
+    """Moves that exceed limits, each host by one expert at the most; what is left.
 
-    Not on hosts that are over their limit already: they may have to hold that for long, for others that are lost.
+    Experts without a replica come first, then the hottest, whether or not they give up a replica for another. Not on
+    hosts that are over their limit already: they may have to hold that for long, for others that are lost.
 
     Args: but: experts that are left out.
     """
     forced: list[Move] = []
     strained: set[HostId] = set()
-    for move in left:
+    for move in sorted(left, key=lambda move: (bool(move.before), -_rate(load, move.layer, move.expert))):
         within = all(room.free(host) >= 0 for host in move.added)
         if within and strained.isdisjoint(move.added) and (move.layer, move.expert) not in but:
             forced.append(move)

@@ -2,7 +2,7 @@
 
 The rules are those of `transformers` (temperature, top-k, top-p, min-p, repetition penalty) and of OpenAI's interface
 (presence and frequency penalties), in the order in which each of them is usual: penalties first, then temperature, then
-the choices among the likeliest. Called by `engine.py`, for one sequence at a time.
+the choices among the likeliest. Called by `stream.py`, for one sequence at a time.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ keys and values; when it runs out later, the last that came in gives its up and 
 
 Callers take turns by what they have been served (Sheng et al., "Fairness in Serving Large Language Models", 2024): a
 caller with many requests does not keep out one with few. Knows nothing of models and text, reads no clock. Driven by
-`engine.py`, in one thread.
+`generation.py`, in one thread.
 """
 
 from __future__ import annotations

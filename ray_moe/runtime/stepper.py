@@ -2,7 +2,7 @@
 
 Models that can be packed compute all sequences in one row (`packing.py`); others one after the other, each with what
 `transformers` keeps for it. A step that fails leaves every sequence as it was, or to be computed anew. Called by
-`engine.py`, in one thread.
+`generation.py`, in one thread.
 
 Shape legend: V vocabulary.
 """
