@@ -213,11 +213,13 @@ class Exchange:
             here: list[HostShare] = []
             unreached: list[Ints] = []
             loads: list[int] = []
+            speeds: list[float] = []
             for share in self._shares(routes, pending):
                 if share.host == view.here:
                     here.append(share)
                     continue
                 loads.append(len(share.slot))
+                speeds.append(1.0 if routes.speed is None else float(routes.speed[share.host]))
                 peer = router.lines.peer(view.hosts[share.host])
                 if peer is None:
                     unreached.append(share.slot)
@@ -233,7 +235,7 @@ class Exchange:
             if is_first:
                 is_first = False
                 self.num_rows = sum(loads) + sum(len(share.slot) for share in here)
-                router.statistics.add_batch(loads, routes.num_holding)
+                router.statistics.add_batch(loads, speeds, routes.speed_in_all)
             for share in here:  # while the hosts are at theirs
                 sent = self._compute(share, likely=np.flatnonzero(routes.owner == view.here).tolist())
                 if sent is None:

@@ -47,8 +47,8 @@ class LayerRoutes:
     """Replicas by host number; None when no expert has a choice."""
     speed: Floats | None
     """[H + 1] relative; None when all are equal."""
-    num_holding: int
-    """Hosts that hold an expert of this layer."""
+    speed_in_all: float
+    """Of the hosts that hold an expert of this layer, added up."""
     turns: Floats
     """[H + 1] fading count of the rows sent to each host: where all else is equal, replicas take turns. The one thing
     here that changes, and a lost update does no harm."""
@@ -141,7 +141,9 @@ class View:
             owner=np.array([*(each[0] for each in homes), NOWHERE], dtype=np.int64),
             replicas=Replicas.of(homes, len(number) + 1) if has_choice else None,
             speed=None if (speed == 1.0).all() else speed,
-            num_holding=len({host for hosts in placed for host in hosts} & number.keys()),
+            speed_in_all=float(
+                sum(speed[number[host]] for host in {h for hosts in placed for h in hosts} & number.keys())
+            ),
             turns=np.zeros(len(number) + 1),
         )
 

@@ -44,15 +44,22 @@ class Statistics:
             with self._lock:
                 counts += np.bincount(slots, minlength=len(counts) + 1)[:-1]
 
-    def add_batch(self, rows: Sequence[int], num_hosts: int) -> None:
-        """Rows that a batch sent to each host that got any, of `num_hosts` that hold the layer."""
+    def add_batch(self, rows: Sequence[int], speeds: Sequence[float], speed_in_all: float) -> None:
+        """Rows that a batch sent to each host that got any, their speeds, and that of all that hold the layer."""
         if rows:
-            self._balancedness.append(sum(rows) / (max(rows) * max(num_hosts, len(rows))))
+            longest = max(number / speed for number, speed in zip(rows, speeds, strict=True))
+            self._balancedness.append(sum(rows) / (longest * max(speed_in_all, sum(speeds))))
+
+    def totals(self) -> dict[LayerPath, Ints]:
+        """`tokens_per_expert` at one moment: copies."""
+        with self._lock:
+            return {layer: counts.copy() for layer, counts in self.tokens_per_expert.items()}
 
     def balancedness(self) -> list[float]:
-        """Mean over largest host load in rows of each of the last batches, the oldest first; 1 is perfect.
+        """Mean over largest host load of each of the last batches, the oldest first; 1 is perfect.
 
-        The mean is over the hosts that hold an expert of the batch's layer; rows computed in the router are on none.
+        A load is rows over the host's relative speed. The mean is over the hosts that hold an expert of the batch's
+        layer; rows computed in the router are on none.
         """
         return list(self._balancedness)
 

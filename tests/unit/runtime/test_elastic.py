@@ -120,6 +120,7 @@ def test_a_faster_host_gets_more(make):
     cluster.dispatcher.update(RoutingTable(2, table.placement, table.addresses, {"expert-0": 3.0}))
     cluster.forward(400, expert=3)
     assert cluster.dispatcher.rows_per_host["expert-0"] == pytest.approx(300, abs=2)
+    assert cluster.statistics.balancedness() == [pytest.approx(1.0, abs=0.01)]  # of the time that it takes
 
 
 def test_rows_in_flight_push_others_away(make):
