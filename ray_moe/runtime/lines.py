@@ -7,6 +7,7 @@ go, but says to `runtime/routing.py` who is out and who is late. Called by `runt
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -17,13 +18,15 @@ from functools import partial
 
 import numpy as np
 
-from ray_moe.errors import HostLost
+from ray_moe.errors import HostLost, Unauthenticated, WireError
 from ray_moe.ops.dispatch import HostShare
 from ray_moe.runtime.latency import LatencyHistory
 from ray_moe.runtime.reports import Reports
 from ray_moe.runtime.routing import Floats, Routes
 from ray_moe.transport.base import Connection, ExpertCall, ExpertReply, Transport
 from ray_moe.types import HostAddress, HostId
+
+logger = logging.getLogger(__name__)
 
 RECONNECT_EVERY_S = 0.1
 """A lost host is tried again this often: perhaps only its line broke."""
@@ -185,6 +188,8 @@ class Lines:
         self._everyone = LatencyHistory()
         self._dialing: dict[HostId, threading.Lock] = {}
         self._nursed: set[HostAddress] = set()
+        self._strangers: set[HostAddress] = set()
+        """Addresses of which it has been told that somebody else is there."""
         self._rows_before: Counter[HostId] = Counter()
         """Rows sent on lines that have ended."""
         self._closing = threading.Event()
@@ -284,6 +289,11 @@ class Lines:
         try:
             connection = self._transport.connect(address)
         except HostLost:
+            return None
+        except (Unauthenticated, WireError) as error:  # somebody else listens there, or an older life
+            if address not in self._strangers:
+                self._strangers.add(address)
+                logger.warning("%s at %s is not the host that is meant: %s", address.host_id, address.tcp, error)
             return None
         peer = Peer(connection, self._everyone, self._relieved)
         with self._lock:

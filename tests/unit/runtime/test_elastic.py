@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_moe.errors import Unavailable
+from ray_moe.errors import Unauthenticated, Unavailable
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
@@ -302,6 +302,27 @@ def test_a_late_answer_that_comes_after_all_is_released_and_its_host_trusted_aga
     cluster.forward(40)
     assert cluster.dispatcher.rows_in_flight["expert-0"] == 0
     assert len(released) == 2
+
+
+def test_a_stranger_where_a_host_should_be_is_a_host_out_of_reach(make, monkeypatch):
+    cluster = make(2, 2)
+    connect, refused = cluster.transport.connect, threading.Semaphore(0)
+
+    def refuse(address):
+        if address.host_id == "expert-0":
+            refused.release()
+            raise Unauthenticated("the token is not the token of this host")
+        return connect(address)
+
+    monkeypatch.setattr(cluster.transport, "connect", refuse)
+    for seed in range(4):
+        cluster.forward(40, seed)
+    assert {address.host_id for address in cluster.lost} == {"expert-0"}
+    for _ in range(3):  # it is tried again and again
+        assert refused.acquire(timeout=60)
+    monkeypatch.undo()
+    while not cluster.dispatcher.rows_per_host.get("expert-0"):
+        cluster.forward(40)
 
 
 def test_a_host_that_hangs_is_told_of_as_slow_and_then_as_lost(make):
