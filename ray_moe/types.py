@@ -118,6 +118,18 @@ class HostStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterAddress:
+    """Where clients reach a router of the service."""
+
+    router_id: str
+    grpc_address: str
+    """``host:port``."""
+    http_address: str = ""
+    """``http://host:port`` or ``https://host:port``; empty when it speaks no HTTP by itself."""
+    ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RouterStatus:
     """The router that answers."""
 
@@ -144,6 +156,7 @@ class RouterStatus:
     """Mean over the last batches of (mean / highest load of a host); 1 is perfect."""
     longest_pause_s: float = 0.0
     """Longest time between two tokens of a running generation, over the last minute."""
+    router_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +193,8 @@ class ServiceStatus:
     """What happened last to the cluster, oldest first."""
     p_lossless: float = 1.0
     """Chance that every expert survives the loss of `balance.survive_nodes` nodes (of one, where that is 0)."""
+    routers: tuple[RouterAddress, ...] = ()
+    """All there are, the one that answers among them."""
 
 
 # --- Changing the cluster ------------------------------------------------------------------------------------

@@ -58,8 +58,13 @@ def _generate(package: str, out: Path) -> None:
 
 
 def _adapted(text: str, package: str) -> str:
-    """protoc names modules after the proto package (ray_moe.v1); they live elsewhere (ray_moe.wire.v1)."""
-    text = text.replace(f"from {package} import", f"from ray_moe.wire.{PACKAGES[package]} import")
+    """protoc names modules after the proto package (ray_moe.v1); they live elsewhere (ray_moe.wire.v1).
+
+    Messages tell their module, too, and are pickled by its name: Ray Serve's proxy does.
+    """
+    module = f"ray_moe.wire.{PACKAGES[package]}"
+    text = text.replace(f"from {package} import", f"from {module} import")
+    text = text.replace(f"Messages(DESCRIPTOR, '{package}.", f"Messages(DESCRIPTOR, '{module}.")
     if package in FOREIGN:
         text = text.replace("_descriptor_pool.Default()", "_descriptor_pool.DescriptorPool()")
     return text

@@ -1,4 +1,4 @@
-"""How the clients show who they are, and make sure of whom they talk to: API keys and TLS.
+"""How the clients show who they are, and make sure of whom they talk to: API keys, TLS, and which addresses to believe.
 
 A key is never sent where others could read it, unless the caller says that it may be.
 """
@@ -9,7 +9,8 @@ import ipaddress
 import os
 import re
 import ssl
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is load
 import grpc
 
 from ray_moe.errors import InvalidConfig
+from ray_moe.types import RouterAddress
 
 KEY_VARIABLE: Final = "RAY_MOE_API_KEY"
 
@@ -50,6 +52,10 @@ class Access:
     def encrypted(self) -> bool:
         return self.tls or any(path is not None for path in (self.ca_file, self.cert_file, self.key_file))
 
+    def settled(self) -> Access:
+        """With the key of the environment as it is now, if that is the one."""
+        return self if self.api_key is not None else replace(self, api_key=os.environ.get(KEY_VARIABLE, ""))
+
     def metadata(self, target: str) -> tuple[tuple[str, str], ...]:
         """What goes with each call to `target`.
 
@@ -71,6 +77,33 @@ class Access:
                 "(allow_plaintext_key=True)"
             )
         return (("authorization", f"Bearer {key}"),)
+
+    def believed(self, routers: Sequence[RouterAddress], told_by: str) -> tuple[RouterAddress, ...]:
+        """Those of a service's routers that may be talked to, told by the one that is reached as `told_by`.
+
+        Left out is what is no ``HOST:PORT``, and where the key would travel unencrypted to another machine. A loopback
+        address is believed only from this machine, and if the one that tells it stands in the list with the port under
+        which it is reached: else the way there goes through a tunnel, and its loopback is not this one.
+        """
+        port = told_by.rpartition(":")[2]
+        addresses = [router.grpc_address for router in routers]
+        is_this_machine = stays_here(told_by) and any(
+            stays_here(address) and address.endswith(f":{port}") for address in addresses
+        )
+        return tuple(
+            router
+            for router in routers
+            if _names_a_machine(router.grpc_address)
+            and (is_this_machine or not stays_here(router.grpc_address))
+            and self._may_know_the_key(router.grpc_address)
+        )
+
+    def _may_know_the_key(self, target: str) -> bool:
+        try:
+            self.metadata(target)
+        except InvalidConfig:
+            return False
+        return True
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Those of the channel; None for one without encryption.
@@ -103,6 +136,27 @@ def stays_here(target: str) -> bool:
         return True
     addresses = re.sub("^(dns:///|dns:|ipv4:|ipv6:)", "", target)
     return all(_is_loopback(address) for address in addresses.split(","))
+
+
+def name_in(target: str) -> str:
+    """The name of a machine or service in a gRPC target; empty where it is an address, or of another kind."""
+    match = re.fullmatch(r"(?:dns:///|dns:)?([0-9A-Za-z._-]+)(?::[0-9]+)?", target)
+    try:
+        ipaddress.ip_address(match[1] if match else "127.0.0.1")
+    except ValueError:
+        return match[1] if match else ""
+    return ""
+
+
+def _names_a_machine(address: str) -> bool:
+    """Whether it is HOST:PORT or [V6]:PORT, and not the 0.0.0.0 that servers listen on."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z._-]+)):[0-9]{1,5}", address)
+    if match is None:
+        return False
+    try:
+        return not ipaddress.ip_address(match[1] or match[2]).is_unspecified
+    except ValueError:
+        return match[2] is not None
 
 
 def _is_loopback(address: str) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
-from functools import cached_property
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,7 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ray_moe.client import channel
 from ray_moe.client.access import Access
-from ray_moe.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
+from ray_moe.client.aio_routers import AioLine, AioRouters
+from ray_moe.client.channel import DEFAULT_MAX_ATTEMPTS, DEFAULT_TARGET, DEFAULT_TIMEOUT_S
+from ray_moe.client.continuation import Continuation
+from ray_moe.client.outbox import AsyncOutbox
 from ray_moe.client.requests import Forward, ForwardCodec, GenerateOptions, Generation, generate_request, resize_request
 from ray_moe.types import (
     ChaosReport,
@@ -32,24 +34,27 @@ from ray_moe.types import (
 )
 from ray_moe.wire import messages
 from ray_moe.wire.v1 import admin_pb2, inference_pb2
-from ray_moe.wire.v1.admin_pb2_grpc import AdminStub
-from ray_moe.wire.v1.inference_pb2_grpc import InferenceStub
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ray_moe.wire.v1.admin_pb2_grpc import AdminAsyncStub
-    from ray_moe.wire.v1.inference_pb2_grpc import InferenceAsyncStub
-
 
 class AsyncClient:
-    """One connection to a service, kept open and shared by all calls of one event loop."""
+    """A service, by one connection to each of its routers, kept open and shared by all calls. For one event loop.
 
-    def __init__(
+    A call goes to the router that has the fewest of this client's. After `Unavailable`, and after `Overloaded` with a
+    time to retry, it is made again: at once with another router, else with back-off. A stream of tokens that broke off
+    goes on without loss or repetition where they are determined, by temperature 0 or by `seed`; otherwise it raises
+    `Unavailable`. `drain`, `chaos` and ``plan(dry_run=False)`` are made once, because what is lost may be the answer.
+    """
+
+    def __init__(  # noqa: PLR0913  (as many settings as there are)
         self,
-        target: str = DEFAULT_TARGET,
+        target: str | Sequence[str] = DEFAULT_TARGET,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         *,
+        discover: bool = True,
+        max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         api_key: str | None = None,
         tls: bool = False,
         ca_file: str | os.PathLike[str] | None = None,
@@ -60,8 +65,12 @@ class AsyncClient:
         """Does not connect yet; may be made outside the event loop.
 
         Args:
-            target: ``host:port`` of the service, or any other gRPC target.
-            timeout_s: seconds for a whole call, a stream included, unless the call says otherwise. None: no limit.
+            target: ``host:port`` of a router, or any other gRPC target; several in a sequence, or separated by commas.
+            timeout_s: seconds for a whole call, a stream and all attempts included, unless the call says otherwise.
+                None: no limit.
+            discover: ask the service for all its routers, now and then, beside the calls, and spread calls over those
+                that can be reached. `target` is used where that is refused or leads nowhere.
+            max_attempts: of one call, in all; 1 retries nothing.
             api_key: sent with each call; None takes that of the environment variable RAY_MOE_API_KEY, "" none.
             tls: encrypt, and check the service's certificate against the system's roots. Any of the next three turns
                 it on too.
@@ -71,28 +80,13 @@ class AsyncClient:
             allow_plaintext_key: send the API key unencrypted, also to another machine.
 
         Raises:
-            InvalidConfig: a file cannot be used, or the API key would travel unencrypted to another machine.
+            InvalidConfig: there is no target or no attempt, a file cannot be used, or the API key would travel
+                unencrypted to another machine.
         """
-        self.target = target
+        self.target = target if isinstance(target, str) else ",".join(target)
         self.timeout_s = timeout_s
         access = Access(api_key, tls, ca_file, cert_file, key_file, allow_plaintext_key)
-        self._metadata = access.metadata(target)
-        self._credentials = access.credentials()
-
-    @cached_property
-    def _channel(self) -> grpc.aio.Channel:
-        """Belongs to the event loop that runs when it is first used."""
-        if self._credentials is None:
-            return grpc.aio.insecure_channel(self.target, channel.OPTIONS)
-        return grpc.aio.secure_channel(self.target, self._credentials, channel.OPTIONS)
-
-    @cached_property
-    def _inference(self) -> InferenceAsyncStub:
-        return InferenceStub(self._channel)
-
-    @cached_property
-    def _admin(self) -> AdminAsyncStub:
-        return AdminStub(self._channel)
+        self._routers = AioRouters(target, access, discover=discover, max_attempts=max_attempts)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -102,7 +96,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls in flight are `Cancelled`. Idempotent."""
-        await self._channel.close(None)
+        await self._routers.close()
 
     async def forward(
         self,
@@ -117,44 +111,39 @@ class AsyncClient:
 
         Returns: [T, D] in the dtype of `hidden`. The layer computes in its own dtype.
         """
-        timeout_s = self._timeout(timeout_s)
         codec = ForwardCodec()
         message = codec.encode(Forward(layer, hidden, index, weight))
-        with channel.errors(self.target, timeout_s):
-            return codec.decode(await self._inference.Forward(message, timeout=timeout_s, metadata=self._metadata))
+        response = await self._routers.call(lambda line: line.inference.Forward, message, self._timeout(timeout_s))
+        return codec.decode(response)
 
     async def forward_stream(
         self, requests: Iterable[Forward] | AsyncIterable[Forward], *, timeout_s: float | None = None
     ) -> AsyncGenerator[NDArray[Any], None]:
         """Many batches over one call: results in order, one for each, while later requests are under way.
 
-        The first request that fails ends the stream with its error, after the results before it. Closing the generator
-        cancels the call.
+        The first request that fails ends the stream with its error, after the results before it. If the stream breaks
+        off, what is not answered is asked again. Closing the generator cancels the call.
         """
-        timeout_s = self._timeout(timeout_s)
-        codec = ForwardCodec()
-        failures: list[Exception] = []
-
-        async def encoded() -> AsyncIterator[inference_pb2.ForwardRequest]:
-            try:
-                if isinstance(requests, AsyncIterable):
-                    async for request in requests:
-                        yield codec.encode(request)
-                else:
-                    for request in requests:
-                        yield codec.encode(request)
-            except Exception as error:  # raised below, to the caller
-                failures.append(error)
-
-        with channel.errors(self.target, timeout_s):
-            call = self._inference.ForwardStream(encoded(), timeout=timeout_s, metadata=self._metadata)
-            try:
-                async for response in call:
-                    yield codec.decode(response)
-            finally:
-                call.cancel()
-        if failures:
-            raise failures[0]
+        attempts = self._routers.attempts(self._timeout(timeout_s), unit="results")
+        outbox = AsyncOutbox(requests)
+        try:
+            while not attempts.is_over:
+                async with self._routers.attempt(attempts) as line:
+                    stream = line.inference.ForwardStream(
+                        outbox.messages(), timeout=attempts.left_s, metadata=line.metadata
+                    )
+                    try:
+                        async for response in stream:
+                            result = outbox.codec.decode(response)
+                            outbox.answered()
+                            attempts.num_received += 1
+                            yield result
+                    finally:
+                        stream.cancel()
+                    attempts.is_over = True
+        finally:
+            outbox.close()
+        outbox.check()
 
     async def generate(
         self, prompt: str | None = None, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
@@ -172,80 +161,82 @@ class AsyncClient:
     async def _chunks(
         self, message: inference_pb2.GenerateRequest, timeout_s: float | None
     ) -> AsyncGenerator[GenerateChunk, None]:
-        with channel.errors(self.target, timeout_s):
-            call = self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata)
-            try:
-                async for response in call:
-                    yield messages.chunk_from_proto(response)
-            finally:
-                call.cancel()
+        attempts = self._routers.attempts(timeout_s, unit="tokens")
+        continuation = Continuation(message, attempts)
+        while not attempts.is_over:
+            continuation.restart()
+            async with self._routers.attempt(attempts) as line:
+                stream = line.inference.Generate(message, timeout=attempts.left_s, metadata=line.metadata)
+                try:
+                    async for response in stream:
+                        chunk = continuation.add(messages.chunk_from_proto(response))
+                        if chunk is not None:
+                            yield chunk
+                finally:
+                    stream.cancel()
+                attempts.is_over = True
 
     async def status(self, *, timeout_s: float | None = None) -> ServiceStatus:
         """How the service, its router and its hosts are; also while it is starting."""
-        timeout_s = self._timeout(timeout_s)
-        with channel.errors(self.target, timeout_s):
-            return messages.status_from_proto(
-                await self._admin.Status(admin_pb2.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
-            )
+        message = admin_pb2.StatusRequest()
+        response = await self._routers.call(lambda line: line.admin.Status, message, self._timeout(timeout_s))
+        return messages.status_from_proto(response)
 
     async def placement(self, *, timeout_s: float | None = None) -> RoutingTable:
         """Which host holds which experts."""
-        timeout_s = self._timeout(timeout_s)
-        with channel.errors(self.target, timeout_s):
-            response = await self._admin.Placement(
-                admin_pb2.PlacementRequest(), timeout=timeout_s, metadata=self._metadata
-            )
-            return messages.table_from_proto(response)
+        message = admin_pb2.PlacementRequest()
+        response = await self._routers.call(lambda line: line.admin.Placement, message, self._timeout(timeout_s))
+        return messages.table_from_proto(response)
 
     async def plan(self, *, dry_run: bool = True, timeout_s: float | None = None) -> PlanSummary:
         """A better placement for the present load; with ``dry_run=False`` it is also carried out."""
-        timeout_s = self._timeout(timeout_s)
-        with channel.errors(self.target, timeout_s):
-            response = await self._admin.Plan(
-                admin_pb2.PlanRequest(dry_run=dry_run), timeout=timeout_s, metadata=self._metadata
-            )
-            return messages.plan_from_proto(response)
+        message = admin_pb2.PlanRequest(dry_run=dry_run)
+        response = await self._routers.call(
+            lambda line: line.admin.Plan, message, self._timeout(timeout_s), repeatable=dry_run
+        )
+        return messages.plan_from_proto(response)
 
     async def resize(self, num_actors: int, *, timeout_s: float | None = None) -> None:
         """Begin to change the number of expert actors, beside the requests; `status().changing` tells how long."""
-        timeout_s = self._timeout(timeout_s)
         message = resize_request(num_actors)
-        with channel.errors(self.target, timeout_s):
-            await self._admin.Resize(message, timeout=timeout_s, metadata=self._metadata)
+        await self._routers.call(lambda line: line.admin.Resize, message, self._timeout(timeout_s))
 
     async def drain(self, target: str, *, replace: bool = False, timeout_s: float | None = None) -> tuple[HostId, ...]:
         """Begin to empty and end an expert actor, or all on a node (by id); returns their names.
 
         With `replace`, as many others start in their place.
         """
-        timeout_s = self._timeout(timeout_s)
         message = admin_pb2.DrainRequest(target=target, replace=replace)
-        with channel.errors(self.target, timeout_s):
-            return tuple((await self._admin.Drain(message, timeout=timeout_s, metadata=self._metadata)).host_ids)
+        response = await self._routers.call(
+            lambda line: line.admin.Drain, message, self._timeout(timeout_s), repeatable=False
+        )
+        return tuple(response.host_ids)
 
     async def chaos(self, request: ChaosRequest, *, timeout_s: float | None = None) -> ChaosReport:
         """Hurt the service as `request` says, wait until it is whole again, and tell what clients felt."""
-        timeout_s = self._timeout(timeout_s)
         message = messages.chaos_request_to_proto(request)
-        with channel.errors(self.target, timeout_s):
-            return messages.chaos_report_from_proto(
-                await self._admin.Chaos(message, timeout=timeout_s, metadata=self._metadata)
-            )
+        response = await self._routers.call(
+            lambda line: line.admin.Chaos, message, self._timeout(timeout_s), repeatable=False
+        )
+        return messages.chaos_report_from_proto(response)
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when the service answers requests; `Unavailable`, with the reason, when it does not in time."""
         poll = channel.ReadyPoll(self.target, timeout_s)
+        lines = [self._routers.line(target) for target in self._routers.given]
         while True:
-            if poll.is_over(await self._check_health(poll.remaining_s)):
-                return
+            for line in lines:
+                if poll.is_over(await _check_health(line, poll.remaining_s)):
+                    return
             await asyncio.sleep(channel.READY_POLL_S)
-
-    async def _check_health(self, timeout_s: float) -> bytes | grpc.RpcError:
-        check = self._channel.unary_unary(channel.HEALTH_CHECK, None, None)
-        try:
-            return bytes(await check(channel.HEALTH_REQUEST, timeout=timeout_s, metadata=self._metadata))
-        except grpc.RpcError as error:
-            return error
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self.timeout_s if timeout_s is None else timeout_s
+
+
+async def _check_health(line: AioLine, timeout_s: float) -> bytes | grpc.RpcError:
+    check = line.channel.unary_unary(channel.HEALTH_CHECK, None, None)
+    try:
+        return bytes(await check(channel.HEALTH_REQUEST, timeout=timeout_s, metadata=line.metadata))
+    except grpc.RpcError as error:
+        return error

@@ -1,15 +1,15 @@
-"""What both clients know about gRPC: the options of a channel, retries, and errors as ours.
+"""What both clients know about gRPC: targets, the options of a channel, and errors as ours.
 
-Retries are gRPC's own: a call that failed as UNAVAILABLE before any answer began is sent again, with back-off, up to
-five times in all and never past the call's deadline.
+Retries are the client's own (`attempts.py`): those of gRPC stay with one target, leave a stream that has begun, and do
+not know our time to retry. Without a retryPolicy gRPC sends again only what no server has seen.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, cast
 
@@ -17,11 +17,12 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is load
 
 import grpc
 
-from ray_moe.errors import Cancelled, InvalidRequest, RayMoEError, Unavailable
-from ray_moe.wire.status import ERROR_KEY, RETRY_AFTER_KEY, from_status
+from ray_moe.errors import Cancelled, InvalidConfig, InvalidRequest, RayMoEError, Unavailable
+from ray_moe.wire.status import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY, from_status
 
 DEFAULT_TARGET: Final = "127.0.0.1:8476"
 DEFAULT_TIMEOUT_S: Final = 300.0
+DEFAULT_MAX_ATTEMPTS: Final = 8
 
 CONNECT_TIMEOUT_S: Final = 5.0
 """One attempt to connect; a host that does not even refuse is unavailable after it."""
@@ -33,26 +34,9 @@ HEALTH_REQUEST: Final = b""
 HEALTH_SERVING: Final = b"\x08\x01"
 READY_POLL_S: Final = 0.1
 
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": "ray_moe.v1.Inference"}, {"service": "ray_moe.v1.Admin"}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.05s",  # 0.05 + 0.1 + 0.2 + 0.4: a refused connection fails within a second
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
-
 OPTIONS: Final[list[tuple[str, int | str]]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # a request larger than this (256 KiB by default) is not retried
     ("grpc.min_reconnect_backoff_ms", int(CONNECT_TIMEOUT_S * 1000)),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -63,6 +47,27 @@ OPTIONS: Final[list[tuple[str, int | str]]] = [
     ("grpc.http2.ping_timeout_ms", 10_000),  # the one that is honoured
     ("grpc.http2.max_pings_without_data", 0),
 ]
+
+_BROKEN: Final = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL)
+"""Where the service names no error: a server that ends at once cancels its calls, and a stream that ends while grpc.aio
+writes to it becomes an internal error there, whatever its end was."""
+
+
+def targets_of(target: str | Sequence[str]) -> tuple[str, ...]:
+    """The gRPC targets that a caller names: in a sequence, or in a text with commas, which some kinds of targets have.
+
+    Raises:
+        InvalidConfig: there is none.
+    """
+    if not isinstance(target, str):
+        targets = tuple(target)
+    elif re.match("(ipv4|ipv6|unix|unix-abstract):", target):
+        targets = (target,)
+    else:
+        targets = tuple(part.strip() for part in target.split(","))
+    if not targets or not all(targets):
+        raise InvalidConfig(f"the target is {target!r}; expected HOST:PORT of a router, or several")
+    return tuple(dict.fromkeys(targets))
 
 
 @contextmanager
@@ -81,17 +86,19 @@ def to_error(error: grpc.RpcError, target: str, timeout_s: float | None) -> RayM
     call = cast(grpc.Call, error)  # the stubs leave RpcError without what it has
     code, details = call.code(), call.details() or ""
     trailers = {key: str(value) for key, value in call.trailing_metadata() or ()}
+    request_id = trailers.get(REQUEST_ID_KEY)
     if ERROR_KEY in trailers:
-        return from_status(code, details, trailers[ERROR_KEY], trailers.get(RETRY_AFTER_KEY))
+        return from_status(code, details, trailers[ERROR_KEY], trailers.get(RETRY_AFTER_KEY), request_id)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return InvalidRequest(f"{target} takes no message of this size ({details}): send fewer tokens at a time")
+    if code in _BROKEN:
+        return Unavailable(f"the service at {target} broke off the call: {details}")
     explain = {
         grpc.StatusCode.UNAVAILABLE: _why_unreachable(target, details),
         grpc.StatusCode.DEADLINE_EXCEEDED: f"no answer from {target} within {timeout_s} s; give it more (timeout_s)",
         grpc.StatusCode.UNIMPLEMENTED: f"what listens at {target} is not a ray_moe service of this version",
-        grpc.StatusCode.CANCELLED: f"the call to {target} was cancelled",
     }
-    return from_status(code, f"{explain.get(code, f'the call to {target} failed')}: {details}", None)
+    return from_status(code, f"{explain.get(code, f'the call to {target} failed')}: {details}", None, None, request_id)
 
 
 def _why_unreachable(target: str, details: str) -> str:

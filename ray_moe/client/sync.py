@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,8 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ray_moe.client import channel
 from ray_moe.client.access import Access
-from ray_moe.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
+from ray_moe.client.channel import DEFAULT_MAX_ATTEMPTS, DEFAULT_TARGET, DEFAULT_TIMEOUT_S
+from ray_moe.client.continuation import Continuation
+from ray_moe.client.outbox import Outbox
 from ray_moe.client.requests import Forward, ForwardCodec, GenerateOptions, Generation, generate_request, resize_request
+from ray_moe.client.sync_routers import SyncLine, SyncRouters
 from ray_moe.types import (
     ChaosReport,
     ChaosRequest,
@@ -32,21 +35,27 @@ from ray_moe.types import (
 )
 from ray_moe.wire import messages
 from ray_moe.wire.v1 import admin_pb2, inference_pb2
-from ray_moe.wire.v1.admin_pb2_grpc import AdminStub
-from ray_moe.wire.v1.inference_pb2_grpc import InferenceStub
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 class Client:
-    """One connection to a service, kept open and shared by all calls. Thread-safe."""
+    """A service, by one connection to each of its routers, kept open and shared by all calls. Thread-safe.
 
-    def __init__(
+    A call goes to the router that has the fewest of this client's. After `Unavailable`, and after `Overloaded` with a
+    time to retry, it is made again: at once with another router, else with back-off. A stream of tokens that broke off
+    goes on without loss or repetition where they are determined, by temperature 0 or by `seed`; otherwise it raises
+    `Unavailable`. `drain`, `chaos` and ``plan(dry_run=False)`` are made once, because what is lost may be the answer.
+    """
+
+    def __init__(  # noqa: PLR0913  (as many settings as there are)
         self,
-        target: str = DEFAULT_TARGET,
+        target: str | Sequence[str] = DEFAULT_TARGET,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         *,
+        discover: bool = True,
+        max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         api_key: str | None = None,
         tls: bool = False,
         ca_file: str | os.PathLike[str] | None = None,
@@ -57,8 +66,12 @@ class Client:
         """Does not connect yet.
 
         Args:
-            target: ``host:port`` of the service, or any other gRPC target.
-            timeout_s: seconds for a whole call, a stream included, unless the call says otherwise. None: no limit.
+            target: ``host:port`` of a router, or any other gRPC target; several in a sequence, or separated by commas.
+            timeout_s: seconds for a whole call, a stream and all attempts included, unless the call says otherwise.
+                None: no limit.
+            discover: ask the service for all its routers, now and then, beside the calls, and spread calls over those
+                that can be reached. `target` is used where that is refused or leads nowhere.
+            max_attempts: of one call, in all; 1 retries nothing.
             api_key: sent with each call; None takes that of the environment variable RAY_MOE_API_KEY, "" none.
             tls: encrypt, and check the service's certificate against the system's roots. Any of the next three turns
                 it on too.
@@ -68,19 +81,13 @@ class Client:
             allow_plaintext_key: send the API key unencrypted, also to another machine.
 
         Raises:
-            InvalidConfig: a file cannot be used, or the API key would travel unencrypted to another machine.
+            InvalidConfig: there is no target or no attempt, a file cannot be used, or the API key would travel
+                unencrypted to another machine.
         """
-        self.target = target
+        self.target = target if isinstance(target, str) else ",".join(target)
         self.timeout_s = timeout_s
         access = Access(api_key, tls, ca_file, cert_file, key_file, allow_plaintext_key)
-        self._metadata = access.metadata(target)
-        credentials = access.credentials()
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, channel.OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(target, credentials, channel.OPTIONS)
-        self._inference = InferenceStub(self._channel)
-        self._admin = AdminStub(self._channel)
+        self._routers = SyncRouters(target, access, discover=discover, max_attempts=max_attempts)
 
     def __enter__(self) -> Client:
         return self
@@ -90,7 +97,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls in flight are `Cancelled`. Idempotent."""
-        self._channel.close()
+        self._routers.close()
 
     def forward(
         self,
@@ -105,40 +112,36 @@ class Client:
 
         Returns: [T, D] in the dtype of `hidden`. The layer computes in its own dtype.
         """
-        timeout_s = self._timeout(timeout_s)
         codec = ForwardCodec()
         message = codec.encode(Forward(layer, hidden, index, weight))
-        with channel.errors(self.target, timeout_s):
-            return codec.decode(self._inference.Forward(message, timeout=timeout_s, metadata=self._metadata))
+        return codec.decode(self._routers.call(lambda line: line.inference.Forward, message, self._timeout(timeout_s)))
 
     def forward_stream(
         self, requests: Iterable[Forward], *, timeout_s: float | None = None
     ) -> Generator[NDArray[Any], None, None]:
         """Many batches over one call: results in order, one for each, while later requests are under way.
 
-        The first request that fails ends the stream with its error, after the results before it. `requests` is read
-        in another thread. Closing the generator cancels the call.
+        The first request that fails ends the stream with its error, after the results before it. If the stream breaks
+        off, what is not answered is asked again. `requests` is read in another thread. Closing the generator cancels
+        the call.
         """
-        timeout_s = self._timeout(timeout_s)
-        codec = ForwardCodec()
-        failures: list[Exception] = []
-
-        def encoded() -> Iterator[inference_pb2.ForwardRequest]:
-            try:
-                for request in requests:
-                    yield codec.encode(request)
-            except Exception as error:  # raised below, in the caller's thread
-                failures.append(error)
-
-        with channel.errors(self.target, timeout_s):
-            call = self._inference.ForwardStream(encoded(), timeout=timeout_s, metadata=self._metadata)
-            try:
-                for response in call:
-                    yield codec.decode(response)
-            finally:
-                call.cancel()  # type: ignore[no-untyped-call]
-        if failures:
-            raise failures[0]
+        attempts = self._routers.attempts(self._timeout(timeout_s), unit="results")
+        outbox = Outbox(requests)
+        while not attempts.is_over:
+            with self._routers.attempt(attempts) as line:
+                stream = line.inference.ForwardStream(
+                    outbox.messages(), timeout=attempts.left_s, metadata=line.metadata
+                )
+                try:
+                    for response in stream:
+                        result = outbox.codec.decode(response)
+                        outbox.answered()
+                        attempts.num_received += 1
+                        yield result
+                finally:
+                    stream.cancel()  # type: ignore[no-untyped-call]
+                attempts.is_over = True
+        outbox.check()
 
     def generate(
         self, prompt: str | None = None, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
@@ -156,82 +159,78 @@ class Client:
     def _chunks(
         self, message: inference_pb2.GenerateRequest, timeout_s: float | None
     ) -> Generator[GenerateChunk, None, None]:
-        with channel.errors(self.target, timeout_s):
-            call = self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata)
-            try:
-                for response in call:
-                    yield messages.chunk_from_proto(response)
-            finally:
-                call.cancel()  # type: ignore[no-untyped-call]
+        attempts = self._routers.attempts(timeout_s, unit="tokens")
+        continuation = Continuation(message, attempts)
+        while not attempts.is_over:
+            continuation.restart()
+            with self._routers.attempt(attempts) as line:
+                stream = line.inference.Generate(message, timeout=attempts.left_s, metadata=line.metadata)
+                try:
+                    for response in stream:
+                        chunk = continuation.add(messages.chunk_from_proto(response))
+                        if chunk is not None:
+                            yield chunk
+                finally:
+                    stream.cancel()  # type: ignore[no-untyped-call]
+                attempts.is_over = True
 
     def status(self, *, timeout_s: float | None = None) -> ServiceStatus:
         """How the service, its router and its hosts are; also while it is starting."""
-        timeout_s = self._timeout(timeout_s)
-        with channel.errors(self.target, timeout_s):
-            return messages.status_from_proto(
-                self._admin.Status(admin_pb2.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
-            )
+        message = admin_pb2.StatusRequest()
+        response = self._routers.call(lambda line: line.admin.Status, message, self._timeout(timeout_s))
+        return messages.status_from_proto(response)
 
     def placement(self, *, timeout_s: float | None = None) -> RoutingTable:
         """Which host holds which experts."""
-        timeout_s = self._timeout(timeout_s)
-        with channel.errors(self.target, timeout_s):
-            return messages.table_from_proto(
-                self._admin.Placement(admin_pb2.PlacementRequest(), timeout=timeout_s, metadata=self._metadata)
-            )
+        message = admin_pb2.PlacementRequest()
+        response = self._routers.call(lambda line: line.admin.Placement, message, self._timeout(timeout_s))
+        return messages.table_from_proto(response)
 
     def plan(self, *, dry_run: bool = True, timeout_s: float | None = None) -> PlanSummary:
         """A better placement for the present load; with ``dry_run=False`` it is also carried out."""
-        timeout_s = self._timeout(timeout_s)
-        with channel.errors(self.target, timeout_s):
-            return messages.plan_from_proto(
-                self._admin.Plan(admin_pb2.PlanRequest(dry_run=dry_run), timeout=timeout_s, metadata=self._metadata)
-            )
+        message = admin_pb2.PlanRequest(dry_run=dry_run)
+        response = self._routers.call(
+            lambda line: line.admin.Plan, message, self._timeout(timeout_s), repeatable=dry_run
+        )
+        return messages.plan_from_proto(response)
 
     def resize(self, num_actors: int, *, timeout_s: float | None = None) -> None:
         """Begin to change the number of expert actors, beside the requests; `status().changing` tells how long."""
-        timeout_s = self._timeout(timeout_s)
-        message = resize_request(num_actors)
-        with channel.errors(self.target, timeout_s):
-            self._admin.Resize(message, timeout=timeout_s, metadata=self._metadata)
+        self._routers.call(lambda line: line.admin.Resize, resize_request(num_actors), self._timeout(timeout_s))
 
     def drain(self, target: str, *, replace: bool = False, timeout_s: float | None = None) -> tuple[HostId, ...]:
         """Begin to empty and end an expert actor, or all on a node (by id); returns their names.
 
         With `replace`, as many others start in their place.
         """
-        timeout_s = self._timeout(timeout_s)
         message = admin_pb2.DrainRequest(target=target, replace=replace)
-        with channel.errors(self.target, timeout_s):
-            return tuple(self._admin.Drain(message, timeout=timeout_s, metadata=self._metadata).host_ids)
+        response = self._routers.call(
+            lambda line: line.admin.Drain, message, self._timeout(timeout_s), repeatable=False
+        )
+        return tuple(response.host_ids)
 
     def chaos(self, request: ChaosRequest, *, timeout_s: float | None = None) -> ChaosReport:
         """Hurt the service as `request` says, wait until it is whole again, and tell what clients felt."""
-        timeout_s = self._timeout(timeout_s)
         message = messages.chaos_request_to_proto(request)
-        with channel.errors(self.target, timeout_s):
-            return messages.chaos_report_from_proto(
-                self._admin.Chaos(message, timeout=timeout_s, metadata=self._metadata)
-            )
+        response = self._routers.call(
+            lambda line: line.admin.Chaos, message, self._timeout(timeout_s), repeatable=False
+        )
+        return messages.chaos_report_from_proto(response)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when the service answers requests; `Unavailable`, with the reason, when it does not in time."""
         poll = channel.ReadyPoll(self.target, timeout_s)
         # A synchronous channel connects only while somebody watches it or waits for an answer: checks that fail at once
         # leave it to gRPC's look every 5 s, by which time the attempt to connect has timed out.
-        self._channel.subscribe(_ignore)
+        lines = [self._routers.line(target) for target in self._routers.given]
+        for line in lines:
+            line.channel.subscribe(_ignore)
         try:
-            while not poll.is_over(self._check_health(poll.remaining_s)):
+            while not any(poll.is_over(_check_health(line, poll.remaining_s)) for line in lines):
                 time.sleep(channel.READY_POLL_S)
         finally:
-            self._channel.unsubscribe(_ignore)
-
-    def _check_health(self, timeout_s: float) -> bytes | grpc.RpcError:
-        check = self._channel.unary_unary(channel.HEALTH_CHECK, None, None)
-        try:
-            return bytes(check(channel.HEALTH_REQUEST, timeout=timeout_s, metadata=self._metadata))
-        except grpc.RpcError as error:
-            return error
+            for line in lines:
+                line.channel.unsubscribe(_ignore)
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self.timeout_s if timeout_s is None else timeout_s
@@ -239,3 +238,11 @@ class Client:
 
 def _ignore(state: grpc.ChannelConnectivity) -> None:
     """Takes note of nothing: that the state is watched is what counts."""
+
+
+def _check_health(line: SyncLine, timeout_s: float) -> bytes | grpc.RpcError:
+    check = line.channel.unary_unary(channel.HEALTH_CHECK, None, None)
+    try:
+        return bytes(check(channel.HEALTH_REQUEST, timeout=timeout_s, metadata=line.metadata))
+    except grpc.RpcError as error:
+        return error

@@ -6,6 +6,7 @@ be is not judged here (`service/validation.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from ray_moe.types import (
     Placement,
     PlannedMove,
     PlanSummary,
+    RouterAddress,
     RouterStatus,
     RoutingTable,
     ServiceStatus,
@@ -105,6 +107,17 @@ def _logprob_from_proto(message: inference_pb2.TokenLogprob) -> TokenLogprob:
     return _value(TokenLogprob, message, top=tuple(map(_logprob_from_proto, message.top)))
 
 
+# --- Routers -------------------------------------------------------------------------------------------------
+def routers_to_proto(routers: Iterable[RouterAddress]) -> inference_pb2.ListRoutersResponse:
+    return inference_pb2.ListRoutersResponse(
+        routers=[inference_pb2.RouterAddress(**_fields(router)) for router in routers]
+    )
+
+
+def routers_from_proto(message: inference_pb2.ListRoutersResponse) -> tuple[RouterAddress, ...]:
+    return tuple(_value(RouterAddress, router) for router in message.routers)
+
+
 # --- Status and placement ------------------------------------------------------------------------------------
 def status_to_proto(status: ServiceStatus) -> admin_pb2.StatusResponse:
     tokens = status.tokens_per_expert.items()
@@ -115,6 +128,7 @@ def status_to_proto(status: ServiceStatus) -> admin_pb2.StatusResponse:
             "hosts": [admin_pb2.HostStatus(**_fields(host)) for host in status.hosts],
             "tokens_per_expert": [admin_pb2.LayerTokens(layer=layer, tokens=counts) for layer, counts in tokens],
             "events": [admin_pb2.ClusterEvent(**_fields(event)) for event in status.events],
+            "routers": [inference_pb2.RouterAddress(**_fields(router)) for router in status.routers],
         }
     )
 
@@ -127,6 +141,7 @@ def status_from_proto(message: admin_pb2.StatusResponse) -> ServiceStatus:
         hosts=tuple(_value(HostStatus, host) for host in message.hosts),
         tokens_per_expert={entry.layer: tuple(entry.tokens) for entry in message.tokens_per_expert},
         events=tuple(_value(ClusterEvent, event) for event in message.events),
+        routers=tuple(_value(RouterAddress, router) for router in message.routers),
     )
 
 

@@ -21,6 +21,9 @@ ERROR_KEY = "ray-moe-error"
 RETRY_AFTER_KEY = "ray-moe-retry-after-s"
 """Trailing metadata with the seconds after which a retry may succeed, where they are known."""
 
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata, and HTTP header, with the id of a request: a client may send one, and gets the one that counts."""
+
 MAX_DETAILS_BYTES = 2000
 """A longer message is cut: gRPC writes each byte as up to three and lets no more than 8 KiB of trailers through."""
 
@@ -106,16 +109,24 @@ def to_http_headers(error: RayMoEError) -> dict[str, str]:
     return headers
 
 
-def from_status(code: grpc.StatusCode, details: str, name: str | None, retry_after_s: str | None = None) -> RayMoEError:
+def from_status(
+    code: grpc.StatusCode,
+    details: str,
+    name: str | None,
+    retry_after_s: str | None = None,
+    request_id: str | None = None,
+) -> RayMoEError:
     """The error that a client raises.
 
     Args:
         code, details: of the status.
         name: the value under `ERROR_KEY`; None when the status has none.
         retry_after_s: the value under `RETRY_AFTER_KEY`, likewise. What is no time is passed over.
+        request_id: the value under `REQUEST_ID_KEY`, likewise.
     """
     cls = _CLASSES.get(name) if name else None
-    return (cls or _FOREIGN.get(code, RayMoEError))(details, retry_after_s=_seconds(retry_after_s))
+    cls = cls or _FOREIGN.get(code, RayMoEError)
+    return cls(details, retry_after_s=_seconds(retry_after_s), request_id=request_id or "")
 
 
 def _seconds(text: str | None) -> float | None:

@@ -22,55 +22,56 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from ray_moe.wire.v1 import inference_pb2 as ray__moe_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16ray_moe/v1/admin.proto\x12\nray_moe.v1\"\x0f\n\rStatusRequest\"\xc9\x02\n\x0eStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\x12\r\n\x05\x65poch\x18\x06 \x01(\x03\x12(\n\x06router\x18\x07 \x01(\x0b\x32\x18.ray_moe.v1.RouterStatus\x12%\n\x05hosts\x18\x08 \x03(\x0b\x32\x16.ray_moe.v1.HostStatus\x12\x32\n\x11tokens_per_expert\x18\t \x03(\x0b\x32\x17.ray_moe.v1.LayerTokens\x12\x10\n\x08\x63hanging\x18\n \x01(\t\x12(\n\x06\x65vents\x18\x0b \x03(\x0b\x32\x18.ray_moe.v1.ClusterEvent\x12\x12\n\np_lossless\x18\x0c \x01(\x01\"8\n\x0c\x43lusterEvent\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xc4\x02\n\x0cRouterStatus\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x11\n\trss_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x62\x61\x63kbone_bytes\x18\x03 \x01(\x03\x12\x17\n\x0f\x61\x63tive_requests\x18\x04 \x01(\x03\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x03\x12\x15\n\rretried_calls\x18\x07 \x01(\x03\x12\x17\n\x0f\x66\x61iled_requests\x18\x08 \x01(\x03\x12\x14\n\x0chedged_calls\x18\t \x01(\x03\x12\x10\n\x08own_rows\x18\n \x01(\x03\x12\x11\n\town_bytes\x18\x0b \x01(\x03\x12\x16\n\x0elifeboat_loads\x18\x0c \x01(\x03\x12\x14\n\x0c\x62\x61lancedness\x18\r \x01(\x01\x12\x17\n\x0flongest_pause_s\x18\x0e \x01(\x01\"\xff\x01\n\nHostStatus\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x10\n\x08restarts\x18\x05 \x01(\x03\x12\x11\n\trss_bytes\x18\x06 \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x03\x12\x14\n\x0cloaded_bytes\x18\x08 \x01(\x03\x12\x13\n\x0bnum_experts\x18\t \x01(\x03\x12\x11\n\tnum_calls\x18\n \x01(\x03\x12\x10\n\x08num_rows\x18\x0b \x01(\x03\x12\x13\n\x0butilisation\x18\x0c \x01(\x01\x12\x13\n\x0bqueued_rows\x18\r \x01(\x03\",\n\x0bLayerTokens\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\x03\"\x12\n\x10PlacementRequest\"z\n\x11PlacementResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12*\n\x06layers\x18\x02 \x03(\x0b\x32\x1a.ray_moe.v1.LayerPlacement\x12*\n\taddresses\x18\x03 \x03(\x0b\x32\x17.ray_moe.v1.HostAddress\"I\n\x0eLayerPlacement\x12\r\n\x05layer\x18\x01 \x01(\t\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.ray_moe.v1.ExpertHosts\"\x1f\n\x0b\x45xpertHosts\x12\x10\n\x08host_ids\x18\x01 \x03(\t\"l\n\x0bHostAddress\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0b\n\x03tcp\x18\x05 \x01(\t\x12\x0c\n\x04unix\x18\x06 \x01(\t\"\x1e\n\x0bPlanRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"\xbd\x01\n\x0cPlanResponse\x12&\n\x05moves\x18\x01 \x03(\x0b\x32\x17.ray_moe.v1.PlannedMove\x12\x14\n\x0c\x63opied_bytes\x18\x02 \x01(\x03\x12\x11\n\tnum_steps\x18\x03 \x01(\x03\x12\x1b\n\x13\x62\x61lancedness_before\x18\x04 \x01(\x01\x12\x1a\n\x12\x62\x61lancedness_after\x18\x05 \x01(\x01\x12\x0f\n\x07pause_s\x18\x06 \x01(\x01\x12\x12\n\nduration_s\x18\x07 \x01(\x01\"L\n\x0bPlannedMove\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x03\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x03(\t\x12\x0f\n\x07removed\x18\x04 \x03(\t\"#\n\rResizeRequest\x12\x12\n\nnum_actors\x18\x01 \x01(\x03\"\x10\n\x0eResizeResponse\"/\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0f\n\x07replace\x18\x02 \x01(\x08\"!\n\rDrainResponse\x12\x10\n\x08host_ids\x18\x01 \x03(\t\"l\n\x0c\x43haosRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0c\n\x04\x61t_s\x18\x03 \x01(\x01\x12\x12\n\nduration_s\x18\x04 \x01(\x01\x12\x0e\n\x06\x66\x61\x63tor\x18\x05 \x01(\x01\x12\x0c\n\x04seed\x18\x06 \x01(\x03\"\xea\x01\n\rChaosResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07targets\x18\x02 \x03(\t\x12\x0f\n\x07stall_s\x18\x03 \x01(\x01\x12\x17\n\x0f\x66\x61iled_requests\x18\x04 \x01(\x03\x12\x12\n\nrepaired_s\x18\x05 \x01(\x01\x12\x1b\n\x13\x62\x61lancedness_before\x18\x06 \x01(\x01\x12\x1a\n\x12\x62\x61lancedness_after\x18\x07 \x01(\x01\x12\x15\n\rretried_calls\x18\x08 \x01(\x03\x12\x14\n\x0chedged_calls\x18\t \x01(\x03\x12\x16\n\x0elifeboat_loads\x18\n \x01(\x03\x32\x8a\x03\n\x05\x41\x64min\x12?\n\x06Status\x12\x19.ray_moe.v1.StatusRequest\x1a\x1a.ray_moe.v1.StatusResponse\x12H\n\tPlacement\x12\x1c.ray_moe.v1.PlacementRequest\x1a\x1d.ray_moe.v1.PlacementResponse\x12\x39\n\x04Plan\x12\x17.ray_moe.v1.PlanRequest\x1a\x18.ray_moe.v1.PlanResponse\x12?\n\x06Resize\x12\x19.ray_moe.v1.ResizeRequest\x1a\x1a.ray_moe.v1.ResizeResponse\x12<\n\x05\x44rain\x12\x18.ray_moe.v1.DrainRequest\x1a\x19.ray_moe.v1.DrainResponse\x12<\n\x05\x43haos\x12\x18.ray_moe.v1.ChaosRequest\x1a\x19.ray_moe.v1.ChaosResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16ray_moe/v1/admin.proto\x12\nray_moe.v1\x1a\x1aray_moe/v1/inference.proto\"\x0f\n\rStatusRequest\"\xf5\x02\n\x0eStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\x12\r\n\x05\x65poch\x18\x06 \x01(\x03\x12(\n\x06router\x18\x07 \x01(\x0b\x32\x18.ray_moe.v1.RouterStatus\x12%\n\x05hosts\x18\x08 \x03(\x0b\x32\x16.ray_moe.v1.HostStatus\x12\x32\n\x11tokens_per_expert\x18\t \x03(\x0b\x32\x17.ray_moe.v1.LayerTokens\x12\x10\n\x08\x63hanging\x18\n \x01(\t\x12(\n\x06\x65vents\x18\x0b \x03(\x0b\x32\x18.ray_moe.v1.ClusterEvent\x12\x12\n\np_lossless\x18\x0c \x01(\x01\x12*\n\x07routers\x18\r \x03(\x0b\x32\x19.ray_moe.v1.RouterAddress\"8\n\x0c\x43lusterEvent\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xd7\x02\n\x0cRouterStatus\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x11\n\trss_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x62\x61\x63kbone_bytes\x18\x03 \x01(\x03\x12\x17\n\x0f\x61\x63tive_requests\x18\x04 \x01(\x03\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x03\x12\x15\n\rretried_calls\x18\x07 \x01(\x03\x12\x17\n\x0f\x66\x61iled_requests\x18\x08 \x01(\x03\x12\x14\n\x0chedged_calls\x18\t \x01(\x03\x12\x10\n\x08own_rows\x18\n \x01(\x03\x12\x11\n\town_bytes\x18\x0b \x01(\x03\x12\x16\n\x0elifeboat_loads\x18\x0c \x01(\x03\x12\x14\n\x0c\x62\x61lancedness\x18\r \x01(\x01\x12\x17\n\x0flongest_pause_s\x18\x0e \x01(\x01\x12\x11\n\trouter_id\x18\x0f \x01(\t\"\xff\x01\n\nHostStatus\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x10\n\x08restarts\x18\x05 \x01(\x03\x12\x11\n\trss_bytes\x18\x06 \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x03\x12\x14\n\x0cloaded_bytes\x18\x08 \x01(\x03\x12\x13\n\x0bnum_experts\x18\t \x01(\x03\x12\x11\n\tnum_calls\x18\n \x01(\x03\x12\x10\n\x08num_rows\x18\x0b \x01(\x03\x12\x13\n\x0butilisation\x18\x0c \x01(\x01\x12\x13\n\x0bqueued_rows\x18\r \x01(\x03\",\n\x0bLayerTokens\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\x03\"\x12\n\x10PlacementRequest\"z\n\x11PlacementResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12*\n\x06layers\x18\x02 \x03(\x0b\x32\x1a.ray_moe.v1.LayerPlacement\x12*\n\taddresses\x18\x03 \x03(\x0b\x32\x17.ray_moe.v1.HostAddress\"I\n\x0eLayerPlacement\x12\r\n\x05layer\x18\x01 \x01(\t\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.ray_moe.v1.ExpertHosts\"\x1f\n\x0b\x45xpertHosts\x12\x10\n\x08host_ids\x18\x01 \x03(\t\"l\n\x0bHostAddress\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0b\n\x03tcp\x18\x05 \x01(\t\x12\x0c\n\x04unix\x18\x06 \x01(\t\"\x1e\n\x0bPlanRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"\xbd\x01\n\x0cPlanResponse\x12&\n\x05moves\x18\x01 \x03(\x0b\x32\x17.ray_moe.v1.PlannedMove\x12\x14\n\x0c\x63opied_bytes\x18\x02 \x01(\x03\x12\x11\n\tnum_steps\x18\x03 \x01(\x03\x12\x1b\n\x13\x62\x61lancedness_before\x18\x04 \x01(\x01\x12\x1a\n\x12\x62\x61lancedness_after\x18\x05 \x01(\x01\x12\x0f\n\x07pause_s\x18\x06 \x01(\x01\x12\x12\n\nduration_s\x18\x07 \x01(\x01\"L\n\x0bPlannedMove\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x03\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x03(\t\x12\x0f\n\x07removed\x18\x04 \x03(\t\"#\n\rResizeRequest\x12\x12\n\nnum_actors\x18\x01 \x01(\x03\"\x10\n\x0eResizeResponse\"/\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0f\n\x07replace\x18\x02 \x01(\x08\"!\n\rDrainResponse\x12\x10\n\x08host_ids\x18\x01 \x03(\t\"l\n\x0c\x43haosRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0c\n\x04\x61t_s\x18\x03 \x01(\x01\x12\x12\n\nduration_s\x18\x04 \x01(\x01\x12\x0e\n\x06\x66\x61\x63tor\x18\x05 \x01(\x01\x12\x0c\n\x04seed\x18\x06 \x01(\x03\"\xea\x01\n\rChaosResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07targets\x18\x02 \x03(\t\x12\x0f\n\x07stall_s\x18\x03 \x01(\x01\x12\x17\n\x0f\x66\x61iled_requests\x18\x04 \x01(\x03\x12\x12\n\nrepaired_s\x18\x05 \x01(\x01\x12\x1b\n\x13\x62\x61lancedness_before\x18\x06 \x01(\x01\x12\x1a\n\x12\x62\x61lancedness_after\x18\x07 \x01(\x01\x12\x15\n\rretried_calls\x18\x08 \x01(\x03\x12\x14\n\x0chedged_calls\x18\t \x01(\x03\x12\x16\n\x0elifeboat_loads\x18\n \x01(\x03\x32\x8a\x03\n\x05\x41\x64min\x12?\n\x06Status\x12\x19.ray_moe.v1.StatusRequest\x1a\x1a.ray_moe.v1.StatusResponse\x12H\n\tPlacement\x12\x1c.ray_moe.v1.PlacementRequest\x1a\x1d.ray_moe.v1.PlacementResponse\x12\x39\n\x04Plan\x12\x17.ray_moe.v1.PlanRequest\x1a\x18.ray_moe.v1.PlanResponse\x12?\n\x06Resize\x12\x19.ray_moe.v1.ResizeRequest\x1a\x1a.ray_moe.v1.ResizeResponse\x12<\n\x05\x44rain\x12\x18.ray_moe.v1.DrainRequest\x1a\x19.ray_moe.v1.DrainResponse\x12<\n\x05\x43haos\x12\x18.ray_moe.v1.ChaosRequest\x1a\x19.ray_moe.v1.ChaosResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ray_moe.v1.admin_pb2', _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ray_moe.wire.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUSREQUEST']._serialized_start=38
-  _globals['_STATUSREQUEST']._serialized_end=53
-  _globals['_STATUSRESPONSE']._serialized_start=56
-  _globals['_STATUSRESPONSE']._serialized_end=385
-  _globals['_CLUSTEREVENT']._serialized_start=387
-  _globals['_CLUSTEREVENT']._serialized_end=443
-  _globals['_ROUTERSTATUS']._serialized_start=446
-  _globals['_ROUTERSTATUS']._serialized_end=770
-  _globals['_HOSTSTATUS']._serialized_start=773
-  _globals['_HOSTSTATUS']._serialized_end=1028
-  _globals['_LAYERTOKENS']._serialized_start=1030
-  _globals['_LAYERTOKENS']._serialized_end=1074
-  _globals['_PLACEMENTREQUEST']._serialized_start=1076
-  _globals['_PLACEMENTREQUEST']._serialized_end=1094
-  _globals['_PLACEMENTRESPONSE']._serialized_start=1096
-  _globals['_PLACEMENTRESPONSE']._serialized_end=1218
-  _globals['_LAYERPLACEMENT']._serialized_start=1220
-  _globals['_LAYERPLACEMENT']._serialized_end=1293
-  _globals['_EXPERTHOSTS']._serialized_start=1295
-  _globals['_EXPERTHOSTS']._serialized_end=1326
-  _globals['_HOSTADDRESS']._serialized_start=1328
-  _globals['_HOSTADDRESS']._serialized_end=1436
-  _globals['_PLANREQUEST']._serialized_start=1438
-  _globals['_PLANREQUEST']._serialized_end=1468
-  _globals['_PLANRESPONSE']._serialized_start=1471
-  _globals['_PLANRESPONSE']._serialized_end=1660
-  _globals['_PLANNEDMOVE']._serialized_start=1662
-  _globals['_PLANNEDMOVE']._serialized_end=1738
-  _globals['_RESIZEREQUEST']._serialized_start=1740
-  _globals['_RESIZEREQUEST']._serialized_end=1775
-  _globals['_RESIZERESPONSE']._serialized_start=1777
-  _globals['_RESIZERESPONSE']._serialized_end=1793
-  _globals['_DRAINREQUEST']._serialized_start=1795
-  _globals['_DRAINREQUEST']._serialized_end=1842
-  _globals['_DRAINRESPONSE']._serialized_start=1844
-  _globals['_DRAINRESPONSE']._serialized_end=1877
-  _globals['_CHAOSREQUEST']._serialized_start=1879
-  _globals['_CHAOSREQUEST']._serialized_end=1987
-  _globals['_CHAOSRESPONSE']._serialized_start=1990
-  _globals['_CHAOSRESPONSE']._serialized_end=2224
-  _globals['_ADMIN']._serialized_start=2227
-  _globals['_ADMIN']._serialized_end=2621
+  _globals['_STATUSREQUEST']._serialized_start=66
+  _globals['_STATUSREQUEST']._serialized_end=81
+  _globals['_STATUSRESPONSE']._serialized_start=84
+  _globals['_STATUSRESPONSE']._serialized_end=457
+  _globals['_CLUSTEREVENT']._serialized_start=459
+  _globals['_CLUSTEREVENT']._serialized_end=515
+  _globals['_ROUTERSTATUS']._serialized_start=518
+  _globals['_ROUTERSTATUS']._serialized_end=861
+  _globals['_HOSTSTATUS']._serialized_start=864
+  _globals['_HOSTSTATUS']._serialized_end=1119
+  _globals['_LAYERTOKENS']._serialized_start=1121
+  _globals['_LAYERTOKENS']._serialized_end=1165
+  _globals['_PLACEMENTREQUEST']._serialized_start=1167
+  _globals['_PLACEMENTREQUEST']._serialized_end=1185
+  _globals['_PLACEMENTRESPONSE']._serialized_start=1187
+  _globals['_PLACEMENTRESPONSE']._serialized_end=1309
+  _globals['_LAYERPLACEMENT']._serialized_start=1311
+  _globals['_LAYERPLACEMENT']._serialized_end=1384
+  _globals['_EXPERTHOSTS']._serialized_start=1386
+  _globals['_EXPERTHOSTS']._serialized_end=1417
+  _globals['_HOSTADDRESS']._serialized_start=1419
+  _globals['_HOSTADDRESS']._serialized_end=1527
+  _globals['_PLANREQUEST']._serialized_start=1529
+  _globals['_PLANREQUEST']._serialized_end=1559
+  _globals['_PLANRESPONSE']._serialized_start=1562
+  _globals['_PLANRESPONSE']._serialized_end=1751
+  _globals['_PLANNEDMOVE']._serialized_start=1753
+  _globals['_PLANNEDMOVE']._serialized_end=1829
+  _globals['_RESIZEREQUEST']._serialized_start=1831
+  _globals['_RESIZEREQUEST']._serialized_end=1866
+  _globals['_RESIZERESPONSE']._serialized_start=1868
+  _globals['_RESIZERESPONSE']._serialized_end=1884
+  _globals['_DRAINREQUEST']._serialized_start=1886
+  _globals['_DRAINREQUEST']._serialized_end=1933
+  _globals['_DRAINRESPONSE']._serialized_start=1935
+  _globals['_DRAINRESPONSE']._serialized_end=1968
+  _globals['_CHAOSREQUEST']._serialized_start=1970
+  _globals['_CHAOSREQUEST']._serialized_end=2078
+  _globals['_CHAOSRESPONSE']._serialized_start=2081
+  _globals['_CHAOSRESPONSE']._serialized_end=2315
+  _globals['_ADMIN']._serialized_start=2318
+  _globals['_ADMIN']._serialized_end=2712
 # @@protoc_insertion_point(module_scope)

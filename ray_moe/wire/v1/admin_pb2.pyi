@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from ray_moe.wire.v1 import inference_pb2 as _inference_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -49,6 +50,7 @@ class StatusResponse(_message.Message):
     CHANGING_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     P_LOSSLESS_FIELD_NUMBER: _builtins.int
+    ROUTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     model_type: _builtins.str
     """The family, as in the checkpoint's config, e.g. "mixtral"."""
@@ -77,6 +79,10 @@ class StatusResponse(_message.Message):
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterEvent]:
         """What happened last to the cluster, oldest first."""
 
+    @_builtins.property
+    def routers(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.RouterAddress]:
+        """All there are, the one that answers among them."""
+
     def __init__(
         self,
         *,
@@ -92,10 +98,11 @@ class StatusResponse(_message.Message):
         changing: _builtins.str = ...,
         events: _abc.Iterable[Global___ClusterEvent] | None = ...,
         p_lossless: _builtins.float = ...,
+        routers: _abc.Iterable[_inference_pb2.RouterAddress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["router", b"router"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changing", b"changing", "epoch", b"epoch", "events", b"events", "hosts", b"hosts", "model", b"model", "model_type", b"model_type", "p_lossless", b"p_lossless", "router", b"router", "state", b"state", "tokens_per_expert", b"tokens_per_expert", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changing", b"changing", "epoch", b"epoch", "events", b"events", "hosts", b"hosts", "model", b"model", "model_type", b"model_type", "p_lossless", b"p_lossless", "router", b"router", "routers", b"routers", "state", b"state", "tokens_per_expert", b"tokens_per_expert", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,6 +153,7 @@ class RouterStatus(_message.Message):
     LIFEBOAT_LOADS_FIELD_NUMBER: _builtins.int
     BALANCEDNESS_FIELD_NUMBER: _builtins.int
     LONGEST_PAUSE_S_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     rss_bytes: _builtins.int
     backbone_bytes: _builtins.int
@@ -168,6 +176,7 @@ class RouterStatus(_message.Message):
     """Mean over the last batches of (mean / highest load of a host); 1 is perfect."""
     longest_pause_s: _builtins.float
     """Longest time between two tokens of a running generation, over the last minute."""
+    router_id: _builtins.str
     def __init__(
         self,
         *,
@@ -185,10 +194,11 @@ class RouterStatus(_message.Message):
         lifeboat_loads: _builtins.int = ...,
         balancedness: _builtins.float = ...,
         longest_pause_s: _builtins.float = ...,
+        router_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "backbone_bytes", b"backbone_bytes", "balancedness", b"balancedness", "failed_requests", b"failed_requests", "generated_tokens", b"generated_tokens", "hedged_calls", b"hedged_calls", "lifeboat_loads", b"lifeboat_loads", "longest_pause_s", b"longest_pause_s", "own_bytes", b"own_bytes", "own_rows", b"own_rows", "pid", b"pid", "queued_requests", b"queued_requests", "retried_calls", b"retried_calls", "rss_bytes", b"rss_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "backbone_bytes", b"backbone_bytes", "balancedness", b"balancedness", "failed_requests", b"failed_requests", "generated_tokens", b"generated_tokens", "hedged_calls", b"hedged_calls", "lifeboat_loads", b"lifeboat_loads", "longest_pause_s", b"longest_pause_s", "own_bytes", b"own_bytes", "own_rows", b"own_rows", "pid", b"pid", "queued_requests", b"queued_requests", "retried_calls", b"retried_calls", "router_id", b"router_id", "rss_bytes", b"rss_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

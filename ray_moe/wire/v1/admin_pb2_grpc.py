@@ -70,7 +70,7 @@ class AdminServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Status(self, request, context):
-        """How the service, its router and its hosts are. Answers while the service is still starting, too.
+        """How the service, the router that answers and the hosts are. Answers while the service is still starting, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -32,7 +32,7 @@ class AdminStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     Status: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]
-    """How the service, its router and its hosts are. Answers while the service is still starting, too."""
+    """How the service, the router that answers and the hosts are. Answers while the service is still starting, too."""
     Placement: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlacementRequest, _admin_pb2.PlacementResponse]
     """Which host holds which experts, as the router uses it now."""
     Plan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.PlanResponse]
@@ -56,7 +56,7 @@ class AdminStub:
 class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Status: _aio.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]  # type: ignore[assignment]
-    """How the service, its router and its hosts are. Answers while the service is still starting, too."""
+    """How the service, the router that answers and the hosts are. Answers while the service is still starting, too."""
     Placement: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlacementRequest, _admin_pb2.PlacementResponse]  # type: ignore[assignment]
     """Which host holds which experts, as the router uses it now."""
     Plan: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.PlanResponse]  # type: ignore[assignment]
@@ -83,7 +83,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.StatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.StatusResponse, _abc.Awaitable[_admin_pb2.StatusResponse]]:
-        """How the service, its router and its hosts are. Answers while the service is still starting, too."""
+        """How the service, the router that answers and the hosts are. Answers while the service is still starting, too."""
 
     @_abc_1.abstractmethod
     def Placement(

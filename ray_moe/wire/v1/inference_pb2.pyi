@@ -243,8 +243,8 @@ class GenerateRequest(_message.Message):
     min_p: _builtins.float
     """0 to 1; sampling among tokens at least this much as likely as the likeliest."""
     repetition_penalty: _builtins.float
-    """Above 0; logits of tokens that have occurred, the prompt included, are divided by it, or multiplied where negative.
-    When absent: what the checkpoint's generation_config asks for.
+    """0.01 to 100; logits of tokens that have occurred, the prompt included, are divided by it, or multiplied where
+    negative. When absent: what the checkpoint's generation_config asks for.
     """
     presence_penalty: _builtins.float
     """Finite; taken off the logits of tokens that have been generated, and once for each time."""
@@ -385,3 +385,69 @@ class TokenLogprob(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
+class ListRoutersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRoutersRequest: _TypeAlias = ListRoutersRequest  # noqa: Y015
+
+@_typing.final
+class ListRoutersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterAddress]: ...
+    def __init__(
+        self,
+        *,
+        routers: _abc.Iterable[Global___RouterAddress] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["routers", b"routers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRoutersResponse: _TypeAlias = ListRoutersResponse  # noqa: Y015
+
+@_typing.final
+class RouterAddress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    GRPC_ADDRESS_FIELD_NUMBER: _builtins.int
+    HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    grpc_address: _builtins.str
+    """"host:port", as clients reach it."""
+    http_address: _builtins.str
+    """"http://host:port" or "https://host:port"; empty when it speaks no HTTP by itself."""
+    ready: _builtins.bool
+    """Whether it takes requests now."""
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        grpc_address: _builtins.str = ...,
+        http_address: _builtins.str = ...,
+        ready: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_address", b"grpc_address", "http_address", b"http_address", "ready", b"ready", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterAddress: _TypeAlias = RouterAddress  # noqa: Y015

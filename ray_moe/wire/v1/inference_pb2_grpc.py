@@ -49,6 +49,11 @@ class InferenceStub(object):
                 request_serializer=ray__moe_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=ray__moe_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.ListRouters = channel.unary_unary(
+                '/ray_moe.v1.Inference/ListRouters',
+                request_serializer=ray__moe_dot_v1_dot_inference__pb2.ListRoutersRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_inference__pb2.ListRoutersResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -77,6 +82,14 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRouters(self, request, context):
+        """Where the routers of the service are: any of them answers any call. Answers while the service is still starting,
+        too, and is not counted against the limits on requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +107,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=ray__moe_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=ray__moe_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'ListRouters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRouters,
+                    request_deserializer=ray__moe_dot_v1_dot_inference__pb2.ListRoutersRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_inference__pb2.ListRoutersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +195,33 @@ class Inference(object):
             '/ray_moe.v1.Inference/Generate',
             ray__moe_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             ray__moe_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRouters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Inference/ListRouters',
+            ray__moe_dot_v1_dot_inference__pb2.ListRoutersRequest.SerializeToString,
+            ray__moe_dot_v1_dot_inference__pb2.ListRoutersResponse.FromString,
             options,
             channel_credentials,
             insecure,

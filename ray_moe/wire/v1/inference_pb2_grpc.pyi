@@ -54,6 +54,10 @@ class InferenceStub:
     """Continues a prompt. Pieces come as they are generated; the last one has a `finish_reason`. Cancelling the call
     cancels the work.
     """
+    ListRouters: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListRoutersRequest, _inference_pb2.ListRoutersResponse]
+    """Where the routers of the service are: any of them answers any call. Answers while the service is still starting,
+    too, and is not counted against the limits on requests.
+    """
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -67,6 +71,10 @@ class InferenceAsyncStub(InferenceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt. Pieces come as they are generated; the last one has a `finish_reason`. Cancelling the call
     cancels the work.
+    """
+    ListRouters: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListRoutersRequest, _inference_pb2.ListRoutersResponse]  # type: ignore[assignment]
+    """Where the routers of the service are: any of them answers any call. Answers while the service is still starting,
+    too, and is not counted against the limits on requests.
     """
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
@@ -96,6 +104,16 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Continues a prompt. Pieces come as they are generated; the last one has a `finish_reason`. Cancelling the call
         cancels the work.
+        """
+
+    @_abc_1.abstractmethod
+    def ListRouters(
+        self,
+        request: _inference_pb2.ListRoutersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ListRoutersResponse, _abc.Awaitable[_inference_pb2.ListRoutersResponse]]:
+        """Where the routers of the service are: any of them answers any call. Answers while the service is still starting,
+        too, and is not counted against the limits on requests.
         """
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -29,6 +27,7 @@ from ray_moe.errors import (
     WireError,
 )
 from ray_moe.types import ChaosRequest, GenerateChunk
+from tests.unit.client.conftest import Connect
 from tests.unit.service.fake_backend import (
     GATELESS,
     LAYER,
@@ -43,27 +42,6 @@ from tests.unit.service.fake_backend import (
 )
 
 HIDDEN = np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
-Connect = Callable[..., Any]
-
-
-class Threaded:
-    """The synchronous client with the face of the other one: its calls run in threads."""
-
-    def __init__(self, target: str, **options: Any) -> None:
-        self._client = Client(target, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-        if name in ("stream", "forward_stream"):
-            return lambda *args, **kwargs: self._pull(method(*args, **kwargs))
-        return functools.partial(asyncio.to_thread, method)
-
-    async def _pull(self, items: Any) -> AsyncIterator[Any]:
-        try:
-            while (item := await asyncio.to_thread(next, items, None)) is not None:
-                yield item
-        finally:
-            items.close()
 
 
 @pytest.fixture
@@ -71,23 +49,10 @@ def backend() -> FakeBackend:
     return FakeBackend()
 
 
-@pytest.fixture(params=[Threaded, AsyncClient], ids=["sync", "aio"])
-async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
-    """Makes a client of the kind under test, closed afterwards."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        def make(target: str, **options: Any) -> Any:
-            client = request.param(target, **options)
-            stack.push_async_callback(client.close)
-            return client
-
-        yield make
-
-
 @pytest.fixture
 async def client(backend: FakeBackend, connect: Connect) -> AsyncIterator[Any]:
     async with front_door(backend, max_request_bytes=64 * 2**20) as target:
-        yield connect(target, timeout_s=20.0)
+        yield connect(target, timeout_s=20.0, max_attempts=4)
 
 
 def free_port() -> int:
@@ -159,7 +124,7 @@ async def test_the_class_and_the_message_of_the_service_arrive_as_they_were(clie
 
 
 async def test_the_time_to_retry_arrives(client: Any, backend: FakeBackend) -> None:
-    for backend.failure, expected in ((Overloaded("full", retry_after_s=1.5), 1.5), (Overloaded("full"), None)):
+    for backend.failure, expected in ((Overloaded("full", retry_after_s=0.5), 0.5), (Overloaded("full"), None)):
         with pytest.raises(Overloaded) as failure:
             await client.forward(LAYER, HIDDEN)
         assert failure.value.retry_after_s == expected
@@ -329,19 +294,17 @@ async def test_wait_ready_for_a_service_that_starts_later(connect: Connect, back
 # --- services that do not answer -----------------------------------------------------------------------------
 async def test_pointed_at_nothing(connect: Connect) -> None:
     target = f"127.0.0.1:{free_port()}"
-    client = connect(target)
-    begin_s = time.monotonic()
+    client = connect(target, max_attempts=3)
     calls = (client.status(), client.generate("x"), client.forward(LAYER, HIDDEN))
     for error in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(error, Unavailable)
         assert f"the service at {target} cannot be reached" in error.message
         assert "refused" in error.message
-    assert time.monotonic() - begin_s < 5
 
 
 async def test_pointed_at_a_name_that_does_not_exist(connect: Connect) -> None:
     with pytest.raises(Unavailable, match=r"the service at ray-moe\.invalid:1 cannot"):
-        await connect("ray-moe.invalid:1").status()
+        await connect("ray-moe.invalid:1", max_attempts=2).status()
 
 
 async def test_pointed_at_something_that_never_answers(connect: Connect) -> None:
@@ -373,7 +336,7 @@ async def test_what_is_unavailable_is_asked_again(client: Any, backend: FakeBack
     backend.failure = Unavailable("an expert is away")
     with pytest.raises(Unavailable, match=r"^an expert is away$"):
         await client.forward(LAYER, HIDDEN)
-    assert len(backend.calls) == 5
+    assert len(backend.calls) == 4
     backend.calls.clear()
     waiting = asyncio.create_task(client.forward(LAYER, HIDDEN))
     while not backend.calls:  # noqa: ASYNC110
@@ -382,13 +345,13 @@ async def test_what_is_unavailable_is_asked_again(client: Any, backend: FakeBack
     np.testing.assert_array_equal(await waiting, -HIDDEN)
 
 
-async def test_what_has_begun_is_not_asked_again(client: Any, backend: FakeBackend) -> None:
+async def test_what_has_begun_and_is_drawn_by_lot_is_not_asked_again(client: Any, backend: FakeBackend) -> None:
     backend.hold_after = 1
-    stream = client.stream("x", max_new_tokens=5)
+    stream = client.stream("x", max_new_tokens=5, temperature=1.0)
     assert (await anext(stream)).token_ids == (0,)
     backend.failure = Unavailable("an expert is away")
     backend.released.set()
-    with pytest.raises(Unavailable, match="an expert is away"):
+    with pytest.raises(Unavailable, match=r"^an expert is away \(tokens that had come: 1\)$"):
         await anext(stream)
     assert len(backend.requests) == 1
 
@@ -403,7 +366,7 @@ async def test_nothing_else_is_asked_again(client: Any, backend: FakeBackend) ->
 async def test_a_service_that_stops_in_the_middle(connect: Connect, backend: FakeBackend) -> None:
     backend.hold_after = 1
     async with front_door(backend) as target:
-        stream = connect(target).stream("x", max_new_tokens=5)
+        stream = connect(target, max_attempts=2).stream("x", max_new_tokens=5)
         await anext(stream)
         await backend.reached.wait()
     with pytest.raises(Unavailable, match=target):
