@@ -48,6 +48,8 @@ class ExpertCall:
     call_id: str = ""
     """``BASE:M1,M2,...``: names the rows of each of `experts` in a backward call, so that the same rows, delivered
     again in this grouping or another, are not counted twice in an expert's gradients. Empty: always count."""
+    trace: str = ""
+    """W3C `traceparent` of the span that the call belongs to; empty when nothing is recorded."""
 
     @property
     def num_rows(self) -> int:

@@ -8,6 +8,7 @@ Shape legend: t tokens sent, n rows (token, expert), D model width.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Sequence
 from typing import Any, Final
@@ -26,14 +27,17 @@ ROWS_IN_ROOM: Final = 1
 FAILED: Final = 2
 
 _MAX_ERROR_CHARACTERS: Final = 4000
+_TRACE: Final = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Tensors = Sequence[torch.Tensor | None]
 
 
 # --- Calls ---------------------------------------------------------------------------------------------------
 def call_fields(call: ExpertCall) -> tuple[Any, ...]:
-    """The fields of a call that are not tensors, ready for msgpack."""
-    return call.layer, call.epoch, array("I", call.experts).tobytes(), array("I", call.counts).tobytes(), call.call_id
+    """The fields of a call that are not tensors, ready for msgpack. A call that is not traced has no sixth."""
+    experts, counts = array("I", call.experts).tobytes(), array("I", call.counts).tobytes()
+    fields = (call.layer, call.epoch, experts, counts, call.call_id)
+    return (*fields, call.trace) if call.trace else fields
 
 
 def call_tensors(call: ExpertCall) -> Tensors:
@@ -64,15 +68,17 @@ def write_call(call: ExpertCall, views: Tensors) -> None:
 
 def read_call(fields: Sequence[Any], specs: Specs, tensors: Tensors) -> ExpertCall:
     """The call that was sent, with the tensors given (not copied). Raises `WireError` when it contradicts itself."""
-    if len(fields) != 5 or len(specs) != 4:
-        raise WireError(f"a call has 5 fields and 4 tensors, not {len(fields)} and {len(specs)}")
-    layer, epoch, experts, counts, call_id = fields
+    if len(fields) not in (5, 6) or len(specs) != 4:
+        raise WireError(f"a call has 5 fields and 4 tensors, and may have a trace, not {len(fields)} and {len(specs)}")
+    layer, epoch, experts, counts, call_id, *trace = fields
     if type(layer) is not str or type(epoch) is not int or type(call_id) is not str:
         raise WireError("a call names its layer (text), its epoch (integer) and its call id (text)")
     hidden, token, weight, grad = tensors
     if hidden is None or not _is_float(specs[0], 2):
         raise WireError(f"the tokens of a call must be floats [t, D], not {_name(specs[0])}")
     call = ExpertCall(layer, epoch, hidden, None, token, _integers(experts), _integers(counts), weight, grad, call_id)
+    if trace and type(trace[0]) is str and _TRACE.fullmatch(trace[0]):  # the call is good without it
+        call.trace = trace[0]
     _check(call, specs)
     return call
 

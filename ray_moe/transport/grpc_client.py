@@ -3,12 +3,16 @@
 The synchronous API of grpc is used on purpose: it needs no event loop, so calls may come from any thread, and a
 reply completes a `concurrent.futures.Future`, which engine threads wait on and coroutines wrap. A stream that breaks
 is the failure detector: it fails every call in flight at once. Retrying is not done here (`runtime/moe_layer.py`).
+
+With a certificate, streams over TCP are encrypted and each end checks the other's certificate. Unix sockets and shared
+memory never leave the machine, and stay as they are; the token is asked for on every stream.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -31,10 +35,11 @@ from ray_moe.transport.grpc_options import (
     TOKEN_KEY,
     TOKEN_PREFIX,
     VERSION_KEY,
+    channel_credentials,
     client_options,
     grpc,
 )
-from ray_moe.transport.settings import TransportSettings
+from ray_moe.transport.settings import MemberCertificate, TransportSettings
 from ray_moe.transport.shared_memory import Arena, Slot
 from ray_moe.types import HostAddress
 from ray_moe.wire import tensors
@@ -44,11 +49,15 @@ _log = logging.getLogger(__name__)
 _JOIN_S = 1.0
 """How long `close` waits for the reader: not for ever, since a callback may wait for whoever closes."""
 
+_DISTRUST = re.compile("handshake failed|verification check failed|socket closed", re.IGNORECASE)
+"""What grpc says when the ends do not agree about encryption or certificates. One that is refused hears no reason."""
+
 
 class GrpcTransport:
     """Makes gRPC connections to hosts. Thread-safe.
 
-    `node_id` is the router's own node: hosts on it are reached by Unix socket and share memory with it. `on_lost` is
+    `node_id` is the router's own node: hosts on it are reached by Unix socket and share memory with it. With a
+    `certificate`, all others must show one of the same authority, and streams to them are encrypted. `on_lost` is
     called once, from a thread of the connection and after its calls have failed, when an open stream breaks by itself
     (not by `close`); it must not block.
     """
@@ -59,20 +68,24 @@ class GrpcTransport:
         *,
         node_id: str = "",
         settings: TransportSettings | None = None,
+        certificate: MemberCertificate | None = None,
         on_lost: Callable[[HostAddress], None] | None = None,
     ) -> None:
         self._token = token
+        self._certificate = certificate
         self._node_id = node_id
         self._settings = settings or TransportSettings()
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._open: set[GrpcConnection] = set()
+        self._distrusted: set[HostAddress] = set()
 
     def connect(self, address: HostAddress) -> GrpcConnection:
         """Open a stream to `address` within the connect time-out.
 
-        Raises `HostLost` when it cannot be reached or another life of the host listens there, `Unauthenticated` when it
-        does not accept the token, `WireError` when it speaks another version of the protocol.
+        Raises `HostLost` when it cannot be reached, another life of the host listens there or a certificate is not
+        accepted (whoever has taken a dead host's port shows a wrong one), `Unauthenticated` when it does not accept the
+        token, `WireError` when it speaks another version of the protocol.
         """
         if not (self._token.isascii() and self._token.isprintable()):
             raise Unauthenticated("the token cannot be sent: it must be printable ASCII, without line breaks")
@@ -82,11 +95,13 @@ class GrpcTransport:
         failures = []
         for position, target in enumerate(targets):
             timeout_s = (deadline - time.monotonic()) / (len(targets) - position)
-            connection = GrpcConnection(address, target, self._settings, same_node, self._ended)
+            certificate = self._certificate if target == address.tcp else None
+            connection = GrpcConnection(address, target, self._settings, same_node, certificate, self._ended)
             try:
                 connection.start(self._token, timeout_s)
             except HostLost as error:
                 failures.append(f"{target}: {error}")
+                self._tell_once(connection, error)
                 continue
             with self._lock:
                 self._open.add(connection)
@@ -101,6 +116,12 @@ class GrpcTransport:
             closing, self._open = self._open, set()
         for connection in closing:
             connection.close()
+
+    def _tell_once(self, connection: GrpcConnection, error: HostLost) -> None:
+        """Log that the ends do not trust each other: to those who retry, the host is only lost."""
+        if connection.is_distrusted and connection.address not in self._distrusted:
+            self._distrusted.add(connection.address)
+            _log.warning("%s", error)
 
     def _ended(self, connection: GrpcConnection, by_itself: bool) -> None:
         with self._lock:
@@ -128,10 +149,14 @@ class GrpcConnection:
         target: str,
         settings: TransportSettings,
         share_memory: bool,
+        certificate: MemberCertificate | None,
         on_end: Callable[[GrpcConnection, bool], None],
     ) -> None:
         self.address = address
         self.target = target
+        self.is_encrypted = certificate is not None
+        self.is_distrusted = False
+        """Whether it failed because one end did not accept the other, as far as one can tell."""
         self._settings = settings
         self._on_end = on_end
         self._outbox: SimpleQueue[bytes | Iterator[bytes] | None] = SimpleQueue()
@@ -141,7 +166,12 @@ class GrpcConnection:
         self._in_flight: dict[int, _InFlight] = {}
         self._end: str | None = None  # why the stream is over; guarded by _lock, like _in_flight
         self._arena = _make_arena(settings.arena_bytes) if share_memory else None
-        self._channel = grpc.insecure_channel(target, client_options(settings))
+        options = client_options(settings)
+        if certificate is None:
+            self._channel = grpc.insecure_channel(target, options)
+        else:
+            options.append(("grpc.ssl_target_name_override", certificate.name))
+            self._channel = grpc.secure_channel(target, channel_credentials(certificate), options)
 
     def start(self, token: str, timeout_s: float) -> None:
         """Open the stream and wait for the host's first message. On any error the connection is closed."""
@@ -307,7 +337,16 @@ class GrpcConnection:
                 self._hello.set_exception(Unauthenticated(details))
             elif code is grpc.StatusCode.UNIMPLEMENTED:
                 self._hello.set_exception(WireError(details))
+            elif self.target == self.address.tcp and _DISTRUST.search(details or ""):
+                self.is_distrusted = True
+                details = f"{details}; {self._advice}"
         return f"{code.name}: {details}"
+
+    @property
+    def _advice(self) -> str:
+        if self.is_encrypted:
+            return "no encrypted line: both ends need transport.tls, and certificates of one authority and one name"
+        return "perhaps the host expects an encrypted line (transport.tls), and this router has no certificate"
 
     # --- The end ---------------------------------------------------------------------------------------------
     def _finish(self, reason: str, by_itself: bool) -> None:

@@ -15,9 +15,18 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # that a peer went away is our
 
 import grpc
 
-from ray_moe.transport.settings import TransportSettings
+from ray_moe.transport.settings import MemberCertificate, TransportSettings
 
-__all__ = ["METHOD", "PROTOCOL_VERSION", "SERVICE", "client_options", "grpc", "server_options"]
+__all__ = [
+    "METHOD",
+    "PROTOCOL_VERSION",
+    "SERVICE",
+    "channel_credentials",
+    "client_options",
+    "grpc",
+    "server_credentials",
+    "server_options",
+]
 
 PROTOCOL_VERSION: Final = 1
 SERVICE: Final = "ray_moe.transport.Host"
@@ -33,7 +42,7 @@ ARENA_KEY: Final = "ray-moe-arena-bin"
 HELLO_ID: Final = 0
 """Message id of the host's first message; calls count from 1."""
 
-Options = list[tuple[str, int]]
+Options = list[tuple[str, int | str]]
 
 
 def client_options(settings: TransportSettings) -> Options:
@@ -44,6 +53,17 @@ def client_options(settings: TransportSettings) -> Options:
         ("grpc.enable_http_proxy", 0),
         ("grpc.enable_retries", 0),
     ]
+
+
+def channel_credentials(certificate: MemberCertificate) -> grpc.ChannelCredentials:
+    """A router's: of the host it asks for a certificate of the same authority."""
+    return grpc.ssl_channel_credentials(certificate.authority, certificate.private_key, certificate.chain)
+
+
+def server_credentials(certificate: MemberCertificate) -> grpc.ServerCredentials:
+    """A host's: of each router it asks for a certificate of the same authority."""
+    pair = (certificate.private_key, certificate.chain)
+    return grpc.ssl_server_credentials([pair], certificate.authority, require_client_auth=True)
 
 
 def server_options(settings: TransportSettings) -> Options:

@@ -2,6 +2,9 @@
 
 It checks who calls, decodes each call, hands it to `submit`, and sends the answers in the order in which they are
 ready. It computes nothing and knows no expert. A broken or hostile stream is ended alone; the others go on.
+
+With a certificate, what comes over TCP must be encrypted and show one of the same authority. The Unix socket is for
+routers on this machine, which nothing leaves, and stays as it is. The token is asked for at both.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from ray_moe.transport.grpc_options import (
     TOKEN_PREFIX,
     VERSION_KEY,
     grpc,
+    server_credentials,
     server_options,
 )
-from ray_moe.transport.settings import TransportSettings
+from ray_moe.transport.settings import MemberCertificate, TransportSettings
 from ray_moe.wire import tensors
 
 _log = logging.getLogger(__name__)
@@ -53,7 +57,9 @@ class HostServer:
         *,
         incarnation: str = "",
         settings: TransportSettings | None = None,
+        certificate: MemberCertificate | None = None,
     ) -> None:
+        self._certificate = certificate
         self._submit = submit
         self._token = token.encode()
         self._incarnation = incarnation
@@ -72,7 +78,7 @@ class HostServer:
         host = f"[{host_ip}]" if ":" in host_ip else host_ip
         unix = f"unix-abstract:ray-moe-{uuid.uuid4().hex}"
         try:
-            tcp = f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+            tcp = f"{host}:{self._add_tcp_port(server, f'{host}:{port}')}"
         except RuntimeError as error:
             raise InsufficientResources(f"cannot listen on {host}:{port}: is the port in use? ({error})") from None
         try:
@@ -82,6 +88,11 @@ class HostServer:
         await server.start()
         self._server = server
         return tcp, unix
+
+    def _add_tcp_port(self, server: grpc.aio.Server, address: str) -> int:
+        if self._certificate is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, server_credentials(self._certificate))
 
     async def stop(self) -> None:
         """End every stream (calls in flight are cancelled) and stop listening. Idempotent."""
@@ -116,6 +127,7 @@ class HostServer:
         """Turn away (by raising) whoever has no business here."""
         offered = str(metadata.get(TOKEN_KEY, "")).removeprefix(TOKEN_PREFIX).encode()
         if not hmac.compare_digest(offered, self._token):
+            _log.warning("refused a stream from %s: its token is not that of this service", context.peer())
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED, "the token of the router is not the token of this host"
             )

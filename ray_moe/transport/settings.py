@@ -1,8 +1,8 @@
-"""What can be set about the transports between routers and hosts. Plain values; `config.py` builds them."""
+"""What can be set about the transports between routers and hosts. Plain values, out of the user's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +23,16 @@ class TransportSettings:
     """Longer messages are cut into frames of this size, so that small ones can pass them."""
     max_message_bytes: int = 8 * 1024**3
     """A peer that announces a longer message than this is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberCertificate:
+    """What a router or host shows of itself on an encrypted line, and what it asks of its peer. In PEM."""
+
+    name: str
+    """A DNS name that is in the certificate of every member: it says who they are, since their addresses change."""
+    chain: bytes
+    """The certificate, and after it those that lead from it to the authority."""
+    private_key: bytes = field(repr=False)
+    authority: bytes
+    """Roots of the members' certificates, and of nobody else's."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ray_moe.errors import ExpertFailed, HostLost, RayMoEError, StaleRouting, WireError
 from ray_moe.transport import codec
@@ -79,6 +81,7 @@ TOKEN = torch.tensor([0, 1, 1], dtype=torch.int32)
     [
         (FIELDS[:4], (HIDDEN, TOKEN, None, None), "5 fields and 4 tensors"),
         (FIELDS, (HIDDEN, TOKEN, None), "5 fields and 4 tensors"),
+        ([*FIELDS, "", ""], (HIDDEN, TOKEN, None, None), "5 fields and 4 tensors"),
         ([7, *FIELDS[1:]], (HIDDEN, TOKEN, None, None), "names its layer"),
         (["layer", 1.5, *FIELDS[2:]], (HIDDEN, TOKEN, None, None), "names its layer"),
         (["layer", True, *FIELDS[2:]], (HIDDEN, TOKEN, None, None), "names its layer"),
@@ -105,6 +108,24 @@ def test_a_call_that_contradicts_itself_is_refused(fields: Any, contents: Any, m
     back, specs, region = tensors.decode(b"".join(buffers))
     with pytest.raises(WireError, match=message):
         codec.read_call(back, specs, tensors.tensors_in(region, specs))
+
+
+@pytest.mark.parametrize("through", [through_bytes, through_memory])
+def test_a_trace_travels_with_the_call_it_belongs_to(through: Any) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert through(example(trace=trace)).trace == trace
+    assert len(codec.call_fields(example())) == 5
+
+
+JUNK = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.binary(max_size=99) | st.text(max_size=99)
+
+
+@given(JUNK | st.lists(JUNK, max_size=3))
+def test_a_call_is_good_without_a_trace_that_is_none(trace: Any) -> None:
+    buffers, _ = tensors.encode([*FIELDS, trace], (HIDDEN, TOKEN, None, None))
+    back, specs, region = tensors.decode(b"".join(buffers))
+    call = codec.read_call(back, specs, tensors.tensors_in(region, specs))
+    assert (call.trace, call.counts) == ("", [2, 1])
 
 
 def test_how_many_rows_come_back() -> None:
