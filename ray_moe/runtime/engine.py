@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,11 @@ class Engine:
         """Generations that wait for their turn."""
         return max(0, len(self._streams) - self._loop.num_running)
 
+    @property
+    def kv_cache_bytes(self) -> tuple[int, int]:
+        """Keys and values: room that sequences have, ended ones included that are kept, and room there is in all."""
+        return self._pool.used_tokens * self._pool.bytes_per_token, self._pool.max_bytes
+
     # --- one layer -------------------------------------------------------------------------------------------
     async def forward(self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None) -> Array:
         """One MoE layer: [T, D] -> [T, D].
@@ -123,11 +129,12 @@ class Engine:
         if self._closed:
             raise Unavailable("the service is stopping; retry elsewhere or later")
         computing = asyncio.get_running_loop().run_in_executor(
-            self._forwards, self._forward_layer, layer, hidden, routing
+            self._forwards, copy_context().run, self._forward_layer, layer, hidden, routing
         )
         self.vitals.opened(computing, waits=False)
         try:
-            return await computing
+            with self.vitals.timed("forward"):
+                return await computing
         except asyncio.CancelledError:
             if self._dropped(computing):
                 raise Unavailable("the service is stopping; retry elsewhere or later") from None
@@ -172,7 +179,7 @@ class Engine:
         """
         if self._closed:
             raise Unavailable("the service is stopping; retry elsewhere or later")
-        deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
+        arrived_s = time.monotonic()
         self._refuse_if_full(0)
         tokens = await self._tokenize(request)
         self._refuse_if_full(len(tokens))
@@ -182,7 +189,7 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(pieces.put_nowait, item)
 
-        stream = self._make_stream(request, tokens, tell, deadline_s)
+        stream = self._make_stream(request, tokens, tell, arrived_s)
         self._streams.add(stream)
         self._idle.clear()
         self._loop.add(stream)
@@ -205,17 +212,15 @@ class Engine:
         if self._closed:
             raise Unavailable("the service is stopping; retry elsewhere or later")
         if len(self._streams) >= limits.max_concurrent_requests + limits.max_queued_requests:
-            raise Overloaded(
-                f"{self.active_requests} requests are running and {self.queued_requests} waiting; retry later"
-            )
+            raise self._overloaded(f"{self.active_requests} requests are running and {self.queued_requests} waiting")
         if waiting and waiting + num_tokens > limits.max_queued_tokens:
-            raise Overloaded(
-                f"prompts of {waiting:,} tokens are waiting, and {limits.max_queued_tokens:,} may; retry later"
-            )
+            raise self._overloaded(f"prompts of {waiting:,} tokens are waiting, and {limits.max_queued_tokens:,} may")
 
-    def _make_stream(
-        self, request: GenerateRequest, tokens: tuple[int, ...], tell: Any, deadline_s: float | None
-    ) -> Stream:
+    def _overloaded(self, why: str) -> Overloaded:
+        self.vitals.ended("generate", "overloaded")
+        return Overloaded(f"{why}; retry later")
+
+    def _make_stream(self, request: GenerateRequest, tokens: tuple[int, ...], tell: Any, arrived_s: float) -> Stream:
         base = self._model.generation_config
         return Stream(
             request,
@@ -224,7 +229,8 @@ class Engine:
             frozenset(_as_set(base.eos_token_id)),
             base.repetition_penalty or 1.0,
             tell,
-            deadline_s,
+            None if request.timeout_s is None else arrived_s + request.timeout_s,
+            arrived_s,
         )
 
     async def _tokenize(self, request: GenerateRequest) -> tuple[int, ...]:

@@ -11,12 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from ray_moe.errors import DeadlineExceeded, ExpertFailed, InvalidRequest, RayMoEError, Unavailable
 from ray_moe.runtime.scheduler import Scheduler, Sequence
 from ray_moe.runtime.stepper import Stepper, Work
 from ray_moe.runtime.stream import Stream
-from ray_moe.runtime.vitals import Vitals
+from ray_moe.runtime.tracing import step, within
+from ray_moe.runtime.vitals import Outcome, Vitals, outcome_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ class GenerationLoop:
         self._scheduler = scheduler
         self._vitals = vitals
         self._streams: dict[Sequence, Stream] = {}
+        self._num_traced = 0
+        """Of them."""
         self._inbox: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -128,18 +132,31 @@ class GenerationLoop:
     def _join(self, stream: Stream) -> None:
         if not stream.is_left:
             self._streams[stream.sequence] = stream
+            self._num_traced += stream.phases is not None
             self._scheduler.add(stream.sequence)
         else:
-            self._vitals.closed(stream)
+            self._closed(stream, outcome_of(None))
+            if stream.phases is not None:
+                stream.phases.end()
 
-    def _end(self, stream: Stream, error: BaseException | None = None, keep: bool = False) -> None:
-        """Give up what is kept for a stream, unless that was done before."""
+    def _end(self, stream: Stream, error: BaseException | None = None, outcome: Outcome | None = None) -> None:
+        """Give up what is kept for a stream, unless that was done before.
+
+        Its keys and values are kept for others that begin like it where it has come to an `outcome` of its own.
+        """
         if self._streams.pop(stream.sequence, None) is None:
             return
-        self._scheduler.remove(stream.sequence, keep)
-        self._vitals.closed(stream)
+        if stream.phases is not None:
+            self._num_traced -= 1
+            stream.phases.end(error)
+        self._scheduler.remove(stream.sequence, keep=outcome is not None)
+        self._closed(stream, outcome or outcome_of(error))
         if error is not None:
             stream.tell(error)
+
+    def _closed(self, stream: Stream, outcome: Outcome) -> None:
+        self._vitals.closed(stream)
+        self._vitals.ended("generate", outcome, time.monotonic() - stream.arrived_s)
 
     def _give_up_the_late(self) -> None:
         now_s = time.monotonic()
@@ -154,11 +171,16 @@ class GenerationLoop:
             if not stream.has_begun:
                 stream.has_begun = True
                 self._vitals.begun(stream)
+                if stream.phases is not None:
+                    stream.phases.enter("prefill")
+        began_s = time.monotonic()
         try:
-            logits = self._stepper.compute(work, self._scheduler.pool)
+            with self._traced(work):
+                logits = self._stepper.compute(work, self._scheduler.pool)
         except Exception as error:
             self._step_failed(work, error)
             return
+        self._vitals.stepped(len(work), sum(number for _, number in work), time.monotonic() - began_s)
         greedy = logits.argmax(-1).tolist()
         for row, (sequence, _) in enumerate(work):
             if sequence.num_new:  # a part of a prompt
@@ -172,11 +194,24 @@ class GenerationLoop:
             self._generated(stream)
             stream.tell(chunk)
             if chunk.finish_reason:
-                self._end(stream, keep=True)
+                self._end(stream, outcome=chunk.finish_reason)
+
+    def _traced(self, work: Work) -> AbstractContextManager[None]:
+        """Around a step: what it makes experts compute is a part of it."""
+        if not self._num_traced:
+            return nullcontext()
+        phases = [self._streams[sequence].phases for sequence, _ in work]
+        tokens = sum(number for _, number in work)
+        return within(step([one for one in phases if one], {"batch.tokens": tokens, "batch.sequences": len(work)}))
 
     def _generated(self, stream: Stream) -> None:
         now_s = time.monotonic()
-        if stream.last_token_s is not None:
+        if stream.last_token_s is None:
+            sequence = stream.sequence
+            self._vitals.first_token(now_s - stream.arrived_s, sequence.num_prompt, sequence.num_cached)
+            if stream.phases is not None:
+                stream.phases.enter("decode")
+        else:
             self._vitals.paused(now_s - stream.last_token_s)
         stream.last_token_s = now_s
         self.num_generated_tokens += 1
@@ -193,7 +228,7 @@ class GenerationLoop:
 
     def _fail(self, stream: Stream, error: Exception) -> None:
         if not isinstance(error, RayMoEError):
-            logger.exception("a generation failed", exc_info=error)
+            stream.context.run(logger.error, "a generation failed", exc_info=error)
             failure = ExpertFailed(f"generation failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             error = failure

@@ -5,7 +5,9 @@ Shape legend: V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch
 from ray_moe.runtime.detokenizer import Detokenizer
 from ray_moe.runtime.sampling import Sampler, logprob_of
 from ray_moe.runtime.scheduler import Sequence
+from ray_moe.runtime.tracing import Phases
 from ray_moe.types import GenerateChunk, GenerateRequest, TokenLogprob
 
 Item = GenerateChunk | BaseException
@@ -30,22 +33,29 @@ class Stream:
         repetition_penalty: float,
         tell: Callable[[Item], None],
         deadline_s: float | None,
+        arrived_s: float | None = None,
     ) -> None:
         """Args:
         tokens: of the prompt.
         end_tokens: the checkpoint's own.
         tell: takes what there is to say to whoever waits, from any thread.
         deadline_s: monotonic.
+        arrived_s: when the request came, monotonic; None: now.
         """
         self.sequence = Sequence(tokens, len(tokens) + request.max_new_tokens, request.caller)
         self.sampler = Sampler(request, repetition_penalty)
         self.tell = tell
         self.deadline_s = deadline_s
+        self.arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self.last_token_s: float | None = None
         self.has_begun = False
         """Whether any of it has been computed."""
         self.is_left = False
         """Whether nobody listens any more."""
+        self.context = copy_context()
+        """Of the task that made it: whose request it is, in the log."""
+        self.phases = Phases.of_current()
+        """None when that is not traced."""
         self._request = request
         self._end_tokens = end_tokens if not request.ignore_eos else frozenset()
         self._text = Detokenizer(tokenizer)

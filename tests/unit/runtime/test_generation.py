@@ -161,6 +161,27 @@ def test_a_beginning_that_another_had_is_told_to_be_known(setting):
         assert listener.next().num_cached_tokens == known
 
 
+def test_requests_steps_and_tokens_are_counted_as_they_were(setting, monkeypatch):
+    made = setting(max_step_tokens=4)
+    late, gone = Listener([10], time.monotonic() - 1.0, max_new_tokens=3), Listener([20], max_new_tokens=3)
+    long, bad = Listener(range(30, 36), max_new_tokens=3), Listener([70], max_new_tokens=3, temperature=1.0)
+    monkeypatch.setattr(bad.stream.sampler, "sample", None)  # it cannot be called
+    made.loop.leave(gone.stream)
+    made.add_together(late, gone, long, bad)
+    ended = [("cancelled", 1), ("deadline", 1), ("failed", 1), ("length", 2)]
+    give_up_at = time.monotonic() + LONG_S
+    while sum(made.vitals.outcomes.values()) < 5 and time.monotonic() < give_up_at:
+        time.sleep(0.001)
+    vitals = made.vitals
+    assert sorted((outcome, number) for (_, outcome), number in vitals.outcomes.items()) == ended
+    assert sum(vitals.durations_s["generate"].read().counts) == 5
+    assert sum(vitals.step_durations_s.read().counts) == len(made.stepper.steps)
+    assert vitals.step_sequences.read().total == sum(map(len, made.stepper.steps))
+    firsts, gaps = sum(vitals.first_tokens_s.read().counts), sum(vitals.token_gaps_s.read().counts)
+    assert firsts + gaps == made.loop.num_generated_tokens
+    assert vitals.num_prompt_tokens == 1 + 6
+
+
 # --- trouble -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("error", "told", "num_failed"),
