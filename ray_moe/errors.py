@@ -9,16 +9,18 @@ side of a wire. A message says what was wrong, what was expected, and what to do
 class RayMoEError(Exception):
     """Base of all errors of this package."""
 
-    def __init__(self, *args: object, retry_after_s: float | None = None) -> None:
+    def __init__(self, *args: object, retry_after_s: float | None = None, request_id: str = "") -> None:
         """Keeps what it is told.
 
         Args:
             args: the message.
             retry_after_s: seconds from now after which the same call may succeed, for `Overloaded` and `Unavailable`.
                 None: not known.
+            request_id: under which the service's log has the request, for the errors that a client raises.
         """
         super().__init__(*args)
         self.retry_after_s = retry_after_s  # no default on the class: Ray's stand-ins look absent attributes up here
+        self.request_id = request_id
 
     @property
     def message(self) -> str:

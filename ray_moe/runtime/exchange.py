@@ -10,6 +10,7 @@ Shape legend: T tokens, K experts per token, N = T*K slots, n rows of one share,
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ray_moe.runtime.lines import RECONNECT_EVERY_S, Lines, Peer, Sent
 from ray_moe.runtime.own_experts import OwnExperts
 from ray_moe.runtime.routing import LayerRoutes, Reach, Routes, View
 from ray_moe.runtime.statistics import Statistics
+from ray_moe.runtime.tracing import Span, Value, current
 from ray_moe.transport.base import ExpertCall
 from ray_moe.types import HostAddress, HostId, LayerPath
 
@@ -163,6 +165,10 @@ class Exchange:
         self._may_hedge = router.settings.hedge and how.reach != "first"
         self.num_rows = 0
         """Slots that go somewhere; known with the first answer."""
+        self._span: Span | None = None
+        """None when it is not traced."""
+        self._asked: set[HostId] = set()
+        """Filled for the trace."""
 
     def answers(self) -> Iterator[tuple[HostShare, torch.Tensor, HostAddress | None]]:
         """Every row of the batch exactly once, in shares.
@@ -173,6 +179,7 @@ class Exchange:
         Raises: `Unavailable` when rows found nobody within the recovery time-out; what a computation raised.
         """
         answered = self._answered
+        self._begin_span()
         try:
             if len(self._slots):
                 self._group(self._only, is_first=True)
@@ -202,6 +209,24 @@ class Exchange:
                     hedge.close()
             self._is_over = True
             self._release_late()
+            self._end_span()
+
+    # --- the trace -----------------------------------------------------------------------------------------
+    def _begin_span(self) -> None:
+        whole = current.get()
+        if whole is not None:
+            self._span = whole.child("experts.exchange", {"layer": self._layer})
+
+    def _end_span(self) -> None:
+        """Also while an error is on its way."""
+        if self._span is not None:
+            self._span.set({"rows": self.num_rows, "hosts": sorted(self._asked)})
+            self._span.end(sys.exc_info()[1])
+
+    def _note(self, what: str, **how: Value) -> None:
+        """An event for the trace, if there is one."""
+        if self._span is not None:
+            self._span.event(what, how)
 
     # --- sending -------------------------------------------------------------------------------------------
     def _group(self, pending: Ints | None, is_first: bool = False) -> None:
@@ -252,6 +277,7 @@ class Exchange:
     def _set_aside(self, slot: Ints, view: View) -> None:
         if not self._waiting:
             self._stuck_view, self._try_again_at_s = view, time.monotonic() + RECONNECT_EVERY_S
+            self._note("waits for a host", rows=len(slot))
         self._waiting.append(slot)
 
     def _shares(self, routes: LayerRoutes, pending: Ints | None) -> list[HostShare]:
@@ -271,7 +297,11 @@ class Exchange:
             sent.hedge = hedge
             hedge.sent.append(sent)
             hedge.num_open += 1
-        peer.submit(self._make(share, self._view.table.epoch), sent)
+        call = self._make(share, self._view.table.epoch)
+        if self._span is not None:
+            self._asked.add(peer.address.host_id)
+            call.trace = self._span.context
+        peer.submit(call, sent)
 
     def _compute(self, share: HostShare, hedge: _Hedge | None = None, likely: Sequence[int] = ()) -> Sent | None:
         """Compute a share in this process; None when that cannot be. Args: likely: as of `OwnExperts.run`."""
@@ -284,6 +314,7 @@ class Exchange:
             self._router.note_own()
         if reply is None:
             return None
+        self._note("computed here", rows=len(share.slot))
         sent = Sent(share, None, -1 if hedge is not None else self._next_number(), self._hear)
         sent.reply = reply
         if hedge is not None:
@@ -369,6 +400,7 @@ class Exchange:
 
     def _won(self, hedge: _Hedge) -> None:
         self._router.statistics.add_hedge_won()
+        self._note("hedge won", host=_host(hedge.first), rows=hedge.first.num_rows)
         self._hedge_of.pop(hedge.first.number)
         self._close(hedge.first, hedge.sent)
 
@@ -387,6 +419,7 @@ class Exchange:
             return
         self._close(sent, ())
         self._router.statistics.add_retry()
+        self._note("failover", host=_host(sent), rows=sent.num_rows, error=type(sent.error).__name__)
         self._again.append(sent.share.slot)
 
     def _note_missing(self, sent: Sent) -> None:
@@ -403,6 +436,7 @@ class Exchange:
             return
         self._close(sent, ())
         self._router.statistics.add_retry()
+        self._note("failover", host=_host(sent), rows=sent.num_rows, error=type(sent.error).__name__)
         for expert, slot in zip(share.experts, np.split(share.slot, np.cumsum(share.counts)[:-1]), strict=True):
             owner = np.zeros(expert + 1, dtype=np.int64)
             for alone in split_by_host(self._slots[slot], owner, self._top_k, slot):
@@ -481,6 +515,7 @@ class Exchange:
             return
         hedge = self._hedge_of[sent.number] = _Hedge(sent)
         router.statistics.add_hedge()
+        self._note("hedge", host=_host(sent), rows=sent.num_rows, late_s=late_s)
         for share, peer in away:
             if peer is not None:
                 self._send(share, peer, hedge)
@@ -495,3 +530,7 @@ class Exchange:
         if own is None or self._reach != "any":
             return False
         return own.has(self._layer, share.experts) or (may_load and own.may_load(self._layer))
+
+
+def _host(sent: Sent) -> HostId:
+    return "" if sent.address is None else sent.address.host_id

@@ -11,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ray_moe.errors import RayMoEError, Unavailable
 from ray_moe.runtime.expert_host import ExpertHost, Outcome
 from ray_moe.runtime.meter import Meter
+from ray_moe.runtime.tracing import Span, Tracer, Value
 from ray_moe.transport.base import ExpertCall, ExpertReply
 
 INLINE_FLOPS = 20_000_000
@@ -46,13 +48,21 @@ class Disturbance:
     """Of the choice which ones."""
 
 
+class _Waiting(NamedTuple):
+    call: ExpertCall
+    future: asyncio.Future[ExpertReply]
+    since_s: float
+
+
 class HostLoop:
     """Feeds an `ExpertHost` from one event loop."""
 
-    def __init__(self, host: ExpertHost, inline_flops: int = INLINE_FLOPS) -> None:
+    def __init__(self, host: ExpertHost, inline_flops: int = INLINE_FLOPS, tracer: Tracer | None = None) -> None:
         self.host = host
+        self.tracer = tracer
+        """None: what it computes is not recorded."""
         self._inline_flops = inline_flops
-        self._waiting: list[tuple[ExpertCall, asyncio.Future[ExpertReply]]] = []
+        self._waiting: list[_Waiting] = []
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="experts")
         self._pump: asyncio.Task[None] | None = None
         self._busy_since_s: float | None = None
@@ -69,13 +79,15 @@ class HostLoop:
             raise Unavailable(f"host {self.host.host_id} is stopping")
         if self._pump is None and self._disturbance is None and self.host.flops(call) <= self._inline_flops:
             begin_s = time.monotonic()
+            spans = self._record([call], [begin_s]) if call.trace else {}
             outcome = self.host.run([call])[0]
             self._meter.add(self.host.flops(call), begin_s, time.monotonic())
+            _end(spans, [outcome])
             if isinstance(outcome, RayMoEError):
                 raise outcome
             return outcome
         future: asyncio.Future[ExpertReply] = asyncio.get_running_loop().create_future()
-        self._waiting.append((call, future))
+        self._waiting.append(_Waiting(call, future, time.monotonic()))
         if self._pump is None:
             self._pump = asyncio.create_task(self._drain())
         return await future
@@ -87,15 +99,17 @@ class HostLoop:
                 batch = self._take()
                 if not batch:
                     continue
-                calls = [call for call, _ in batch]
+                calls = [each.call for each in batch]
                 begin_s = self._busy_since_s = time.monotonic()
                 await self._hang()
+                spans = self._record(calls, [each.since_s for each in batch])
                 outcomes: Sequence[Outcome] = await loop.run_in_executor(self._worker, self.host.run, calls)
                 if self._disturbance is not None:
                     outcomes = await self._disturb(self._disturbance, outcomes, time.monotonic() - begin_s)
                 self._meter.add(sum(map(self.host.flops, calls)), begin_s, time.monotonic())
                 self._busy_since_s = None
-                for (_, future), outcome in zip(batch, outcomes, strict=True):
+                _end(spans, outcomes)
+                for (_, future, _), outcome in zip(batch, outcomes, strict=True):
                     if future.done():
                         continue
                     if isinstance(outcome, RayMoEError):
@@ -104,6 +118,28 @@ class HostLoop:
                         future.set_result(outcome)
         finally:
             self._pump = None
+
+    def _record(self, calls: Sequence[ExpertCall], since_s: Sequence[float]) -> dict[int, Span]:
+        """What is computed from now on, of a batch: spans of those calls that are traced, by position.
+
+        Args: since_s: when each of them came.
+        """
+        spans: dict[int, Span] = {}
+        if self.tracer is None:
+            return spans
+        for position, call in enumerate(calls):
+            if call.trace:
+                how: dict[str, Value] = {
+                    "layer": call.layer,
+                    "rows": call.num_rows,
+                    "experts": len(call.experts),
+                    "batch.calls": len(calls),
+                    "queue_wait_s": time.monotonic() - since_s[position],
+                }
+                span = self.tracer.start("experts.compute", {"traceparent": call.trace}, how)
+                if span is not None:
+                    spans[position] = span
+        return spans
 
     # --- drills --------------------------------------------------------------------------------------------
     def disturb(self, disturbance: Disturbance | None) -> None:
@@ -136,16 +172,17 @@ class HostLoop:
                 answered.append(outcome)
         return answered
 
-    def _take(self) -> list[tuple[ExpertCall, asyncio.Future[ExpertReply]]]:
+    def _take(self) -> list[_Waiting]:
         """What is computed next: calls in their order, up to `MAX_BATCH_ROWS`; given-up ones are dropped."""
-        batch: list[tuple[ExpertCall, asyncio.Future[ExpertReply]]] = []
+        batch: list[_Waiting] = []
         num_rows = taken = 0
-        for call, future in self._waiting:
+        for waiting in self._waiting:
+            call = waiting.call
             if batch and num_rows + call.num_rows > MAX_BATCH_ROWS:
                 break
             taken += 1
-            if not future.done():
-                batch.append((call, future))
+            if not waiting.future.done():
+                batch.append(waiting)
                 num_rows += call.num_rows
         del self._waiting[:taken]
         return batch
@@ -158,7 +195,7 @@ class HostLoop:
     @property
     def queued_rows(self) -> int:
         """Rows that wait to be computed."""
-        return sum(call.num_rows for call, future in self._waiting if not future.done())
+        return sum(each.call.num_rows for each in self._waiting if not each.future.done())
 
     @property
     def flops_per_s(self) -> float:
@@ -177,3 +214,9 @@ class HostLoop:
         if self._pump is not None:
             await asyncio.gather(self._pump, return_exceptions=True)
         self._worker.shutdown(wait=True)
+
+
+def _end(spans: Mapping[int, Span], outcomes: Sequence[Outcome]) -> None:
+    for position, span in spans.items():
+        outcome = outcomes[position]
+        span.end(outcome if isinstance(outcome, RayMoEError) else None)
