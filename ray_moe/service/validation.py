@@ -26,6 +26,9 @@ MIN_TEMPERATURE = 1e-4
 """Logits divided by less leave float32."""
 
 MAX_PENALTY = 100.0
+MIN_REPETITION_PENALTY = 0.01
+"""Logits divided by much less leave float32 as well."""
+
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
@@ -155,8 +158,10 @@ def _check_choice(request: GenerateRequest) -> None:
     if not 0 <= request.min_p <= 1:
         raise InvalidRequest(f"min_p is {request.min_p}; expected 0 to 1 (0 keeps every token)")
     penalty = request.repetition_penalty
-    if penalty is not None and not 0 < penalty < math.inf:
-        raise InvalidRequest(f"repetition_penalty is {penalty}; expected a number above 0 (1 changes nothing)")
+    if penalty is not None and not MIN_REPETITION_PENALTY <= penalty <= MAX_PENALTY:
+        raise InvalidRequest(
+            f"repetition_penalty is {penalty}; expected {MIN_REPETITION_PENALTY} to {MAX_PENALTY:g} (1 changes nothing)"
+        )
     for name in ("presence_penalty", "frequency_penalty"):
         if not abs(getattr(request, name)) <= MAX_PENALTY:
             raise InvalidRequest(f"{name} is {getattr(request, name)}; expected -{MAX_PENALTY:g} to {MAX_PENALTY:g}")

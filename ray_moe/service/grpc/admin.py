@@ -12,10 +12,11 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from ray_moe.errors import InvalidRequest
+from ray_moe.errors import InvalidRequest, NotFound
 from ray_moe.service import validation
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.guard import Context, Guard
+from ray_moe.service.grpc.handlers import one_to_many, one_to_one, parse_foreign
 from ray_moe.wire import messages
 from ray_moe.wire.v1 import admin_pb2 as pb
 
@@ -35,12 +36,12 @@ class AdminService:
         return grpc.method_handlers_generic_handler(
             self.NAME,
             {
-                "Status": grpc.unary_unary_rpc_method_handler(self.status),
-                "Placement": grpc.unary_unary_rpc_method_handler(self.placement),
-                "Plan": grpc.unary_unary_rpc_method_handler(self.plan),
-                "Resize": grpc.unary_unary_rpc_method_handler(self.resize),
-                "Drain": grpc.unary_unary_rpc_method_handler(self.drain),
-                "Chaos": grpc.unary_unary_rpc_method_handler(self.chaos),
+                "Status": one_to_one(self.status),
+                "Placement": one_to_one(self.placement),
+                "Plan": one_to_one(self.plan),
+                "Resize": one_to_one(self.resize),
+                "Drain": one_to_one(self.drain),
+                "Chaos": one_to_one(self.chaos),
             },
         )
 
@@ -80,9 +81,6 @@ class AdminService:
             return messages.chaos_report_to_proto(report).SerializeToString()
 
 
-HealthContext = grpc.aio.ServicerContext[HealthCheckRequest, HealthCheckResponse]
-
-
 class HealthService:
     """grpc.health.v1: SERVING while requests are admitted.
 
@@ -96,33 +94,30 @@ class HealthService:
         self._guard = guard
         self._services = services | {""}
 
-    def handler(self) -> grpc.GenericRpcHandler[HealthCheckRequest, HealthCheckResponse]:
-        read, write = HealthCheckRequest.FromString, HealthCheckResponse.SerializeToString
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         return grpc.method_handlers_generic_handler(
-            self.NAME,
-            {
-                "Check": grpc.unary_unary_rpc_method_handler(self.check, read, write),
-                "Watch": grpc.unary_stream_rpc_method_handler(self.watch, read, write),
-            },
+            self.NAME, {"Check": one_to_one(self.check), "Watch": one_to_many(self.watch)}
         )
 
-    async def check(self, request: HealthCheckRequest, context: HealthContext) -> HealthCheckResponse:
-        status = self._status(request.service)
-        if status == HealthCheckResponse.SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"expected one of {sorted(self._services)}")
-        return HealthCheckResponse(status=status)
+    async def check(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.errors(context):
+            status = self._status(parse_foreign(HealthCheckRequest, data).service)
+            if status == HealthCheckResponse.SERVICE_UNKNOWN:
+                raise NotFound(f"expected one of {sorted(self._services)}")
+            return bytes(HealthCheckResponse(status=status).SerializeToString())
 
-    async def watch(self, request: HealthCheckRequest, context: HealthContext) -> None:
-        last = None
-        while True:
-            ends = self._guard.admission.stopping
-            status = self._status(request.service)
-            if status != last:
-                await context.write(HealthCheckResponse(status=status))
-            if ends:
-                return
-            last = status
-            await asyncio.sleep(WATCH_INTERVAL_S)
+    async def watch(self, data: bytes, context: Context) -> None:
+        async with self._guard.errors(context):
+            service, last = parse_foreign(HealthCheckRequest, data).service, None
+            while True:
+                ends = self._guard.admission.stopping
+                status = self._status(service)
+                if status != last:
+                    await context.write(HealthCheckResponse(status=status).SerializeToString())
+                if ends:
+                    return
+                last = status
+                await asyncio.sleep(WATCH_INTERVAL_S)
 
     def _status(self, service: str) -> Any:
         if service not in self._services:

@@ -16,7 +16,9 @@ import grpc
 from ray_moe.errors import RayMoEError
 from ray_moe.service.admission import Admission, Payload
 from ray_moe.service.auth import Caller
+from ray_moe.service.grpc.interceptor import headers_of
 from ray_moe.service.keys import Role
+from ray_moe.service.requests import failed
 from ray_moe.wire.status import to_status
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -46,10 +48,7 @@ class Guard:
 
     def caller(self, context: Context, role: Role | None) -> Caller:
         """Who calls, from `authorization: Bearer KEY` or `x-api-key: KEY`; see `Admission.caller`."""
-        headers: dict[str, str] = {}
-        for name, value in context.invocation_metadata() or ():
-            headers.setdefault(name.lower(), value if isinstance(value, str) else value.decode("latin-1"))
-        return self.admission.caller(headers, role)
+        return self.admission.caller(headers_of(context.invocation_metadata()), role)
 
     def payload(self, num_bytes: int) -> AbstractContextManager[Payload]:
         """While `num_bytes` of a request are held. Raises: `Overloaded`."""
@@ -61,14 +60,17 @@ class Guard:
         try:
             yield
         except RayMoEError as error:
-            await _abort(context, error)
+            await abort(context, error)
         except Exception as error:
             fault = secrets.token_hex(4)
             logger.exception("fault %s of the service", fault)
+            failed(error)
             name = type(error).__name__
-            await _abort(context, RayMoEError(f"fault {fault} of the service ({name}): its log has more under that id"))
+            await abort(context, RayMoEError(f"fault {fault} of the service ({name}): its log has more under that id"))
 
 
-async def _abort(context: Context, error: RayMoEError) -> None:
+async def abort(context: Context, error: RayMoEError) -> None:
+    """End a call with an error."""
     status = to_status(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    failed(error, status.code.name)
+    await context.abort(status.code, status.details, (*context.trailing_metadata(), *status.trailing_metadata))

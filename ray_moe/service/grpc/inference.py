@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ray_moe.errors import InvalidRequest
 from ray_moe.service.backend import Backend, FloatArray
 from ray_moe.service.grpc.guard import Context, Guard
+from ray_moe.service.grpc.handlers import one_to_many, one_to_one
 from ray_moe.service.offload import off_loop
 from ray_moe.service.validation import check_gate, check_generate, check_hidden, check_routing, find_layer
 from ray_moe.types import GenerateRequest, LayerSpec
@@ -51,9 +52,10 @@ class InferenceService:
         return grpc.method_handlers_generic_handler(
             self.NAME,
             {
-                "Forward": grpc.unary_unary_rpc_method_handler(self.forward),
+                "Forward": one_to_one(self.forward),
                 "ForwardStream": grpc.stream_stream_rpc_method_handler(self.forward_stream),
-                "Generate": grpc.unary_stream_rpc_method_handler(self.generate),
+                "Generate": one_to_many(self.generate),
+                "ListRouters": one_to_one(self.list_routers),
             },
         )
 
@@ -76,6 +78,11 @@ class InferenceService:
             async with aclosing(self._backend.generate(request)) as chunks:
                 async for chunk in chunks:
                     await context.write(messages.chunk_to_proto(chunk).SerializeToString())
+
+    async def list_routers(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.known(context, "infer"):
+            messages.parse(pb.ListRoutersRequest, data)
+            return messages.routers_to_proto(await self._backend.routers()).SerializeToString()
 
     def _read_generate(self, data: bytes) -> GenerateRequest:
         request = messages.generate_request_from_proto(messages.parse(pb.GenerateRequest, data))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ray_moe.errors import DeadlineExceeded, Unavailable, WireError
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.guard import Context, Guard
+from ray_moe.service.grpc.handlers import one_to_one
 from ray_moe.service.kserve import catalog, generation, layers, metadata
 from ray_moe.service.kserve.catalog import VERSION, Model
 from ray_moe.service.kserve.parameters import Options, read_options
@@ -60,7 +61,7 @@ class KServeService:
             "ModelStatistics": self.model_statistics,
             "RepositoryIndex": self.repository_index,
         }
-        handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
+        handlers = {name: one_to_one(method) for name, method in unary.items()}
         stream = grpc.stream_stream_rpc_method_handler(self.model_stream_infer)
         return grpc.method_handlers_generic_handler(self.NAME, {**handlers, "ModelStreamInfer": stream})
 

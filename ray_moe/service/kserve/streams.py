@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 from ray_moe.service.grpc.guard import Context, Guard
+from ray_moe.service.requests import part
 from ray_moe.wire.kserve import grpc_service_pb2 as pb
 
 MAX_OPEN_REQUESTS = 256
@@ -77,7 +78,7 @@ class Stream:
 
     async def _begin(self, data: bytes) -> None:
         next_may_begin = asyncio.Event()
-        task = asyncio.create_task(self._answer_one(data, next_may_begin))
+        task = asyncio.create_task(self._answer_request(data, next_may_begin))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         await next_may_begin.wait()
@@ -92,6 +93,10 @@ class Stream:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         if self._failure is not None:
             raise self._failure
+
+    async def _answer_request(self, data: bytes, next_may_begin: asyncio.Event) -> None:
+        with part():
+            await self._answer_one(data, next_may_begin)
 
     async def _answer_one(self, data: bytes, next_may_begin: asyncio.Event) -> None:
         request_id = ""

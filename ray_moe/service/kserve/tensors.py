@@ -54,6 +54,8 @@ _HARMLESS = frozenset({"binary_data", "binary_data_size"})
 _LENGTH = struct.Struct("<I")
 _MAX_NAME = 200  # of a name that comes from outside and goes into a message
 _MAX_RANK = 8
+_MAX_TEXTS = 1000
+"""Elements of BYTES: of what one could send in a message, each would take many times its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,8 @@ def _check_kind(info: TensorInfo, tensor: pb.ModelInferRequest.InferInputTensor)
         raise InvalidRequest(
             f"input {info.name!r} has shape [{shown}]; expected {list(info.shape)}, where -1 is any size"
         )
+    if tensor.datatype == "BYTES" and math.prod(shape) > _MAX_TEXTS:
+        raise InvalidRequest(f"input {info.name!r} has shape {list(shape)}; expected at most {_MAX_TEXTS:,} texts")
 
 
 def _from_raw(tensor: pb.ModelInferRequest.InferInputTensor, data: bytes) -> NDArray[Any]:

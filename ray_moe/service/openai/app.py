@@ -6,18 +6,22 @@ Routes, their description for `/openapi.json`, and errors in OpenAI's shape. It 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from ray_moe import __version__
 from ray_moe.errors import RayMoEError
 from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
 from ray_moe.service.openai.errors import BadRequest, refusal
+from ray_moe.service.openai.framing import StrictFraming
 from ray_moe.service.openai.jobs import RequestLimits, check_model
+from ray_moe.service.openai.requests import RequestMiddleware
 from ray_moe.service.openai.schemas import request_schemas
 from ray_moe.service.openai.schemas_answers import (
     ChatCompletion,
@@ -29,6 +33,9 @@ from ray_moe.service.openai.schemas_answers import (
     chunk_schemas,
 )
 from ray_moe.service.openai.serving import ChatEndpoint, CompletionEndpoint, Exchange
+
+if TYPE_CHECKING:
+    from ray_moe.service.metrics import Metrics
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -45,13 +52,16 @@ _ERRORS: Responses = {
 }
 
 
-def make_app(backend: Backend, admission: Admission, limits: RequestLimits | None = None) -> FastAPI:
+def make_app(
+    backend: Backend, admission: Admission, limits: RequestLimits | None = None, max_metric_experts: int = 32
+) -> FastAPI:
     """The application; it starts nothing and needs no lifespan events.
 
     Args:
         backend: what does the work.
         admission: shared by all requests, and how they are ended.
         limits: what one request may be.
+        max_metric_experts: experts that have a metric of their own.
     """
     limits = limits or RequestLimits()
     app = FastAPI(
@@ -62,8 +72,11 @@ def make_app(backend: Backend, admission: Admission, limits: RequestLimits | Non
         redoc_url=None,
     )
     _add_information(app, backend, admission)
+    _add_metrics(app, backend, admission, max_metric_experts)
     _add_generation(app, backend, admission, limits)
     _add_errors(app)
+    app.add_middleware(StrictFraming)
+    app.add_middleware(RequestMiddleware, tracer=admission.tracer, paths=frozenset(_paths(app)))
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -104,6 +117,29 @@ def _add_information(app: FastAPI, backend: Backend, admission: Admission) -> No
         admission.check()
         check_model(backend, name)
         return card()
+
+
+def _add_metrics(app: FastAPI, backend: Backend, admission: Admission, max_experts: int) -> None:
+    made: list[Metrics] = []
+
+    def metrics_of_router() -> Metrics:
+        if not made:  # the library is loaded by the first scrape, in routers that have one
+            from ray_moe.service.metrics import Metrics
+
+            made.append(Metrics(backend, max_experts))
+        return made[0]
+
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses={200: {"content": {"application/openmetrics-text": {}}}, **_errors()},
+        tags=["service"],
+    )
+    async def metrics(request: Request) -> Response:
+        """What Prometheus scrapes: of this router, and of the cluster as the controller sees it."""
+        admission.caller(request.headers, "metrics")
+        body, content_type = await metrics_of_router().scrape(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
 
 def _add_generation(app: FastAPI, backend: Backend, admission: Admission, limits: RequestLimits) -> None:
@@ -150,7 +186,10 @@ def _add_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(RayMoEError, refuse)
     app.add_exception_handler(HTTPException, refuse_route)
-    app.add_exception_handler(Exception, refuse)
+
+
+def _paths(app: FastAPI) -> Iterator[str]:
+    return (route.path for route in app.routes if isinstance(route, Route))
 
 
 def _errors(*statuses: int | str) -> Responses:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ray_moe.errors import InvalidRequest, RayMoEError
+from ray_moe.service.requests import failed
 from ray_moe.wire.status import to_http, to_http_headers
 
 RETRY_AFTER_S = 1
@@ -71,6 +72,7 @@ def refusal(error: Exception, names: Mapping[str, str] | None = None, prompt: st
         names: how this endpoint calls the fields that `service/validation.py` and the backend speak of.
         prompt: the field that holds the prompt.
     """
+    failed(error)
     if not isinstance(error, RayMoEError):
         fault = secrets.token_hex(4)
         logging.getLogger(__name__).error("fault %s of the service", fault, exc_info=error)

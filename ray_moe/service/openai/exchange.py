@@ -26,12 +26,10 @@ class ClientGone(Exception):
 class Reply:
     """What is sent back, once."""
 
-    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
-        """`headers` go with every answer."""
+    def __init__(self, send: Send) -> None:
         self._started = False
         self._streaming = False
         self._send = send
-        self._headers = headers
 
     async def json(self, body: str, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         data = body.encode()
@@ -70,7 +68,7 @@ class Reply:
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self._started = True
-        pairs = [(name.encode(), value.encode()) for name, value in {**self._headers, **headers}.items()]
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
 
 

@@ -27,6 +27,8 @@ class RequestLimits:
     """Of its body."""
     max_prompt_bytes: int = 2**20
     """Of a prompt given as text, in UTF-8."""
+    read_timeout_s: float = 60.0
+    """In which it must have come, from its first byte."""
     max_default_tokens: int = 2**14
     """Most that a chat completion generates when it does not say how many."""
 
@@ -100,19 +102,28 @@ async def completion_job(backend: Backend, asked: CompletionRequest, requests: S
     return _job(asked, tokenized, echoes)
 
 
-async def chat_job(backend: Backend, limits: RequestLimits, asked: ChatRequest) -> Job:
-    """The work of a chat request. Raises: `BadRequest`, `InvalidRequest`."""
+def check_chat(backend: Backend, limits: RequestLimits, asked: ChatRequest) -> list[Mapping[str, Any]]:
+    """The messages for the chat template; raises for what can be told without it. May take a while."""
     check_model(backend, asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     messages = [_template_message(message) for message in asked.messages]
-    num_bytes = sum(len(message["content"].encode(errors="surrogatepass")) for message in messages)
+    # Of what a template may show, all but the roles, which are short.
+    texts = (str(value) for message in messages for name, value in message.items() if name != "role")
+    num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in texts)
     if num_bytes > limits.max_prompt_bytes:
         raise BadRequest(
             f"the messages have {num_bytes:,} bytes of UTF-8; at most {limits.max_prompt_bytes:,} are taken "
             "(server.max_prompt_bytes): shorten them",
             param="messages",
         )
+    return messages
+
+
+async def chat_job(
+    backend: Backend, limits: RequestLimits, asked: ChatRequest, messages: Sequence[Mapping[str, Any]]
+) -> Job:
+    """The work of a checked chat request. Raises: `BadRequest`, `InvalidRequest`."""
     try:
         tokens = await backend.tokenize_chat(messages)
     except InvalidRequest as error:

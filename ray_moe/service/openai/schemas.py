@@ -31,11 +31,15 @@ from ray_moe.service.validation import (
     MAX_STOP_LENGTH,
     MAX_STOP_TOKENS,
     MAX_STOPS,
+    MIN_REPETITION_PENALTY,
     MIN_TEMPERATURE,
 )
 
 MAX_CHOICES = 128
 """Generations that one request may ask for: prompts times `n`."""
+
+MAX_MESSAGES = 2**14
+"""Of a conversation, and parts of a message: what is made of each takes many times its bytes."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -94,7 +98,10 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     if isinstance(value, list) and value:
         if _are(str, value) and all(value):
             return value
-        prompts = [_tokens(tokens) for tokens in (value if _are(list, value) else [value])]
+        lists = value if _are(list, value) else [value]
+        if len(lists) > MAX_CHOICES:
+            raise PydanticCustomError("prompts", f"expected at most {MAX_CHOICES} prompts")
+        prompts = [_tokens(tokens) for tokens in lists]
         if all(prompts):
             return prompts
     raise PydanticCustomError(
@@ -214,8 +221,10 @@ class GenerationFields(BaseModel):
     min_p: Number | None = _field(
         "Least share of the likeliest token's probability. An extension.", minimum=0, maximum=1
     )
-    repetition_penalty: Number | None = _field("Divides logits of past tokens. An extension.", exclusiveMinimum=0)
-    stop_token_ids: list[Integer] | None = _field(
+    repetition_penalty: Number | None = _field(
+        "Divides logits of past tokens. An extension.", minimum=MIN_REPETITION_PENALTY, maximum=MAX_PENALTY
+    )
+    stop_token_ids: Annotated[list[Integer], Field(fail_fast=True)] | None = _field(
         "Tokens with which the answer ends. An extension.", items=_TOKEN, maxItems=MAX_STOP_TOKENS
     )
     ignore_eos: bool | None = _field("Go on to `max_tokens` whatever is generated. An extension.")
@@ -244,6 +253,9 @@ class TextPart(BaseModel):
     text: str
 
 
+Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class Message(BaseModel):
     """One message of a conversation. Other fields than these go to the checkpoint's chat template as they are."""
 
@@ -252,7 +264,7 @@ class Message(BaseModel):
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(
         description="What the chat template knows: usually system, user and assistant; developer counts as system."
     )
-    content: str | list[TextPart]
+    content: str | Parts
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = _field("Not supported.")
     function_call: None = _field("Not supported.")
     audio: None = _field("Not supported.")
@@ -266,7 +278,7 @@ class ChatRequest(GenerationFields):
     FIELDS: ClassVar[dict[str, str]] = {"max_new_tokens": "max_tokens"}
     """Our names of fields -> the names here."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: NumTokens | None = _field("Tokens to generate; what fits the model if absent.")
     max_tokens: NumTokens | None = _field("The older name of `max_completion_tokens`, which counts if both are given.")
     logprobs: bool | None = _field("Tell how likely each token was.")

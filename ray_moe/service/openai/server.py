@@ -11,6 +11,7 @@ import math
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 
@@ -19,6 +20,7 @@ from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
 from ray_moe.service.openai.app import make_app
 from ray_moe.service.openai.jobs import RequestLimits
+from ray_moe.service.openai.protocol import ImpatientProtocol
 from ray_moe.service.tls import TlsFiles, server_context
 
 KEEP_ALIVE_S = 75
@@ -39,6 +41,7 @@ class HttpFrontDoor:
         *,
         admission: Admission | None = None,
         limits: RequestLimits | None = None,
+        max_metric_experts: int = 32,
         tls: TlsFiles | None = None,
     ) -> None:
         """Listens nowhere yet.
@@ -49,13 +52,15 @@ class HttpFrontDoor:
             port: TCP port; 0 takes a free one.
             admission: shared with other doors of the router; None: its own, with nothing set.
             limits: of one request.
+            max_metric_experts: experts that have a metric of their own.
             tls: certificate to encrypt with; None: no encryption.
         """
         self._tls = tls
         self._host = host
         self._port = port
+        self._limits = limits or RequestLimits()
         self._admission = admission or Admission(backend)
-        self._app = make_app(backend, self._admission, limits)
+        self._app = make_app(backend, self._admission, self._limits, max_metric_experts)
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
@@ -70,7 +75,7 @@ class HttpFrontDoor:
         tls, listener = self._tls, await self._listen()
         config = uvicorn.Config(
             self._app,
-            http="h11",
+            http=partial(ImpatientProtocol, read_timeout_s=self._limits.read_timeout_s),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

@@ -10,7 +10,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import aclosing
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,9 +22,17 @@ from ray_moe.service.offload import off_loop
 from ray_moe.service.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from ray_moe.service.openai.errors import refusal
 from ray_moe.service.openai.exchange import ClientGone, Reply, read_body, until_ending
-from ray_moe.service.openai.jobs import Job, RequestLimits, chat_job, check_completion, completion_job
+from ray_moe.service.openai.jobs import (
+    Job,
+    RequestLimits,
+    chat_job,
+    check_chat,
+    check_completion,
+    completion_job,
+)
 from ray_moe.service.openai.merging import merged
 from ray_moe.service.openai.schemas import ChatRequest, CompletionRequest, parse
+from ray_moe.service.requests import current
 from ray_moe.types import GenerateRequest
 
 
@@ -48,8 +56,9 @@ class Endpoint(ABC):
 
     async def serve(self, request: Request, send: Send) -> None:
         """One exchange. Returns when all is said, or when nobody listens any more."""
-        name = secrets.token_hex(12)
-        reply = Reply(send, {"x-request-id": f"req-{name}"})
+        asked = current()
+        name = secrets.token_hex(12) if asked is None else asked.name
+        reply = Reply(send)
         try:
             await self._serve(request, reply, name)
         except ClientGone:
@@ -107,8 +116,12 @@ class ChatEndpoint(Endpoint):
     answer = ChatAnswer
 
     async def job(self, data: bytes) -> Job:
-        asked = await off_loop(len(data), parse, data, ChatRequest)
-        return await chat_job(self.backend, self.limits, asked)
+        asked, messages = await off_loop(len(data), self._read, data)
+        return await chat_job(self.backend, self.limits, asked, messages)
+
+    def _read(self, data: bytes) -> tuple[ChatRequest, list[Mapping[str, Any]]]:
+        asked = parse(data, ChatRequest)
+        return asked, check_chat(self.backend, self.limits, asked)
 
 
 class Exchange(Response):

@@ -58,7 +58,7 @@ async def refused(http: httpx.AsyncClient, body: Any, path: str = "/v1/completio
         ({"top_p": 0}, "top_p", "0 < top_p <= 1"),
         ({"top_k": -2}, "top_k", "at least 0"),
         ({"min_p": 1.5}, "min_p", "0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "expected 0.01 to 100"),
         ({"presence_penalty": 1000}, "presence_penalty", "-100 to 100"),
         ({"frequency_penalty": -1000}, "frequency_penalty", "-100 to 100"),
         ({"n": 0}, "n", "greater than or equal to 1"),

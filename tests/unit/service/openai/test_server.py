@@ -47,6 +47,7 @@ async def test_the_documentation_works_in_a_browser(http: httpx.AsyncClient) -> 
     described = (await http.get("/openapi.json")).json()
     assert set(described["paths"]) == {
         "/health",
+        "/metrics",
         "/v1/models",
         "/v1/models/{name}",
         "/v1/completions",
