@@ -63,6 +63,12 @@ def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
+def _endpoint(value: str) -> str:
+    if value and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
+        raise ValueError("should be the http(s) address of an OTLP collector, such as http://localhost:4318")
+    return value
+
+
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 
 
@@ -93,6 +99,7 @@ Bytes = Annotated[int, BeforeValidator(_parse_bytes), _Number]
 Seconds = Annotated[float, Field(gt=0), _Number]
 File = Annotated[str, AfterValidator(_absolute)]
 Devices = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one), _Number]
+TraceDetail = Literal["requests", "steps", "experts"]
 
 
 # --- The tree ------------------------------------------------------------------------------------------------
@@ -160,14 +167,20 @@ class ExpertsConfig(Section):
 
 
 class RouterConfig(Section):
-    """The actor that holds the rest of the model and answers the clients."""
+    """The actors that hold the rest of the model, each all of it, and answer the clients."""
 
+    num_actors: Count = 1
+    """Routers. Clients are told of all, and go to another one when theirs is gone."""
+    max_actors: Count | None = None
+    """Under Ray Serve the number of routers follows the requests, from `num_actors` up to this many, when it is set."""
+    target_requests: Annotated[float, Field(gt=0), _Number] = 32
+    """And so that each has about this many requests."""
     num_cpus: Devices = 1
-    """CPUs that Ray reserves for the router."""
+    """CPUs that Ray reserves for each."""
     num_gpus: Devices = 0
-    """GPUs that Ray reserves for the router."""
+    """GPUs that Ray reserves for each."""
     num_threads: Annotated[int, Field(ge=1, le=1024), _Number] = 1
-    """Threads the router computes with."""
+    """Threads each computes with."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """`auto` is a GPU when one is reserved (`num_gpus`), else the CPU."""
     max_concurrent_requests: Count = 64
@@ -192,6 +205,12 @@ class RouterConfig(Section):
     lifeboat_bytes: Annotated[Bytes, Field(ge=0)] = 2 * 2**30
     """Experts that no actor holds any more are read by the router and computed there until one does; the longest unused
     are given up beyond this size. 0 turns it off: requests then wait."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RouterConfig:
+        if self.max_actors is not None and self.num_actors > self.max_actors:
+            raise ValueError(f"num_actors is {self.num_actors} and max_actors is {self.max_actors}; swap them")
+        return self
 
 
 class DispatchConfig(Section):
@@ -293,19 +312,45 @@ class TransportConfig(Section):
     """Seconds of silence after which the peer is asked whether it is still there."""
     ping_timeout_s: Seconds = 5
     """Seconds in which it must answer, or it counts as lost."""
+    tls: bool = False
+    """Encrypt what goes from node to node, with certificates of both ends: made at each start by an authority of the
+    service's own, unless there are files. What stays on a node (Unix sockets, shared memory) stays as it is. What Ray
+    itself carries is encrypted by Ray alone (RAY_USE_TLS=1 on every node). Where it is not, tokens never take its
+    object store (`kind`), and weights come from the checkpoint (`experts.copy_from`)."""
+    tls_cert_file: File = ""
+    """Certificate of all routers and expert actors in PEM, followed by those up to the root. It needs a DNS name (any),
+    and must be valid for servers and clients. These files are read once, where the service is started."""
+    tls_key_file: File = ""
+    """Its private key in PEM, not encrypted."""
+    tls_ca_file: File = ""
+    """Roots in PEM. Whoever has a certificate of theirs may be a member: they should sign for this cluster alone."""
+
+    @model_validator(mode="after")
+    def _whole_identity(self) -> TransportConfig:
+        files = (self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
+        if any(files) and not all(files):
+            raise ValueError("tls_cert_file, tls_key_file and tls_ca_file go together; set all of them, or none")
+        if any(files) and not self.tls:
+            raise ValueError("tls_cert_file, tls_key_file and tls_ca_file are for tls: true")
+        return self
 
 
 class ServerConfig(Section):
     """The front doors: gRPC and HTTP."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every interface: then set `keys_file` and `tls_cert_file`."""
+    """Address to listen on; 0.0.0.0 is every interface. Others than this machine's own need `keys_file` and
+    `tls_cert_file`."""
     port: Annotated[int, Field(ge=0, le=65535), _Number] = 8476
-    """TCP port for gRPC; 0 takes a free one."""
+    """TCP port for gRPC; 0 takes a free one. Of several routers, the second takes two more, the third four, and so on,
+    for HTTP as well."""
     http_port: Annotated[int, Field(ge=0, le=65535), _Number] | None = 8477
     """TCP port for HTTP, which speaks OpenAI's interface; 0 takes a free one, null opens none."""
     keys_file: File = ""
-    """File of API keys (`ray-moe keys`), followed when it changes; empty lets everybody in."""
+    """File of API keys (`ray-moe keys`), followed when it changes; empty lets everybody on this machine in."""
+    allow_anonymous: bool = False
+    """Listen beyond this machine also without keys: then everybody who reaches a port may do everything, draining and
+    resizing included."""
     tls_cert_file: File = ""
     """Certificate in PEM, followed by those up to the root; read again when it changes. Empty: no encryption."""
     tls_key_file: File = ""
@@ -321,8 +366,18 @@ class ServerConfig(Section):
     """Tokens that one Forward call may bring."""
     max_prompt_bytes: Annotated[Bytes, Field(ge=1)] = 2**20
     """Size of a prompt given as text, in UTF-8; a longer one is refused before it is split into tokens."""
+    read_timeout_s: Annotated[float, Field(gt=0, le=86_400), _Number] = 60
+    """Seconds in which an HTTP request must have come, from its first byte; then the client is hung up on."""
+    max_metric_experts: Annotated[int, Field(ge=0, le=100_000), _Number] = 32
+    """Experts, the hottest of all layers, that have a series of their own in `GET /metrics`; the others of each layer
+    are one series together."""
     grace_s: Annotated[float, Field(ge=0), _Number] = 5
     """Seconds that requests in flight may go on when the service stops."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        return self.host in ("127.0.0.1", "::1", "localhost")
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> ServerConfig:
@@ -330,9 +385,40 @@ class ServerConfig(Section):
             raise ValueError("tls_cert_file and tls_key_file go together; set both, or neither")
         if self.tls_client_ca_file and not self.tls_cert_file:
             raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
-        if self.keys_file and not self.tls_cert_file and self.host not in ("127.0.0.1", "::1", "localhost"):
+        if self.keys_file and not self.tls_cert_file and not self.is_local:
             raise ValueError("keys would travel unencrypted: set tls_cert_file and tls_key_file, or host to 127.0.0.1")
+        if not self.keys_file and not self.is_local and not self.allow_anonymous:
+            raise ValueError(
+                f"without keys everybody who reaches {self.host} could do everything: set keys_file (`ray-moe keys`), "
+                "tls_cert_file and tls_key_file, or host to 127.0.0.1, or, if all of them may, allow_anonymous to true"
+            )
         return self
+
+
+class LogsConfig(Section):
+    """What the service's processes write to standard error; Ray keeps that of the actors in its session's logs."""
+
+    format: Literal["text", "json"] = "text"
+    """`json`: one object for each line, with `ts`, `level`, `logger`, `message`, `actor`, `pid`, and where a request is
+    being answered its `request_id` and `caller`."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least that is written of this package; at `info` one line for each request. Of libraries: warnings and worse."""
+    to_driver: bool = False
+    """Whether what the actors write is also written where the service was started, with each actor's name before it."""
+
+
+class TracingConfig(Section):
+    """Traces of requests, from the front door to the experts, by OpenTelemetry (`pip install 'ray-moe[otel]'`)."""
+
+    endpoint: Annotated[str, AfterValidator(_endpoint)] = ""
+    """OTLP collector to send spans to over HTTP, such as http://localhost:4318; empty: nothing is traced. Headers that
+    it wants are taken from the nodes' environment (OTEL_EXPORTER_OTLP_HEADERS)."""
+    sample_ratio: Annotated[float, Field(ge=0, le=1), _Number] = 0.01
+    """Share of the requests that are traced, where the client does not say so itself in `traceparent`."""
+    detail: TraceDetail = "experts"
+    """`requests`: each request with its queue, prefill and decode; `steps`: also each step of the model; `experts`:
+    also each MoE layer of each step, and what each actor computes for it. A token then makes up to
+    1 + layers x (1 + actors) spans, an answer of a large model many thousands: sample few."""
 
 
 class Config(Section):
@@ -353,6 +439,8 @@ class Config(Section):
     chaos: ChaosConfig = ChaosConfig()
     transport: TransportConfig = TransportConfig()
     server: ServerConfig = ServerConfig()
+    logs: LogsConfig = LogsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @property
     def served_name(self) -> str:

@@ -61,6 +61,26 @@ def load_config(
             _set(given, dotted, text, f"environment variable {name}")
     for dotted, value, flag in flags:
         _set(given, dotted, value, f"flag {flag}")
+    return LoadedConfig(_build(given), {key: setting.source for key, setting in given.items()})
+
+
+def config_from(arguments: Mapping[str, object]) -> Config:
+    """The tree from arguments as Ray Serve passes them on: sections as in a file, or dotted keys with text as in flags.
+
+    Raises: `InvalidConfig` for an unknown key or a wrong value.
+    """
+    given: dict[Key, Setting] = {}
+    for name, value in arguments.items():
+        source = f"argument {name}"
+        if isinstance(value, dict):
+            for key, inner in _flatten({name: value}, Config, source):
+                given[key] = Setting(inner, source)
+        else:
+            _set(given, name, value, source)
+    return _build(given)
+
+
+def _build(given: Mapping[Key, Setting]) -> Config:
     tree: dict[str, Any] = {}
     for key, setting in given.items():
         section = tree
@@ -68,10 +88,9 @@ def load_config(
             section = section.setdefault(name, {})
         section[key[-1]] = setting.value
     try:
-        config = Config.model_validate(tree)
+        return Config.model_validate(tree)
     except ValidationError as error:
         raise InvalidConfig(_explain(error, given)) from None
-    return LoadedConfig(config, {key: setting.source for key, setting in given.items()})
 
 
 def show_config(loaded: LoadedConfig) -> str:

@@ -19,14 +19,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from ray_moe.actors import nodes
-from ray_moe.actors.spec import ClusterStatus, HostReport, Ports, RouterReport, ServiceSpec, cluster_settings
+from ray_moe.actors import logs, nodes
+from ray_moe.actors.routers import FAILED_S, RETRY_S, Routers
+from ray_moe.actors.spec import ClusterStatus, HostReport, RouterReport, ServiceSpec, cluster_settings
 from ray_moe.errors import InvalidRequest, NotFound, RayMoEError
 from ray_moe.policy import events as ev
 from ray_moe.policy import planner
 from ray_moe.policy.cluster_state import ClusterState
 from ray_moe.policy.hosts import HostState, number_of
-from ray_moe.policy.scaling import Signals
 from ray_moe.policy.summary import summarise
 from ray_moe.policy.survival import p_lossless
 from ray_moe.types import (
@@ -36,15 +36,12 @@ from ray_moe.types import (
     HostId,
     HostStatus,
     PlanSummary,
+    RouterAddress,
     RoutingTable,
 )
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 0.05
-"""Pause before an actor that is restarting is asked again."""
-FAILED_S = 1.0
-"""Pause before what failed is tried again."""
 CHECK_TIMEOUT_S = 2.0
 """A host that a router could not reach and that does not describe itself within this is hung, and put down."""
 REPORT_EVERY_S = 0.5
@@ -68,17 +65,15 @@ class Controller:
     """Keeps hosts and routers alive and the routing table true."""
 
     def __init__(self, spec: ServiceSpec) -> None:
+        logs.configure(spec.config.logs, "controller")
         self._spec = spec
         self._settings = cluster_settings(spec.config, spec.layers)
-        self._launcher = ray.get_actor(spec.actor_name("launcher"))
+        self._launcher = spec.find("launcher")
         self._state = ClusterState(self._settings, spec.hosts, spec.standbys, spec.placement, now_s=time.monotonic())
         self._actors: dict[HostId, _Actor] = {}
         self._published = asyncio.Event()
         self._events: deque[ClusterEvent] = deque(maxlen=NUM_EVENTS)
-        self._router: Any = None
-        self._ports = Ports()
-        self._last_ports = Ports()
-        self._router_report: RouterReport | None = None
+        self._routers = Routers(self._launcher, self._look_whether_ready, self._note_failure)
         self._failure: RayMoEError | None = None
         self._was_ready = False
         self._stopping = False
@@ -99,13 +94,14 @@ class Controller:
             self._started = True
             for host_id in list(self._state.hosts):
                 self._keep(host_id)
-            self._spawn(self._keep_router())
+            for router_id in self._spec.routers:
+                self._spawn(self._routers.keep(router_id))
             self._spawn(self._tick())
 
     async def table_after(self, epoch: int, timeout_s: float) -> RoutingTable:
         """The routing table, as soon as it is newer than `epoch`, or the present one after `timeout_s`."""
         await self.start()
-        if epoch > self._state.table.epoch:  # routers remember what a restarted controller has forgotten
+        if epoch > self._state.table.epoch:  # of an earlier service with this name
             self._handle(ev.EpochSeen(epoch))
         end_s = time.monotonic() + timeout_s
         while self._state.table.epoch <= epoch and time.monotonic() < end_s:
@@ -138,20 +134,25 @@ class Controller:
             logger.error("%s computes wrongly: it is put down", address.host_id)
             ray.kill(actor.handle, no_restart=False)
 
-    async def report(self, report: RouterReport) -> None:
-        """What a router counts and feels."""
+    async def report(self, report: RouterReport) -> tuple[RouterAddress, ...]:
+        """What a router counts and feels; in return it hears where all of them are."""
         await self.start()
-        self._router_report = report
+        self._routers.heard(report)
         self._handle(ev.LoadReported(report.counts, report.epoch))
+        return self._routers.addresses
+
+    async def router_left(self, router_id: str) -> None:
+        """A router that Ray Serve keeps has ended as it should."""
+        self._routers.left(router_id)
 
     async def stop(self) -> None:
-        """Stop the router (it finishes what it has accepted within its grace), then the hosts."""
+        """Stop the routers (they finish what they have accepted within their grace), then the hosts."""
         self._stopping = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._stop_actor(self._router)
+        await asyncio.gather(*(self._stop_actor(handle) for handle in self._routers.handles))
         await asyncio.gather(*(self._stop_actor(actor.handle) for actor in self._actors.values()))
         await self._launcher.end.remote()
 
@@ -167,7 +168,7 @@ class Controller:
             state=self._state_name(),
             epoch=state.table.epoch,
             hosts=tuple(self._host_status(host) for host in _by_number(state.hosts.values())),
-            ports=self._ports,
+            routers=self._routers.addresses,
             changing=change,
             events=tuple(self._events),
             p_lossless=p_lossless(state.table.placement, nodes_of, max(1, self._settings.goals.survive_nodes)),
@@ -247,11 +248,14 @@ class Controller:
         """Tell the state of `event`, and set about what it answers."""
         for instruction in self._state.handle(event, time.monotonic()):
             self._carry_out(instruction)
-        self._was_ready = self._was_ready or self._is_whole
+        self._look_whether_ready()
         due_s = self._state.next_due_s
         if due_s is not None and due_s != self._wakes_s:
             self._wakes_s = due_s
             asyncio.get_running_loop().call_later(max(0.0, due_s - time.monotonic()), self._wake, due_s)
+
+    def _look_whether_ready(self) -> None:
+        self._was_ready = self._was_ready or self._is_whole
 
     def _wake(self, due_s: float) -> None:
         """It is time for what waited to be dropped, or to be tried again."""
@@ -319,10 +323,9 @@ class Controller:
                 report = self._actors[host.host_id].report
                 if report is not None and report.flops_per_s:
                     self._handle(ev.SpeedReported(host.host_id, report.incarnation, report.flops_per_s))
-            felt = self._router_report
-            if felt is not None:
-                utilisation = sum(busy) / len(busy) if busy else 0.0
-                self._handle(ev.SignalsReported(Signals(utilisation, felt.queue_age_s, felt.idle_s)))
+            signals = self._routers.signals(sum(busy) / len(busy) if busy else 0.0)
+            if signals is not None:
+                self._handle(ev.SignalsReported(signals))
             await self._heed_notices()
             self._handle(ev.Ticked())
 
@@ -409,20 +412,19 @@ class Controller:
     async def _recover(self) -> None:
         """After a restart of the controller: what the living hosts hold is what they are to hold.
 
-        Their lines stay up: the first table that is published names them as they are, in an epoch after the routers'.
+        Their lines stay up: the first table that is published names them as they are, and is newer than the routers'.
         """
+        life: int = await self._launcher.count_restart.remote()
         host_ids: Sequence[HostId] = await self._launcher.hosts.remote()
         for host_id in host_ids:
             self._actors[host_id] = _Actor(handle=await self._launcher.start_host.remote(host_id))
         asked = [actor.handle.describe.remote() for actor in self._actors.values()]
-        with contextlib.suppress(ValueError):  # there is no router
-            asked.append(ray.get_actor(self._spec.actor_name("router")).epoch.remote())
         answers = await asyncio.gather(
             *(asyncio.wait_for(answer, CHECK_TIMEOUT_S) for answer in asked), return_exceptions=True
         )
         reports = {
             host_id: answer
-            for host_id, answer in zip(host_ids, answers, strict=False)
+            for host_id, answer in zip(host_ids, answers, strict=True)
             if isinstance(answer, HostReport) and answer.address is not None
         }
         for host_id, report in reports.items():
@@ -437,35 +439,21 @@ class Controller:
             [host_id for host_id in host_ids if host_id not in standbys],
             standbys,
             self._spec.placement,
-            epoch=max([0, *(answer for answer in answers if isinstance(answer, int))]),
+            life=life,
             now_s=time.monotonic(),
         )
         self._was_ready = bool(reports)
         self._handle(ev.Ticked())
 
-    # --- the router ------------------------------------------------------------------------------------------
-    async def _keep_router(self) -> None:
-        ended = False
-        while True:
-            try:
-                self._router = await self._launcher.start_router.remote(ended)
-                ended = False
-                self._ports = self._last_ports = await self._router.start.remote(self._last_ports)
-                self._was_ready = self._was_ready or self._is_whole
-                await self._router.until_lost.remote()
-            except ActorUnavailableError:  # Ray restarts it
-                self._ports = Ports()
-            except RayError as error:  # for good, or it cannot start
-                self._ports, ended = Ports(), not isinstance(error, RayTaskError)
-                self._note_failure("the router cannot start", error)
-                await asyncio.sleep(FAILED_S)
-            await asyncio.sleep(RETRY_S)
-
     # --- status ----------------------------------------------------------------------------------------------
     @property
     def _is_whole(self) -> bool:
-        """Whether clients are answered and every expert has a living replica (or nobody is meant to have any)."""
-        return bool(self._ports.grpc) and (self._state.table.is_complete or self._state.is_asleep)
+        """Whether clients are answered and every expert has a living replica (or nobody is meant to have any).
+
+        A start is over when all routers are ready; later any one will do.
+        """
+        routers = min(1, len(self._spec.routers)) if self._was_ready else len(self._spec.routers)
+        return self._routers.num_ready >= routers and (self._state.table.is_complete or self._state.is_asleep)
 
     def _state_name(self) -> str:
         if self._is_whole:

@@ -19,7 +19,9 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
+from ray_moe.actors import logs
 from ray_moe.actors.spec import HostReport, ServiceSpec, transport_settings
+from ray_moe.actors.tracing import close_tracer, make_tracer
 from ray_moe.errors import InsufficientResources, RayMoEError
 from ray_moe.policy.events import Experts
 from ray_moe.types import HostAddress, HostId, LayerPath
@@ -63,6 +65,7 @@ class ExpertActor:
         self._checkpoint: Checkpoint | None = None
         self._reading_bytes = 0
         self._changing = asyncio.Lock()
+        logs.configure(spec.config.logs, host_id)
         tune_malloc()
         torch.set_num_threads(spec.config.experts.num_threads)
         self._device = "cuda" if spec.config.experts.num_gpus else "cpu"
@@ -71,10 +74,15 @@ class ExpertActor:
     async def start(self) -> HostReport:
         """Open the checkpoint and listen, holding nothing yet. Idempotent.
 
-        Raises: `InvalidCheckpoint`, `InsufficientResources` (no GPU where one was asked for).
+        Raises: `InvalidCheckpoint`, `InsufficientResources` (no GPU where one was asked for), `InvalidConfig` (no
+        OpenTelemetry where traces were asked for).
         """
         async with self._changing:
             if self._address is None:
+                config = self._spec.config
+                if self._loop.tracer is None:
+                    name = self._host.host_id
+                    self._loop.tracer = make_tracer(config.tracing, config.service_name, name, begins=False)
                 await asyncio.to_thread(self._open)
                 self._address = await self._listen()
         return await self.describe()
@@ -109,6 +117,7 @@ class ExpertActor:
         if self._server is not None:
             await self._server.stop()
         await self._loop.close()
+        await close_tracer(self._loop.tracer)
 
     async def _listen(self) -> HostAddress:
         from ray_moe.transport.grpc_server import HostServer
@@ -118,6 +127,7 @@ class ExpertActor:
             self._spec.token,
             incarnation=self._incarnation,
             settings=transport_settings(self._spec.config.transport),
+            certificate=self._spec.certificate,
         )
         tcp, unix = await self._server.start(ray.util.get_node_ip_address())
         return HostAddress(

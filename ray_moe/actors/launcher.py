@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_moe.actors import logs
 from ray_moe.actors.expert import ExpertActor
 from ray_moe.actors.router import Router
-from ray_moe.actors.spec import ServiceSpec
+from ray_moe.actors.spec import NAMESPACE, ServiceSpec
 from ray_moe.types import HostId
 
 
@@ -33,8 +35,10 @@ class Launcher:
     """Holds the handles that keep a service's actors alive; asking twice for an actor gives the same one."""
 
     def __init__(self, spec: ServiceSpec) -> None:
+        logs.configure(spec.config.logs, "launcher")
         self._spec = spec
         self._started: dict[str, Any] = {}
+        self._num_restarts = 0
 
     async def start_host(self, host_id: HostId, replace: bool = False) -> Any:
         """The handle of the expert actor `host_id`; with `replace`, of another one after it died for good."""
@@ -61,18 +65,27 @@ class Launcher:
 
     async def hosts(self) -> list[HostId]:
         """The expert actors that were started and not stopped."""
-        return [role for role in self._started if role != "router"]
+        return [role for role in self._started if role not in self._spec.routers]
 
-    async def start_router(self, replace: bool = False) -> Any:
-        """The handle of the router; with `replace`, of another one after it died for good."""
+    async def count_restart(self) -> int:
+        """The controller has been restarted; how many times by now, which it cannot know itself."""
+        self._num_restarts += 1
+        return self._num_restarts
+
+    async def start_router(self, router_id: str, replace: bool = False) -> Any:
+        """The handle of a router; with `replace`, of another one after it died for good."""
         router = self._spec.config.router
+        where: Any = "SPREAD"
+        if self._spec.config.server.is_local:  # clients are on this node
+            where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         return self._start(
-            "router",
+            router_id,
             replace,
             Router,
-            (self._spec,),
+            (router_id, self._spec),
             num_cpus=router.num_cpus,
             num_gpus=router.num_gpus,
+            scheduling_strategy=where,
             max_restarts=-1,
             runtime_env={"env_vars": worker_env(router.num_threads)},
         )
@@ -84,7 +97,9 @@ class Launcher:
         if role not in self._started:
             name = self._spec.actor_name(role)
             self._started[role] = (
-                ray.remote(actor_class).options(name=name, max_concurrency=1000, **options).remote(*arguments)
+                ray.remote(actor_class)
+                .options(name=name, namespace=NAMESPACE, max_concurrency=1000, **options)
+                .remote(*arguments)
             )
         return self._started[role]
 

@@ -8,6 +8,7 @@ tokens need, and hosts that it cannot reach, that are slow, or that answer nonse
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -21,10 +22,13 @@ import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from ray_moe.actors import logs
 from ray_moe.actors.chaos import run_chaos
-from ray_moe.actors.spec import ClusterStatus, FrontDoor, Ports, RouterReport, ServiceSpec, transport_settings
+from ray_moe.actors.spec import ClusterStatus, FrontDoor, RouterReport, ServiceSpec, transport_settings
+from ray_moe.actors.tracing import close_tracer, make_tracer
 from ray_moe.errors import InsufficientResources, InvalidConfig, RayMoEError, Unavailable
 from ray_moe.policy.load import TokenCounts
+from ray_moe.runtime.measures import Measures, measure
 from ray_moe.types import (
     ChaosReport,
     ChaosRequest,
@@ -35,6 +39,7 @@ from ray_moe.types import (
     LayerPath,
     LayerSpec,
     PlanSummary,
+    RouterAddress,
     RouterStatus,
     RoutingTable,
     ServiceStatus,
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from ray_moe.runtime.engine import Engine
     from ray_moe.runtime.moe_layer import ExpertDispatcher
     from ray_moe.runtime.own_experts import OwnExperts
+    from ray_moe.runtime.tracing import Tracer
     from ray_moe.transport.base import Transport
     from ray_moe.transport.partition import PartitionedTransport
 
@@ -53,6 +59,10 @@ logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 10.0
 """How long one question for the next routing table stays open."""
+PORT_EVERY_S = 0.1
+"""How often it is looked whether the configured port has become free."""
+ALONE_S = 30.0
+"""A router of Ray Serve that has not reached a controller for so long is replaced: its experts are another set now."""
 CONTROL_TIMEOUT_S = 60.0
 """How long the controller may take to answer a wish of somebody's: it may be restarting, or computing a plan."""
 
@@ -62,17 +72,19 @@ Array = npt.NDArray[Any]
 class Router:
     """One backbone and its front door."""
 
-    def __init__(self, spec: ServiceSpec) -> None:
+    def __init__(self, router_id: str, spec: ServiceSpec) -> None:
         # Imported here and below, so that the launcher can name this class without loading torch.
         import torch
 
         from ray_moe.transport.allocator import tune_malloc
 
+        self.router_id = router_id
         self._spec = spec
         self._started_at = time.monotonic()
         self._starting = asyncio.Lock()
         self._door: FrontDoor | None = None
-        self._ports = Ports()
+        self._address = RouterAddress(router_id, "")
+        self._others: tuple[RouterAddress, ...] = ()
         self._engine: Engine | None = None
         self._dispatcher: ExpertDispatcher | None = None
         self._partition: PartitionedTransport | None = None
@@ -80,46 +92,82 @@ class Router:
         self._table_arrived = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._incarnation = uuid.uuid4().hex[:12]
+        self._is_following = False
         self._num_reports = 0
+        self._controlled_s = time.monotonic()
+        """When the controller was last there."""
         self._controller_handle: Any = None
+        self._tracer: Tracer | None = None
+        logs.configure(spec.config.logs, router_id)
         tune_malloc()
         torch.set_num_threads(spec.config.router.num_threads)
 
     # --- life ------------------------------------------------------------------------------------------------
-    async def start(self, before: Ports = Ports()) -> Ports:  # noqa: B008 -- frozen
-        """Listen, load the backbone, connect to the experts; returns the ports of the front door. Idempotent.
+    async def start(self, before: RouterAddress | None = None) -> RouterAddress:
+        """Listen, load the backbone, connect to the experts; returns where clients reach it. Idempotent.
 
         The front door listens from the beginning and says that it is not ready until all of that is done. `before` is
-        where an earlier life of the router listened, so that clients find this one; 0 is the configured port.
+        where an earlier life of the router listened, so that clients find this one.
         """
         async with self._starting:
             if self._engine is not None:
-                return self._ports
+                return self._address
+            if self._tracer is None:
+                config = self._spec.config
+                self._tracer = make_tracer(config.tracing, config.service_name, self.router_id, begins=True)
             if self._door is None:
-                server = self._spec.config.server
-                ports = {"port": before.grpc or server.port, "http_port": before.http or server.http_port}
-                door = self._spec.open_door(self, server.model_copy(update=ports))
-                self._ports = await door.start()
-                self._door = door
+                await self._open_door(before)
             dispatcher = self._dispatcher or self._make_dispatcher()
             self._dispatcher = dispatcher
-            if not self._tasks:
-                self._tasks = [
+            if not self._is_following:
+                self._is_following = True
+                self._tasks += [
                     asyncio.create_task(self._follow(dispatcher)),
                     asyncio.create_task(self._tell(dispatcher)),
                 ]
             engine = await asyncio.to_thread(self._load, dispatcher)
             await self._table_arrived.wait()
             self._engine = engine
-            return self._ports
+            self._address = replace(self._address, ready=True)
+            return self._address
 
-    async def epoch(self) -> int:
-        """Epoch of the routing table in use, for a controller that was restarted."""
-        return 0 if self._dispatcher is None else self._dispatcher.table.epoch
+    async def _open_door(self, before: RouterAddress | None) -> None:
+        server = self._spec.config.server
+        ports = self._spec.ports_of(self.router_id) if before is None or not before.grpc_address else _ports_of(before)
+        door = self._spec.open_door(self, server.model_copy(update=ports), self._tracer)
+        opened = await door.start()
+        self._door = door
+        self._address = opened.address(self.router_id, server, ray.util.get_node_ip_address())
+        if not self._spec.routers and server.port:
+            self._tasks.append(asyncio.create_task(self._take_port(door, server.port)))
+
+    async def _take_port(self, door: FrontDoor, port: int) -> None:
+        """Where Ray Serve puts and replaces routers as it likes, one on each node has the configured port, too."""
+        while True:
+            if await door.take(port):
+                return
+            await asyncio.sleep(PORT_EVERY_S)
+
+    @property
+    def door(self) -> FrontDoor:
+        """Raises `Unavailable` before the start."""
+        if self._door is None:
+            raise Unavailable("the router has not been started; call start first")
+        return self._door
+
+    @property
+    def num_requests(self) -> int:
+        """Generations that are computed or wait."""
+        return 0 if self._engine is None else self._engine.active_requests + self._engine.queued_requests
+
+    async def check_controller(self) -> None:
+        """Raises `Unavailable` when there has been no controller for so long that none will come."""
+        if time.monotonic() - self._controlled_s > ALONE_S:
+            raise Unavailable("the controller of the experts is gone")
 
     def _controller(self) -> Any:
         if self._controller_handle is None:
-            self._controller_handle = ray.get_actor(self._spec.actor_name("controller"))
+            self._controller_handle = self._spec.find("controller")
         return self._controller_handle
 
     def _make_transport(self) -> Transport:
@@ -131,9 +179,15 @@ class Router:
         config = self._spec.config.transport
         settings = transport_settings(config)
         node_id = ray.get_runtime_context().get_node_id()
-        grpc = GrpcTransport(self._spec.token, node_id=node_id, settings=settings, on_lost=self._line_lost)
+        grpc = GrpcTransport(
+            self._spec.token,
+            node_id=node_id,
+            settings=settings,
+            certificate=self._spec.certificate,
+            on_lost=self._line_lost,
+        )
         object_store = ObjectStoreTransport(
-            lambda address: ray.get_actor(self._spec.actor_name(address.host_id)),
+            lambda address: self._spec.find(address.host_id),
             settings=settings,
             on_lost=self._line_lost,
         )
@@ -226,15 +280,18 @@ class Router:
             self._num_reports += 1
             tokens = {layer: tuple(counts.tolist()) for layer, counts in dispatcher.tokens_per_expert.items()}
             report = RouterReport(
-                counts=TokenCounts("router", self._incarnation, self._num_reports, tokens),
+                router=self._address,
+                counts=TokenCounts(self.router_id, self._incarnation, self._num_reports, tokens),
                 epoch=dispatcher.table.epoch,
                 queue_age_s=0.0 if vitals is None else vitals.queue_age_s,
                 idle_s=0.0 if vitals is None else vitals.idle_s,
             )
             try:
-                await asyncio.wait_for(self._controller().report.remote(report), POLL_TIMEOUT_S)
+                self._others = await asyncio.wait_for(self._controller().report.remote(report), POLL_TIMEOUT_S)
             except (RayError, ValueError, asyncio.TimeoutError) as error:
                 logger.warning("the controller does not take reports now: %s", error)
+            else:
+                self._controlled_s = time.monotonic()
             await asyncio.to_thread(dispatcher.rebalance_cache, time.monotonic())
 
     @property
@@ -279,14 +336,19 @@ class Router:
         """Refuse what is new, give what runs the configured grace, and free everything."""
         grace_s = self._spec.config.server.grace_s
         engine, self._engine = self._engine, None
+        self._address = replace(self._address, ready=False)
         if engine is not None:
             await engine.close(grace_s)
         if self._door is not None:
             await self._door.stop(grace_s)
         for task in self._tasks:
             task.cancel()
+        if not self._spec.routers:  # nobody else would tell
+            with contextlib.suppress(RayError, ValueError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._controller().router_left.remote(self.router_id), 1.0)
         if self._dispatcher is not None:
             await asyncio.to_thread(self._dispatcher.close)
+        await close_tracer(self._tracer)
 
     # --- the backend of the front doors ----------------------------------------------------------------------
     @property
@@ -347,11 +409,18 @@ class Router:
             raise Unavailable("the service is starting; retry later")
         return self._dispatcher.table
 
+    async def routers(self) -> tuple[RouterAddress, ...]:
+        """This one, and the others as the controller last told."""
+        return (self._address, *(other for other in self._others if other.router_id != self.router_id))
+
+    def measures(self) -> Measures:
+        return measure(self._router_status(), self._engine, self._dispatcher)
+
     async def status(self) -> ServiceStatus:
         try:
             cluster: ClusterStatus = await asyncio.wait_for(self._controller().status.remote(), 5.0)
         except (RayError, ValueError, asyncio.TimeoutError):
-            cluster = ClusterStatus("degraded", 0, (), self._ports)
+            cluster = ClusterStatus("degraded", 0, ())
         dispatcher = self._dispatcher
         return ServiceStatus(
             model=self._spec.config.model,
@@ -368,6 +437,7 @@ class Router:
             changing=cluster.changing,
             events=cluster.events,
             p_lossless=cluster.p_lossless,
+            routers=await self.routers(),
         )
 
     def _router_status(self) -> RouterStatus:
@@ -376,6 +446,7 @@ class Router:
             pid=os.getpid(),
             rss_bytes=psutil.Process().memory_info().rss,
             backbone_bytes=0 if checkpoint is None else checkpoint.backbone_bytes,
+            router_id=self.router_id,
         )
         if engine is not None:
             status = replace(
@@ -429,3 +500,9 @@ class Router:
             raise
         except (RayError, ValueError, asyncio.TimeoutError) as error:
             raise Unavailable(f"the controller does not answer ({type(error).__name__}); retry") from error
+
+
+def _ports_of(address: RouterAddress) -> dict[str, int | None]:
+    """As the configuration of a server has them."""
+    grpc, http = (int(at.rpartition(":")[2]) if at else None for at in (address.grpc_address, address.http_address))
+    return {"port": grpc, "http_port": http}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ray_moe.config import Config, ServerConfig, TransportConfig
@@ -12,8 +12,21 @@ from ray_moe.policy.hosts import ClusterSettings
 from ray_moe.policy.load import TokenCounts
 from ray_moe.policy.planner import Goals
 from ray_moe.policy.scaling import ScalingGoals
-from ray_moe.transport.settings import TransportSettings
-from ray_moe.types import ClusterEvent, HostAddress, HostId, HostStatus, LayerPath, LayerSpec, Placement
+from ray_moe.runtime.tracing import Tracer
+from ray_moe.transport.settings import MemberCertificate, TransportSettings
+from ray_moe.types import (
+    ClusterEvent,
+    HostAddress,
+    HostId,
+    HostStatus,
+    LayerPath,
+    LayerSpec,
+    Placement,
+    RouterAddress,
+)
+
+NAMESPACE = "ray_moe"
+"""Of all named actors, whoever starts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +35,14 @@ class Ports:
 
     grpc: int = 0
     http: int = 0
+
+    def address(self, router_id: str, server: ServerConfig, node_ip: str) -> RouterAddress:
+        """As clients dial it; `node_ip` is what others call the router's node."""
+        host = node_ip if server.host in ("0.0.0.0", "::") else server.host
+        host = f"[{host}]" if ":" in host else host
+        scheme = "https" if server.tls_cert_file else "http"
+        http = f"{scheme}://{host}:{self.http}" if self.http else ""
+        return RouterAddress(router_id, f"{host}:{self.grpc}", http)
 
 
 class FrontDoor(Protocol):
@@ -33,8 +54,21 @@ class FrontDoor(Protocol):
 
     async def stop(self, grace_s: float) -> None: ...
 
+    @property
+    def http_app(self) -> Any:
+        """What it answers by HTTP, as an ASGI application for another server, whether or not it listens itself."""
+        ...
 
-OpenDoor = Callable[[Any, ServerConfig], FrontDoor]
+    async def take(self, port: int) -> bool:
+        """Speak gRPC on another port too, unless somebody listens there; whether it does now."""
+        ...
+
+    async def find(self, method: str, metadata: Any) -> Any:
+        """What answers gRPC's `/service/method`, for calls that another server brings."""
+        ...
+
+
+OpenDoor = Callable[[Any, ServerConfig, Tracer | None], FrontDoor]
 """Makes the front door of a router (a `service.backend.Backend`); named by the composition root."""
 
 
@@ -43,6 +77,8 @@ class ServiceSpec:
     """Everything the actors of a service need to know at their birth, and at every rebirth."""
 
     config: Config
+    name: str
+    """Prefix of the actors' names; no other service of the cluster has it."""
     version: str
     model_type: str
     layers: tuple[LayerSpec, ...]
@@ -50,9 +86,13 @@ class ServiceSpec:
     """The first placement: what each of `hosts` is to hold."""
     hosts: tuple[HostId, ...]
     standbys: tuple[HostId, ...]
-    token: str
+    routers: tuple[str, ...]
+    """Those that the service keeps itself; none where Ray Serve does."""
+    token: str = field(repr=False)
     """Secret of this service: the expert hosts answer only to those who know it."""
     open_door: OpenDoor
+    certificate: MemberCertificate | None = None
+    """What its routers and hosts show each other across nodes; None: lines are not encrypted."""
 
     def bytes_of(self, experts: Mapping[LayerPath, Collection[int]]) -> int:
         """Bytes of the weights of `experts`."""
@@ -64,7 +104,21 @@ class ServiceSpec:
         return {layer.path: list(range(layer.num_experts)) for layer in self.layers}
 
     def actor_name(self, role: str) -> str:
-        return f"{self.config.service_name}/{role}"
+        return f"{self.name}/{role}"
+
+    def find(self, role: str) -> Any:
+        """The actor's handle. Raises `ValueError` when it is not there."""
+        import ray  # the simulator takes the settings from here, without
+
+        return ray.get_actor(self.actor_name(role), NAMESPACE)
+
+    def ports_of(self, router_id: str) -> dict[str, int | None]:
+        """Where a router listens, as the configuration of a server has it."""
+        server = self.config.server
+        if not self.routers:  # Ray Serve puts as many on a node as it likes, and listens for HTTP itself
+            return {"port": 0, "http_port": None}
+        ahead = 2 * self.routers.index(router_id)
+        return {"port": server.port and server.port + ahead, "http_port": server.http_port and server.http_port + ahead}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +150,7 @@ class HostReport:
 class RouterReport:
     """What a router feels, sent to the controller now and then."""
 
+    router: RouterAddress
     counts: TokenCounts
     epoch: int
     """Of the table in use."""
@@ -113,8 +168,7 @@ class ClusterStatus:
     """``starting``, ``ready``, ``degraded`` or ``failed``."""
     epoch: int
     hosts: tuple[HostStatus, ...]
-    ports: Ports
-    """Of the front doors."""
+    routers: tuple[RouterAddress, ...] = ()
     changing: str = ""
     """The change of the cluster that is under way; empty when there is none."""
     events: tuple[ClusterEvent, ...] = ()

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_moe.cli import tables
+from ray_moe.cli.target import Target
 from ray_moe.cli.terminal import ProgressView, format_bytes
 from ray_moe.client.sync import Client
 from ray_moe.errors import Unavailable
@@ -20,10 +21,10 @@ MAX_ROWS = 40
 """Longer lists of moves are cut; the numbers above them are of all."""
 
 
-def run_plan(server: str, dry_run: bool, wait: bool, timeout_s: float) -> None:
+def run_plan(to: Target, dry_run: bool, wait: bool, timeout_s: float) -> None:
     """Show a better placement; without `dry_run` the service changes to it."""
     console = Console()
-    with Client(server, timeout_s) as client:
+    with Client(to.server, timeout_s, **to.access) as client:
         plan = client.plan(dry_run=dry_run)
         console.print(_plan(plan))
         if plan.moves:
@@ -35,18 +36,18 @@ def run_plan(server: str, dry_run: bool, wait: bool, timeout_s: float) -> None:
             console.print("done")
 
 
-def run_resize(server: str, num_actors: int, wait: bool, timeout_s: float) -> None:
+def run_resize(to: Target, num_actors: int, wait: bool, timeout_s: float) -> None:
     """Change the number of expert actors."""
-    with Client(server, timeout_s) as client:
+    with Client(to.server, timeout_s, **to.access) as client:
         client.resize(num_actors)
         if wait:
             _await_change(client, timeout_s)
         _show_hosts(client)
 
 
-def run_drain(server: str, target: str, replace: bool, wait: bool, timeout_s: float) -> None:
+def run_drain(to: Target, target: str, replace: bool, wait: bool, timeout_s: float) -> None:
     """Empty an actor, or the actors of a node, and end them."""
-    with Client(server, timeout_s) as client:
+    with Client(to.server, timeout_s, **to.access) as client:
         going = client.drain(target, replace=replace)
         Console().print(f"draining {', '.join(going)}")
         if wait:
@@ -54,9 +55,9 @@ def run_drain(server: str, target: str, replace: bool, wait: bool, timeout_s: fl
         _show_hosts(client)
 
 
-def run_chaos(server: str, request: ChaosRequest, timeout_s: float) -> None:
+def run_chaos(to: Target, request: ChaosRequest, timeout_s: float) -> None:
     """Hurt the service, and show the report on its recovery."""
-    with Client(server, timeout_s) as client:
+    with Client(to.server, timeout_s, **to.access) as client:
         report = client.chaos(request)
     Console().print(_report(report))
     if report.repaired_s < 0:

@@ -13,6 +13,7 @@ import typer
 
 import ray_moe
 from ray_moe.cli.keys import keys
+from ray_moe.cli.target import Target, asks_a_service
 from ray_moe.cli.terminal import Interrupts, told
 from ray_moe.config_sources import ENV_PREFIX, LoadedConfig, load_config, show_config
 from ray_moe.errors import InvalidConfig
@@ -31,11 +32,8 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. server.port=9000; may be repeated."),
 ]
-Server = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the service is.")]
 Timeout = Annotated[float, typer.Option(min=0.001, metavar="SECONDS", help="Give up after this.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
-
-DEFAULT_SERVER = "127.0.0.1:8476"
 
 
 @commands.callback(invoke_without_command=True)
@@ -80,9 +78,10 @@ def serve(
 
 
 @commands.command()
+@asks_a_service
 def generate(
+    to: Target,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
-    server: Server = DEFAULT_SERVER,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this probability.")] = 1.0,
@@ -99,7 +98,7 @@ def generate(
         from ray_moe.cli.generate import run
 
         run(
-            server,
+            to,
             prompt,
             token_ids,
             timeout,
@@ -114,8 +113,9 @@ def generate(
 
 
 @commands.command()
+@asks_a_service
 def status(
-    server: Server = DEFAULT_SERVER,
+    to: Target,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     timeout: Timeout = 10.0,
     debug: Debug = False,
@@ -124,15 +124,34 @@ def status(
     with told(debug):
         from ray_moe.cli.status import run
 
-        run(server, as_json, timeout)
+        run(to, as_json, timeout)
+
+
+@commands.command()
+@asks_a_service
+def top(
+    to: Target,
+    interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one picture and end, as where there is no terminal.")
+    ] = False,
+    timeout: Timeout = 10.0,
+    debug: Debug = False,
+) -> None:
+    """What a running service does now: requests, tokens a second, hosts, hottest experts, events. Ctrl-C ends it."""
+    with told(debug), Interrupts():
+        from ray_moe.cli.top import run
+
+        run(to, interval, once, timeout)
 
 
 Wait = Annotated[bool, typer.Option(help="Return when it is done, or at once.")]
 
 
 @commands.command()
+@asks_a_service
 def plan(
-    server: Server = DEFAULT_SERVER,
+    to: Target,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     wait: Wait = True,
     timeout: Timeout = 300.0,
@@ -142,13 +161,14 @@ def plan(
     with told(debug):
         from ray_moe.cli.cluster import run_plan
 
-        run_plan(server, dry_run, wait, timeout)
+        run_plan(to, dry_run, wait, timeout)
 
 
 @commands.command()
+@asks_a_service
 def resize(
+    to: Target,
     actors: Annotated[int, typer.Argument(help="Expert actors wanted.")],
-    server: Server = DEFAULT_SERVER,
     wait: Wait = True,
     timeout: Timeout = 300.0,
     debug: Debug = False,
@@ -157,13 +177,14 @@ def resize(
     with told(debug):
         from ray_moe.cli.cluster import run_resize
 
-        run_resize(server, actors, wait, timeout)
+        run_resize(to, actors, wait, timeout)
 
 
 @commands.command()
+@asks_a_service
 def drain(
+    to: Target,
     target: Annotated[str, typer.Argument(help="An expert actor, or the id of a node (its beginning is enough).")],
-    server: Server = DEFAULT_SERVER,
     replace: Annotated[bool, typer.Option("--replace", help="Start as many others in their place.")] = False,
     wait: Wait = True,
     timeout: Timeout = 300.0,
@@ -173,18 +194,19 @@ def drain(
     with told(debug):
         from ray_moe.cli.cluster import run_drain
 
-        run_drain(server, target, replace, wait, timeout)
+        run_drain(to, target, replace, wait, timeout)
 
 
 @commands.command()
+@asks_a_service
 def chaos(
+    to: Target,
     kind: Annotated[str, typer.Argument(help="kill, hang, slow, corrupt or partition.")],
     target: Annotated[str, typer.Option(help="An expert actor, node:ID, controller, or random.")] = "random",
     at: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="From now.")] = 0.0,
     duration: Annotated[float, typer.Option(min=0.01, metavar="SECONDS", help="How long; a kill is for ever.")] = 5.0,
     factor: Annotated[float, typer.Option(min=1, help="For slow: how many times longer everything takes.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Chooses the target when it is random.")] = 0,
-    server: Server = DEFAULT_SERVER,
     timeout: Timeout = 300.0,
     debug: Debug = False,
 ) -> None:
@@ -193,7 +215,7 @@ def chaos(
         from ray_moe.cli.cluster import run_chaos
         from ray_moe.types import ChaosRequest
 
-        run_chaos(server, ChaosRequest(kind, target, at, duration, factor, seed), timeout)
+        run_chaos(to, ChaosRequest(kind, target, at, duration, factor, seed), timeout)
 
 
 @commands.command()
@@ -209,7 +231,9 @@ def config(
 
 
 @commands.command()
+@asks_a_service
 def simulate(
+    to: Target,
     trace: Annotated[
         str, typer.Option(help="Traffic: zipf:SHAPE, lognormal:SHAPE, uniform, or a FILE written with --save.")
     ] = "zipf:1.0",
@@ -259,7 +283,6 @@ def simulate(
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Simulate nothing: record the traffic of a running service.")
     ] = None,
-    server: Server = DEFAULT_SERVER,
     config: ConfigFile = None,
     settings: Set = None,
     timeout: Timeout = 10.0,
@@ -270,7 +293,7 @@ def simulate(
         from ray_moe.cli import simulate as command
 
         if save is not None:
-            command.record(server, save, seconds, timeout)
+            command.record(to, save, seconds, timeout)
             return
         flags = {
             "experts.num_actors": (hosts, "--hosts"),

@@ -6,6 +6,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from ray_moe.cli.target import Target
 from ray_moe.client.sync import Client
 from ray_moe.errors import InvalidRequest
 
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
     from ray_moe.client.requests import GenerateOptions
 
 
-def run(server: str, prompt: str, as_token_ids: bool, timeout_s: float, **options: Unpack[GenerateOptions]) -> None:
+def run(to: Target, prompt: str, as_token_ids: bool, timeout_s: float, **options: Unpack[GenerateOptions]) -> None:
     """Write the continuation of `prompt` (text, or token numbers in words) to standard output."""
     if prompt == "-":
         prompt = sys.stdin.read()
     text: str | None = prompt
     if as_token_ids:
         text, options["token_ids"] = None, parse_token_ids(prompt)
-    with Client(server, timeout_s) as client:
+    with Client(to.server, timeout_s, **to.access) as client:
         for chunk in client.stream(text, **options):
             sys.stdout.write("".join(f"{token} " for token in chunk.token_ids) if as_token_ids else chunk.text)
             sys.stdout.flush()

@@ -15,6 +15,7 @@ _SERVE_EXTRA = {
     "tokenizers",
     "safetensors",
     "psutil",
+    "cryptography",
 }
 
 

@@ -1,11 +1,12 @@
-"""`ray-moe serve`: start the service, say where it is, and stay until told to stop."""
+"""`ray-moe serve`: start the service, say where it is and who may call it, and stay until told to stop."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
+from ray_moe.actors import logs
 from ray_moe.cli.terminal import Interrupts, ProgressView
-from ray_moe.config import Config
+from ray_moe.config import Config, ServerConfig
 from ray_moe.service.app import Service, ServiceProgress
 
 
@@ -14,6 +15,7 @@ def run(config: Config, interrupts: Interrupts) -> None:
 
     Raises: what `Service.start` raises; KeyboardInterrupt when it was interrupted before it was ready.
     """
+    logs.configure(config.logs, "driver")
     console = Console()
     view = ProgressView(Console(stderr=True))
 
@@ -26,11 +28,13 @@ def run(config: Config, interrupts: Interrupts) -> None:
         with view:
             service.start()
         interrupts.install()
+        how = f"--server {service.address}{' --tls' if config.server.tls_cert_file else ''}"
         console.print(
             f"serving {config.model} on {service.address} (gRPC)"
             f"{f' and {service.http_address}/v1 (OpenAI)' if service.http_address else ''}\n"
-            f"  ray-moe generate 'Hello' --server {service.address}\n"
-            f"  ray-moe status --server {service.address}\n"
+            f"{who_may_call(config.server)}\n"
+            f"  ray-moe generate 'Hello' {how}\n"
+            f"  ray-moe status {how}\n"
             "Ctrl-C stops",
             markup=False,
             highlight=False,
@@ -42,3 +46,14 @@ def run(config: Config, interrupts: Interrupts) -> None:
     finally:
         interrupts.ignore()
         service.stop()
+
+
+def who_may_call(server: ServerConfig) -> str:
+    """One line: where it listens, and what is asked of those who call."""
+    where = "this machine only" if server.is_local else server.host
+    certificate = f"a certificate of {server.tls_client_ca_file}" if server.tls_client_ca_file else ""
+    if server.keys_file:
+        return f"listens on {where}, for those with a key of {server.keys_file}{certificate and f' and {certificate}'}"
+    return (
+        f"no API keys: listens on {where}; whoever reaches it{certificate and f' with {certificate}'} may do everything"
+    )

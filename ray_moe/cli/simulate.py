@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from ray_moe.actors.spec import cluster_settings
+from ray_moe.cli.target import Target
 from ray_moe.cli.terminal import ProgressView, format_bytes
 from ray_moe.client.sync import Client
 from ray_moe.config import Config, ExpertsConfig
@@ -90,7 +91,7 @@ def run(asked: Asked, config: Config, json_file: Path | None) -> None:
         console.print(part)
 
 
-def record(server: str, file: Path, seconds: float | None, timeout_s: float) -> None:
+def record(to: Target, file: Path, seconds: float | None, timeout_s: float) -> None:
     """Watch a service and write its traffic to `file`; Ctrl-C ends it early, and what there is is kept."""
     seconds = SECONDS if seconds is None else seconds
     check_range("--seconds", seconds, 0, above=True)
@@ -98,7 +99,7 @@ def record(server: str, file: Path, seconds: float | None, timeout_s: float) -> 
     steps: list[Step] = []
     num_experts: dict[str, int] = {}
     why = ""
-    with Client(server, timeout_s) as client, ProgressView(Console(stderr=True)) as view:
+    with Client(to.server, timeout_s, **to.access) as client, ProgressView(Console(stderr=True)) as view:
         view.update("recording", 0, seconds)
         try:
             for layers, step in watch(client.status, seconds, LOOK_EVERY_S, time.monotonic, time.sleep):

@@ -9,14 +9,15 @@ from dataclasses import asdict
 from rich.console import Console
 
 from ray_moe.cli import tables
+from ray_moe.cli.target import Target
 from ray_moe.client.sync import Client
 from ray_moe.errors import Unavailable
 from ray_moe.types import RoutingTable, ServiceStatus
 
 
-def run(server: str, as_json: bool, timeout_s: float) -> None:
-    """Ask the service at `server` and print what it says."""
-    with Client(server, timeout_s) as client:
+def run(to: Target, as_json: bool, timeout_s: float) -> None:
+    """Ask a service and print what it says."""
+    with Client(to.server, timeout_s, **to.access) as client:
         status = client.status()
         try:
             table = client.placement()

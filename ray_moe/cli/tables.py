@@ -1,7 +1,8 @@
-"""What a service reports, as tables for a terminal. Used by `ray-moe status` and `ray-moe demo`."""
+"""What a service reports, as tables for a terminal. Used by `ray-moe status`, `ray-moe top` and `ray-moe demo`."""
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,13 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_moe.cli.terminal import format_bytes
-from ray_moe.types import ClusterEvent, HostStatus, LayerPath, RoutingTable, ServiceStatus
+from ray_moe.types import ClusterEvent, HostId, HostStatus, LayerPath, RoutingTable, ServiceStatus
 
 HEAT = "·▁▂▃▄▅▆▇█"
 """Not used at all, then eight steps up to the busiest of the row."""
 MAX_LAYER_ROWS = 24
 """A model with more layers than this shows the average of several in each row."""
 MAX_EVENTS = 8
+MAX_HOTTEST = 5
+STATUS_COLUMNS = ("host", "state", "node", "pid", "experts", "weights", "memory", "rows", "busy", "restarts")
+LIVE_COLUMNS = ("host", "state", "node", "experts", "memory", "rows/s", "busy", "queued", "restarts")
+_LEFT = ("host", "state", "node", "pid", "experts")
 _STATE_STYLES = {
     "failed": "bold red",
     "aborted": "bold yellow",
@@ -50,7 +55,7 @@ def summary(status: ServiceStatus) -> Text:
     state = (status.state, _STATE_STYLES.get(status.state, "yellow"))
     lines = [
         f"ray_moe {status.version}, routing epoch {status.epoch}",
-        f"router: pid {router.pid}, memory {format_bytes(router.rss_bytes)} "
+        f"{router.router_id or 'router'}: pid {router.pid}, memory {format_bytes(router.rss_bytes)} "
         f"(weights {format_bytes(router.backbone_bytes)})",
         f"requests: {router.active_requests} active, {router.queued_requests} queued, {router.failed_requests} failed; "
         f"{router.generated_tokens} tokens generated",
@@ -62,6 +67,9 @@ def summary(status: ServiceStatus) -> Text:
             f"router's own experts: {format_bytes(router.own_bytes)}, {router.own_rows} rows computed, "
             f"{router.lifeboat_loads} read by the lifeboat"
         )
+    if len(status.routers) > 1:
+        others = ", ".join(each.grpc_address + ("" if each.ready else " (not ready)") for each in status.routers)
+        lines.append(f"routers: {others}")
     if status.changing:
         lines.append(f"changing: {status.changing}")
     return Text.assemble(
@@ -73,28 +81,52 @@ def summary(status: ServiceStatus) -> Text:
     )
 
 
-def hosts(statuses: Sequence[HostStatus], table: RoutingTable | None = None) -> Table:
-    """A row for each expert host: what it is, what it holds, what it did. Nodes are named when there are several."""
+def hosts(
+    statuses: Sequence[HostStatus],
+    table: RoutingTable | None = None,
+    rows_per_s: Mapping[HostId, float] | None = None,
+) -> Table:
+    """A row for each expert host: what it is, what it holds, what it did. Nodes are named when there are several.
+
+    With `rows_per_s`, what it does now instead.
+    """
     several_nodes = len({host.node_id for host in statuses}) > 1
+    every = STATUS_COLUMNS if rows_per_s is None else LIVE_COLUMNS
+    columns = [name for name in every if name != "node" or several_nodes]
     out = _table("expert hosts")
-    for name in ("host", "state", *(["node"] if several_nodes else []), "pid", "experts"):
-        out.add_column(name, no_wrap=True)
-    for name in ("weights", "memory", "rows", "busy", "restarts"):
-        out.add_column(name, justify="right", no_wrap=True)
+    for name in columns:
+        out.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
     for host in statuses:
         loading = host.loaded_bytes < host.weight_bytes
-        out.add_row(
-            host.host_id,
-            Text(host.state, _STATE_STYLES.get(host.state, "yellow")),
-            *([host.node_id[:8]] if several_nodes else []),
-            str(host.pid or ""),
-            _experts_of(host, table),
-            f"{100 * host.loaded_bytes / host.weight_bytes:.0f}%" if loading else format_bytes(host.weight_bytes),
-            format_bytes(host.rss_bytes),
-            str(host.num_rows),
-            f"{100 * host.utilisation:.0f}%",
-            Text(str(host.restarts), "bold yellow" if host.restarts else ""),
-        )
+        cells: dict[str, str | Text] = {
+            "host": host.host_id,
+            "state": Text(host.state, _STATE_STYLES.get(host.state, "yellow")),
+            "node": host.node_id[:8],
+            "pid": str(host.pid or ""),
+            "experts": _experts_of(host, table),
+            "weights": f"{100 * host.loaded_bytes / host.weight_bytes:.0f}%"
+            if loading
+            else format_bytes(host.weight_bytes),
+            "memory": format_bytes(host.rss_bytes),
+            "rows": str(host.num_rows),
+            "rows/s": f"{(rows_per_s or {}).get(host.host_id, 0.0):.0f}",
+            "busy": f"{100 * host.utilisation:.0f}%",
+            "queued": str(host.queued_rows),
+            "restarts": Text(str(host.restarts), "bold yellow" if host.restarts else ""),
+        }
+        out.add_row(*(cells[name] for name in columns))
+    return out
+
+
+def hottest(tokens_per_s: Mapping[LayerPath, Sequence[float]]) -> Table:
+    """The experts that most tokens go to now, in all layers."""
+    out = _table("hottest experts")
+    for name in ("layer", "expert", "tokens/s", "of the layer"):
+        out.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    found = ((rate, layer, expert) for layer, rates in tokens_per_s.items() for expert, rate in enumerate(rates))
+    for rate, layer, expert in heapq.nlargest(MAX_HOTTEST, found, key=lambda one: one[0]):
+        if rate > 0:
+            out.add_row(_short(layer), str(expert), f"{rate:.0f}", f"{100 * rate / sum(tokens_per_s[layer]):.0f}%")
     return out
 
 

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ray_moe.errors import Overloaded, Unavailable
+from ray_moe.runtime.tracing import Tracer
 from ray_moe.service.auth import Caller, KeyRing, presented_key
 from ray_moe.service.backend import Backend
 from ray_moe.service.keys import Role
 from ray_moe.service.metering import calling
+from ray_moe.service.requests import current
 
 
 class Payload:
@@ -50,12 +52,15 @@ class Admission:
         max_concurrent_requests: int = 512,
         max_in_flight_bytes: int = 4 * 2**30,
         keys: KeyRing | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """Args:
         max_concurrent_requests: that make the model work; more are `Overloaded`.
         max_in_flight_bytes: of all requests together; more are `Overloaded`, but one alone never is.
         keys: who may call; None: everybody.
+        tracer: what the doors record requests with; None: they do not.
         """
+        self.tracer = tracer
         self._keys = keys or KeyRing(None)
         self.max_in_flight_bytes = max_in_flight_bytes
         self.num_bytes = 0
@@ -76,6 +81,9 @@ class Admission:
         It is cheap enough for each message of a long stream, which then ends soon after its key is revoked.
         """
         caller = self._keys.identify(presented_key(headers.get("authorization"), headers.get("x-api-key")))
+        request = current()
+        if request is not None:
+            request.from_caller(caller.name)
         if role is not None:
             caller.require(role)
         return caller

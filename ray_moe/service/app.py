@@ -7,30 +7,51 @@ demo and the tests all start the service through `Service`.
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_moe import __version__, errors
+from ray_moe.actors import tracing
 from ray_moe.actors.controller import Controller
 from ray_moe.actors.launcher import Launcher, worker_env
-from ray_moe.actors.spec import ClusterStatus, Ports, ServiceSpec
+from ray_moe.actors.spec import NAMESPACE, ClusterStatus, ServiceSpec
 from ray_moe.config import Config
+from ray_moe.config_sources import config_from
 from ray_moe.errors import RayMoEError, Unavailable
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.policy.placement import choose_num_hosts, place_by_index
-from ray_moe.service import cluster, doors, preflight
+from ray_moe.service import cluster, doors, membership, preflight
+from ray_moe.transport.settings import MemberCertificate
+from ray_moe.types import RouterAddress
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 POLL_S = 0.1
+
+
+def build(arguments: Mapping[str, object]) -> Application:
+    """The application for Ray Serve: `serve run ray_moe.service.app:build model=... experts.num_actors=4`.
+
+    Args:
+        arguments: the configuration: sections as in a configuration file, or dotted keys with text as here.
+
+    Raises: `InvalidConfig`.
+    """
+    from ray_moe.service.deployment import application  # needs more of Ray than everything else here
+
+    return application(config_from(arguments))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,41 +68,61 @@ class ServiceProgress:
 class Service:
     """One model, served. Start it once, stop it once; also a context manager."""
 
-    def __init__(self, config: Config, on_progress: Callable[[ServiceProgress], None] = lambda progress: None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        on_progress: Callable[[ServiceProgress], None] = lambda progress: None,
+        *,
+        name: str = "",
+        keep_routers: bool = True,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            config: all settings.
+            on_progress: hears how far the start has come.
+            name: prefix of the actors' names; empty is `config.service_name`.
+            keep_routers: whether the routers are its own; otherwise others start them (`service/deployment.py`), and
+                it is ready when the experts are.
+        """
         self.config = config
+        self.spec: ServiceSpec | None = None
+        """What routers need to know; from the start on."""
         self._on_progress = on_progress
+        self._name = name or config.service_name
+        self._routers = tuple(f"router-{number}" for number in range(config.router.num_actors if keep_routers else 0))
         self._joined = cluster.Joined.NOT_YET
         self._launcher: Any = None
         self._controller: Any = None
-        self._ports = Ports()
+        self._router: RouterAddress | None = None
         self._stopped = threading.Event()
 
     @property
     def address(self) -> str:
-        """``host:port`` of the gRPC front door."""
-        return self._at(self._ports.grpc)
+        """``host:port`` of the gRPC front door, of the first router if there are several; empty before the start."""
+        return self._router.grpc_address if self._router else ""
 
     @property
     def http_address(self) -> str:
-        """``http://host:port`` of the HTTP front door; empty when there is none."""
-        return f"http://{self._at(self._ports.http)}" if self._ports.http else ""
-
-    def _at(self, port: int) -> str:
-        host = "127.0.0.1" if self.config.server.host in ("0.0.0.0", "::") else self.config.server.host
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        """``http://host:port`` of its HTTP front door; empty when there is none."""
+        return self._router.http_address if self._router else ""
 
     def start(self) -> None:
         """Start everything and return when clients can be answered.
 
-        Raises: `NotFound`, `InvalidCheckpoint`, `UnsupportedModel` before anything is started; `InvalidConfig`,
-        `InsufficientResources`, `Unavailable` (too slow) with everything stopped again.
+        Raises: `NotFound`, `InvalidCheckpoint`, `UnsupportedModel`, `InvalidConfig` (of `transport.tls`) before
+        anything is started; `InvalidConfig`, `InsufficientResources`, `Unavailable` (too slow) with everything stopped
+        again.
         """
+        tracing.check(self.config.tracing)
         self._on_progress(ServiceProgress("checkpoint", detail=self.config.model))
         checkpoint = Checkpoint.open(self.config.model)
+        config = membership.confined(self.config, ray_encrypted=membership.ray_is_encrypted(os.environ))
+        certificate = membership.certificate_of(config.transport)
         try:
             self._on_progress(ServiceProgress("ray", detail=self.config.ray.address))
-            self._joined = cluster.join(self.config.ray)
-            spec = self._specify(checkpoint)
+            self._joined = cluster.join(self.config.ray, log_to_driver=self.config.logs.to_driver)
+            spec = self.spec = self._specify(checkpoint, config, certificate)
             self._on_progress(ServiceProgress("actors", detail=f"{len(spec.hosts)} expert actors"))
             self._launch(spec)
             self._await_ready(spec)
@@ -89,7 +130,7 @@ class Service:
             self.stop()
             raise
 
-    def _specify(self, checkpoint: Checkpoint) -> ServiceSpec:
+    def _specify(self, checkpoint: Checkpoint, config: Config, certificate: MemberCertificate | None) -> ServiceSpec:
         experts, scaling = self.config.experts, self.config.scaling
         room = cluster.room()
         first = max(1, scaling.min_actors) if scaling.enabled and experts.experts_per_actor is None else None
@@ -103,15 +144,18 @@ class Service:
         standbys = tuple(f"expert-{num_hosts + number}" for number in range(experts.standby_actors))
         layers = tuple(checkpoint.layers.values())
         spec = ServiceSpec(
-            config=self.config,
+            config=config,
+            name=self._name,
             version=__version__,
             model_type=checkpoint.model_type,
             layers=layers,
             placement=place_by_index({layer.path: layer.num_experts for layer in layers}, hosts),
             hosts=hosts,
             standbys=standbys,
+            routers=self._routers,
             token=secrets.token_urlsafe(32),
             open_door=doors.open_all,
+            certificate=certificate,
         )
         preflight.check(spec, checkpoint.backbone_bytes, room)
         return spec
@@ -123,6 +167,7 @@ class Service:
             # Ray (2.60) puts an actor that asks for nothing to any node, which may not know this one yet.
             "memory": 1,
             "max_concurrency": 1000,
+            "namespace": NAMESPACE,
             # The service ends with this process: no other node's end should be its end.
             "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
             "runtime_env": {"env_vars": worker_env(1)},
@@ -136,8 +181,7 @@ class Service:
             )
         except ValueError as error:  # the name is taken
             raise errors.InvalidConfig(
-                f"a service named {self.config.service_name!r} runs on this cluster already; stop it, or set another "
-                "service_name"
+                f"a service named {self._name!r} runs on this cluster already; stop it, or set another service_name"
             ) from error
 
     def _await_ready(self, spec: ServiceSpec) -> None:
@@ -149,7 +193,7 @@ class Service:
                 if status.state == "failed":
                     error_class: type[RayMoEError] = getattr(errors, status.failure_class, RayMoEError)
                     raise error_class(status.failure)
-                self._ports = status.ports
+                self._router = status.routers[0] if status.routers else None
                 ready = sum(host.state in ("ready", "standby") for host in status.hosts)
                 self._on_progress(
                     ServiceProgress(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_moe.runtime.measures import Measures
 from ray_moe.types import (
     ChaosReport,
     ChaosRequest,
@@ -22,6 +23,7 @@ from ray_moe.types import (
     LayerPath,
     LayerSpec,
     PlanSummary,
+    RouterAddress,
     RoutingTable,
     ServiceStatus,
 )
@@ -34,7 +36,7 @@ class Backend(Protocol):
 
     @property
     def ready(self) -> bool:
-        """False while starting or stopping: only `status` is called then (and `placement`, which may refuse)."""
+        """False while starting or stopping: only `status`, `routers` and `placement` are called then; it may refuse."""
         ...
 
     @property
@@ -101,7 +103,15 @@ class Backend(Protocol):
         """
         ...
 
+    async def routers(self) -> tuple[RouterAddress, ...]:
+        """Where clients reach the routers of the service, this one among them."""
+        ...
+
     async def status(self) -> ServiceStatus: ...
+
+    def measures(self) -> Measures:
+        """What this router has counted, without asking anybody. Also before it is `ready`."""
+        ...
 
     async def placement(self) -> RoutingTable: ...
 

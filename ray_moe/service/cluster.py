@@ -10,12 +10,11 @@ from collections.abc import Mapping
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]
 
+from ray_moe.actors.spec import NAMESPACE
 from ray_moe.config import RayConfig
 from ray_moe.errors import Unavailable
 from ray_moe.runtime.memory import available_bytes
 from ray_moe.service.preflight import Node, Room
-
-NAMESPACE = "ray_moe"
 
 CALM_S = 1.0
 """When for this long nothing has been given back, what is taken is in use."""
@@ -47,8 +46,10 @@ class Joined(enum.Enum):
     FOUND = "was connected already"
 
 
-def join(config: RayConfig) -> Joined:
+def join(config: RayConfig, *, log_to_driver: bool = False) -> Joined:
     """Connect to the configured cluster, starting one for ``local``. A connection this process has is used as it is.
+
+    `log_to_driver`: whether Ray writes here what the actors write.
 
     Raises: `Unavailable` when the cluster does not answer.
     """
@@ -66,11 +67,11 @@ def join(config: RayConfig) -> Joined:
                 object_store_memory=config.object_store_bytes,
                 namespace=NAMESPACE,
                 include_dashboard=False,
-                log_to_driver=False,
+                log_to_driver=log_to_driver,
                 logging_level="error",
             )
         else:
-            ray.init(address=config.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+            ray.init(address=config.address, namespace=NAMESPACE, log_to_driver=log_to_driver, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(
             f"cannot {'start' if local else 'reach'} Ray at {config.address!r}: {error}; "

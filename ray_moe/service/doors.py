@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ray_moe.actors.spec import FrontDoor, Ports
 from ray_moe.config import ServerConfig
+from ray_moe.runtime.tracing import Tracer
 from ray_moe.service.admission import Admission
 from ray_moe.service.auth import KeyRing
 from ray_moe.service.backend import Backend
@@ -19,23 +20,26 @@ from ray_moe.service.grpc.server import FrontDoor as GrpcFrontDoor
 from ray_moe.service.metering import MeteredBackend
 from ray_moe.service.tls import TlsFiles
 
+if TYPE_CHECKING:
+    from ray_moe.service.openai.jobs import RequestLimits
 
-def open_all(backend: Backend, server: ServerConfig) -> FrontDoor:
+
+def open_all(backend: Backend, server: ServerConfig, tracer: Tracer | None = None) -> FrontDoor:
     """gRPC, and HTTP where it is wanted."""
-    return Doors(backend, server)
+    return Doors(backend, server, tracer)
 
 
 class Doors:
     """Of one router: they open and close together."""
 
-    def __init__(self, backend: Backend, server: ServerConfig) -> None:
+    def __init__(self, backend: Backend, server: ServerConfig, tracer: Tracer | None = None) -> None:
         self._keys = KeyRing(Path(server.keys_file) if server.keys_file else None)
         tls = None
         if server.tls_cert_file:
             client_ca = Path(server.tls_client_ca_file) if server.tls_client_ca_file else None
             tls = TlsFiles(Path(server.tls_cert_file), Path(server.tls_key_file), client_ca)
         backend = cast(Backend, MeteredBackend(backend))
-        admission = Admission(backend, max_in_flight_bytes=server.max_in_flight_bytes, keys=self._keys)
+        admission = Admission(backend, max_in_flight_bytes=server.max_in_flight_bytes, keys=self._keys, tracer=tracer)
         self._grpc = GrpcFrontDoor(
             backend,
             server.host,
@@ -46,19 +50,42 @@ class Doors:
             admission=admission,
             tls=tls,
         )
+        self._server, self._backend, self._admission = server, backend, admission
         self._http = None
         if server.http_port is not None:
-            from ray_moe.service.openai.jobs import RequestLimits
             from ray_moe.service.openai.server import HttpFrontDoor
 
             self._http = HttpFrontDoor(
                 backend,
                 server.host,
                 server.http_port,
-                limits=RequestLimits(max_prompt_bytes=server.max_prompt_bytes),
+                limits=self._limits,
                 admission=admission,
+                max_metric_experts=server.max_metric_experts,
                 tls=tls,
             )
+
+    @property
+    def http_app(self) -> Any:
+        """What is answered by HTTP, as an ASGI application for another server than ours."""
+        from ray_moe.service.openai.app import make_app
+
+        return make_app(self._backend, self._admission, self._limits, self._server.max_metric_experts)
+
+    @property
+    def _limits(self) -> RequestLimits:
+        from ray_moe.service.openai.jobs import RequestLimits
+
+        server = self._server
+        return RequestLimits(max_prompt_bytes=server.max_prompt_bytes, read_timeout_s=server.read_timeout_s)
+
+    async def take(self, port: int) -> bool:
+        """Speak gRPC on another port too, unless somebody listens there; whether it does now."""
+        return await self._grpc.take(port)
+
+    async def find(self, method: str, metadata: Any) -> Any:
+        """The handler of gRPC's `/service/method`, for calls that another server brings."""
+        return await self._grpc.find(method, metadata)
 
     async def start(self) -> Ports:
         """Listen. Then none listens if one cannot.

@@ -25,8 +25,9 @@ from typing import Any, Literal, get_args
 from ray_moe.errors import InvalidConfig
 from ray_moe.service.limits import UNLIMITED, Limits
 
-Role = Literal["infer", "train", "admin"]
-"""infer: Forward and Generate. train: steps that change the weights. admin: the cluster. None includes another."""
+Role = Literal["infer", "train", "admin", "metrics"]
+"""infer: Forward and Generate. train: steps that change the weights. admin: the cluster. metrics: `GET /metrics`. None
+includes another."""
 ROLES: tuple[Role, ...] = get_args(Role)
 
 KEY_PREFIX = "rm_"

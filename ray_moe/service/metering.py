@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ray_moe.service.auth import Caller
 from ray_moe.service.backend import Backend, FloatArray
+from ray_moe.service.requests import current
 from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -47,21 +48,27 @@ class MeteredBackend:
     async def forward(
         self, layer: LayerPath, hidden: FloatArray, routing: tuple[NDArray[np.int64], FloatArray] | None
     ) -> FloatArray:
-        caller = _caller.get()
+        caller, asked = _caller.get(), current()
+        if asked is not None:
+            asked.num_prompt_tokens += len(hidden)
         if caller is not None:
             caller.spend(len(hidden))
         return await self._backend.forward(layer, hidden, routing)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
-        caller = _caller.get()
+        caller, asked = _caller.get(), current()
         if caller is not None:
             caller.spend(0)
             request = replace(request, caller=caller.name)
+        if asked is not None:
+            asked.asks(self._backend.model_name, request)
         has_begun = False
         async with aclosing(self._backend.generate(request)) as chunks:
             async for chunk in chunks:
                 if caller is not None:
                     of_prompt = 0 if has_begun else chunk.num_prompt_tokens
                     caller.spend(of_prompt + len(chunk.token_ids), begun=True)
+                if asked is not None:
+                    asked.got(chunk, is_first=not has_begun)
                 has_begun = True
                 yield chunk

@@ -38,16 +38,16 @@ class Room:
 
 
 def actor_slots(config: Config, free: Mapping[str, float]) -> float:
-    """How many expert actors fit beside the router, by free CPUs, GPUs and custom resources.
+    """How many expert actors fit beside the routers, by free CPUs, GPUs and custom resources.
 
     Where nodes come for those that do not fit, any number does.
     """
     if config.ray.autoscaling:
         return float("inf")
     wanted = _per_actor(config)
-    router = {"CPU": config.router.num_cpus, "GPU": config.router.num_gpus}
+    routers = _of_routers(config)
     slots = [
-        (free.get(name, 0.0) - router.get(name, 0.0) + 1e-6) // amount for name, amount in wanted.items() if amount
+        (free.get(name, 0.0) - routers.get(name, 0.0) + 1e-6) // amount for name, amount in wanted.items() if amount
     ]
     return max(0.0, min(slots, default=float("inf")) - config.experts.standby_actors)
 
@@ -64,15 +64,16 @@ def check(spec: ServiceSpec, backbone_bytes: int, room: Room) -> None:
     if config.ray.autoscaling:
         return
     num_actors = len(spec.hosts) + len(spec.standbys)
-    needed = {"CPU": config.router.num_cpus, "GPU": config.router.num_gpus}
+    needed = _of_routers(config)
     for name, amount in _per_actor(config).items():
         needed[name] = needed.get(name, 0.0) + amount * num_actors
     for name, amount in needed.items():
         total, free = room.total.get(name, 0.0), room.free.get(name, 0.0)
         if amount > free + 1e-6:
+            routers = "the router" if config.router.num_actors == 1 else f"{config.router.num_actors} routers"
             others = f", of which {free:g} {'is' if free == 1 else 'are'} free" if free < total else ""
             raise InsufficientResources(
-                f"{num_actors} expert actors and the router need {amount:g} {name}, and the cluster has {total:g}"
+                f"{num_actors} expert actors and {routers} need {amount:g} {name}, and the cluster has {total:g}"
                 f"{others}; {_advice(name)}"
             )
     _check_labels(config, room)
@@ -115,13 +116,17 @@ def _check_memory(spec: ServiceSpec, backbone_bytes: int, node_memory_bytes: lis
     if on_cpu and config.experts.standby_preload:
         shares += [spec.bytes_of(spec.all_experts)] * len(spec.standbys)
     router = 0 if config.router.num_gpus else backbone_bytes
-    processes = (1 + len(spec.hosts) + len(spec.standbys)) * PROCESS_BYTES
-    needed, there = sum(shares) + router + processes, sum(node_memory_bytes)
+    routers, num_processes = (
+        config.router.num_actors * router,
+        config.router.num_actors + len(spec.hosts) + len(spec.standbys),
+    )
+    processes = num_processes * PROCESS_BYTES
+    needed, there = sum(shares) + routers + processes, sum(node_memory_bytes)
     if needed > there:
-        fewer = ", or start fewer actors (experts.num_actors)" if sum(shares) + router < there else ""
+        fewer = ", or start fewer actors (experts.num_actors)" if sum(shares) + routers < there else ""
         raise InsufficientResources(
-            f"this model needs about {_size(needed)} of memory ({_size(sum(shares))} of experts, {_size(router)} of "
-            f"other weights, {_size(processes)} for {1 + len(spec.hosts) + len(spec.standbys)} processes), and "
+            f"this model needs about {_size(needed)} of memory ({_size(sum(shares))} of experts, {_size(routers)} of "
+            f"other weights, {_size(processes)} for {num_processes} processes), and "
             f"{_size(there)} is available; add nodes or free memory{fewer}"
         )
     largest, roomiest = max([*shares, router]), max(node_memory_bytes, default=0)
@@ -130,6 +135,11 @@ def _check_memory(spec: ServiceSpec, backbone_bytes: int, node_memory_bytes: lis
             f"one actor must hold {_size(largest)} and no node has more than {_size(roomiest)} available; "
             "spread the experts over more actors (experts.num_actors)"
         )
+
+
+def _of_routers(config: Config) -> dict[str, float]:
+    router = config.router
+    return {"CPU": router.num_cpus * router.num_actors, "GPU": router.num_gpus * router.num_actors}
 
 
 def _per_actor(config: Config) -> dict[str, float]:

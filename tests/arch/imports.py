@@ -21,10 +21,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fastapi": ("service/openai/",),
     "starlette": ("service/openai/",),
     "uvicorn": ("service/openai/",),
+    "prometheus_client": ("service/metrics",),
     "transformers": ("models/", "runtime/packing.py", "runtime/sampling.py"),
+    "opentelemetry": ("actors/otel.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "yaml": ("config_sources.py",),
+    "cryptography": ("service/membership.py",),
 }
 """Package -> beginnings of the paths (below ray_moe/) that may import it. Whoever is not named may not."""
 

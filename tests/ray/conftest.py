@@ -17,6 +17,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from ray_moe.actors.spec import NAMESPACE
 from ray_moe.service import cluster
 from ray_moe.service.app import Service
 from tests.ray.support import GPU_SHARE, serving
@@ -49,7 +50,7 @@ def local_ray() -> Iterator[Cluster]:
         },
     }
     nodes = Cluster(initialize_head=True, head_node_args=head)
-    ray.init(address=nodes.address, namespace=cluster.NAMESPACE, log_to_driver=False, logging_level="error")
+    ray.init(address=nodes.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     yield nodes
     ray.shutdown()
     nodes.shutdown()

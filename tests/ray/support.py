@@ -168,7 +168,8 @@ def prompts(count: int) -> list[tuple[int, ...]]:
 class Streams:
     """Generations that run at the same time, each in a thread. Leave the block to wait for their ends."""
 
-    def __init__(self, address: str, wanted: Sequence[Sequence[int]], num_tokens: int) -> None:
+    def __init__(self, address: str, wanted: Sequence[Sequence[int]], num_tokens: int, **options: Any) -> None:
+        """`options` are those of the client."""
         self.longest_stall_s = 0.0
         """Longest time between two tokens of a stream."""
         self.errors: list[BaseException | None] = [None] * len(wanted)
@@ -176,7 +177,7 @@ class Streams:
         self._num_tokens = num_tokens
         self._running = len(wanted)
         self._changed = threading.Condition()
-        self._client = Client(address)
+        self._client = Client(address, **options)
         self._threads = [
             threading.Thread(target=self._run, args=(number, list(prompt))) for number, prompt in enumerate(wanted)
         ]

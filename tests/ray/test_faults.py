@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import ExitStack
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_the_controller_dies_and_an_actor_with_it(service, client, expected):
 
 def test_the_router_killed_comes_back_where_it_was(service, client, expected):
     router = client.status().router
-    with Streams(service.address, prompts(NUM_STREAMS), NUM_TOKENS) as streams:
+    with Streams(service.address, prompts(NUM_STREAMS), NUM_TOKENS, max_attempts=1) as streams:
         streams.wait_for(20)
         os.kill(router.pid, signal.SIGKILL)
     assert [type(error) for error in streams.errors] == [Unavailable] * NUM_STREAMS
@@ -91,6 +92,29 @@ def test_the_router_killed_comes_back_where_it_was(service, client, expected):
     (prompt,), (tokens,) = prompts(1), expected[:1]
     assert client.generate(token_ids=prompt, max_new_tokens=NUM_TOKENS, ignore_eos=True).token_ids == tokens
     assert await_status(client, all_ready).router.pid != router.pid
+
+
+def test_of_two_routers_one_is_killed_and_the_other_goes_on_with_its_streams(mixtral, serve, expected):
+    service = serve(mixtral[1], router={"num_actors": 2})
+    with Client(service.address) as client:
+        status = await_status(client, lambda status: sum(router.ready for router in status.routers) == 2, what="told")
+    addresses = [router.grpc_address for router in status.routers]
+    with ExitStack() as opened:
+        one, other = (opened.enter_context(Client(address, discover=False)) for address in addresses)
+        before = other.status().router
+        with (
+            Streams(addresses[1], prompts(NUM_STREAMS), NUM_TOKENS, discover=False) as untouched,
+            Streams(addresses, prompts(NUM_STREAMS), NUM_TOKENS) as streams,
+        ):
+            untouched.wait_for(10)
+            streams.wait_for(10)
+            os.kill(one.status().router.pid, signal.SIGKILL)
+        assert streams.results == untouched.results == expected
+        after = other.status().router
+        assert (after.pid, after.failed_requests) == (before.pid, 0)
+        assert after.generated_tokens - before.generated_tokens > NUM_STREAMS * NUM_TOKENS  # the others' streams, too
+        one.wait_ready()
+        assert one.status().router.pid != other.status().router.pid
 
 
 def test_a_hung_actor_is_left_aside_and_then_put_down(mixtral, serve, expected):

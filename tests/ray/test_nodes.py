@@ -13,7 +13,8 @@ import pytest
 import ray
 
 from ray_moe.client.sync import Client
-from ray_moe.errors import InvalidRequest, NotFound
+from ray_moe.errors import HostLost, InvalidRequest, NotFound
+from ray_moe.transport.grpc_client import GrpcTransport
 from ray_moe.types import ChaosRequest
 from tests.ray.support import await_status, greedy, has_actors, prompts, undisturbed
 
@@ -41,6 +42,7 @@ def service(add, mixtral, serve_module):
         mixtral[1],
         experts={"num_actors": 4, "num_cpus": 0, "resources": {"expert_slot": 1}, "spare_slots": 6},
         balance={"enabled": True, "every_s": 0.2, "min_replicas": 2, "domain_label": "zone", "return_s": 1},
+        transport={"tls": True},
         chaos={"enabled": True},
     )
 
@@ -68,6 +70,12 @@ def on_node(status, node_id):
 
 def leave(client, node_id, what):
     return await_status(client, lambda s: has_actors(4)(s) and not on_node(s, node_id), what=what)
+
+
+def test_hosts_answer_other_nodes_only_over_encrypted_lines(client):
+    for address in client.placement().addresses.values():
+        with pytest.raises(HostLost, match="perhaps the host expects an encrypted line"):
+            GrpcTransport("a token").connect(address)
 
 
 def test_a_whole_node_is_killed(service, client, expected, local_ray, add):

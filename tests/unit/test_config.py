@@ -29,11 +29,11 @@ def refusal(tmp_path: Path, text: str | None = None, env: dict[str, str] | None 
 # --- Precedence ----------------------------------------------------------------------------------------------
 def test_flags_beat_environment_beats_file_beats_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("server: {port: 1, grace_s: 1, host: a}\nmodel: m\n")
+    file.write_text("server: {port: 1, grace_s: 1, host: localhost}\nmodel: m\n")
     env = {"RAY_MOE__SERVER__PORT": "2", "RAY_MOE__SERVER__GRACE_S": "2", "RAY_MOE_TOKEN": "passed over", "HOME": "/"}
     loaded = load_config(file, env, [("server.port", 3, "--port")])
     server = loaded.config.server
-    assert (server.port, server.grace_s, server.host, server.max_forward_tokens) == (3, 2.0, "a", 131_072)
+    assert (server.port, server.grace_s, server.host, server.max_forward_tokens) == (3, 2.0, "localhost", 131_072)
     assert loaded.config.model == "m"
     assert loaded.sources == {
         ("server", "port"): "flag --port",

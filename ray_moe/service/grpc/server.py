@@ -6,14 +6,17 @@ Started by the composition root.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is loaded; its fork handlers crash children
 
 import grpc
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from ray_moe.errors import InsufficientResources
 from ray_moe.service.admission import Admission
@@ -22,13 +25,24 @@ from ray_moe.service.grpc.admin import AdminService, HealthService
 from ray_moe.service.grpc.credentials import server_credentials
 from ray_moe.service.grpc.guard import Guard
 from ray_moe.service.grpc.inference import InferenceService
+from ray_moe.service.grpc.interceptor import RequestInterceptor
+from ray_moe.service.grpc.reflection import ReflectionService
 from ray_moe.service.kserve.reflection import pool_of
 from ray_moe.service.kserve.servicer import KServeService
 from ray_moe.service.tls import TlsFiles
 from ray_moe.wire.kserve import grpc_service_pb2
 from ray_moe.wire.v1 import admin_pb2, inference_pb2
 
+_DOORS = {InferenceService.NAME: "grpc", AdminService.NAME: "grpc", KServeService.NAME: "kserve"}
+"""What the log calls them. Health and reflection are asked all the time, and not told of."""
+
 _PROTOS = (inference_pb2, admin_pb2, grpc_service_pb2, health_pb2, reflection_pb2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call(grpc.HandlerCallDetails):
+    method: str
+    invocation_metadata: Any
 
 
 class FrontDoor:
@@ -73,7 +87,18 @@ class FrontDoor:
         self._admin = AdminService(backend, self._guard)
         known = (InferenceService.NAME, KServeService.NAME, AdminService.NAME)
         self._health = HealthService(self._guard, frozenset(known))
-        self._server: grpc.aio.Server | None = None
+        self._interceptor = RequestInterceptor(_DOORS, self._admission.tracer)
+        self._servers: list[grpc.aio.Server] = []
+
+    async def find(self, method: str, metadata: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        """What answers `/service/method` of those that do work, for calls that another server brings."""
+        details = _Call(method, metadata)
+
+        async def continuation(details: grpc.HandlerCallDetails) -> Any:
+            handlers = (service.handler().service(details) for service in (self._inference, self._kserve))
+            return next((handler for handler in handlers if handler is not None), None)
+
+        return await self._interceptor.intercept_service(continuation, details)
 
     async def start(self) -> int:
         """Listen; returns the port, which the system chose if 0 was asked for.
@@ -83,33 +108,49 @@ class FrontDoor:
         Raises:
             InsufficientResources: the port is in use, or cannot be had for another reason, which is named.
         """
-        server = grpc.aio.server(options=_options(self._max_request_bytes))
+        return await self._listen(self._port)
+
+    async def take(self, port: int) -> bool:
+        """Listen on another port too, unless somebody does; whether it does now."""
+        if _why_not(self._host, port) is not None:  # gRPC would tell it to the log each time
+            return False
+        try:
+            await self._listen(port)
+        except InsufficientResources:
+            return False
+        return True
+
+    async def _listen(self, wanted: int) -> int:
+        server = grpc.aio.server(interceptors=[self._interceptor], options=_options(self._max_request_bytes))
         services = (self._inference, self._kserve, self._admin, self._health)
         server.add_generic_rpc_handlers([service.handler() for service in services])
-        names = [service.NAME for service in services]
         pool = pool_of(*(proto.DESCRIPTOR for proto in _PROTOS))
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server, pool)
+        reflection = ReflectionService(self._guard, [service.NAME for service in services], pool)
+        server.add_generic_rpc_handlers([reflection.handler()])
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            where = f"{host}:{self._port}"
+            where = f"{host}:{wanted}"
             if self._tls is None:
                 port = server.add_insecure_port(where)
             else:
                 port = server.add_secure_port(where, server_credentials(self._tls))
         except RuntimeError as exc:
-            raise InsufficientResources(
-                f"cannot listen on {host}:{self._port}: {_why_not(self._host, self._port)}; stop what listens there, "
-                "or choose another port (0 takes a free one) or another address of this machine"
-            ) from exc
+            raise self._cannot_listen(wanted, _why_not(self._host, wanted) or "the address cannot be bound") from exc
         await server.start()
-        self._server = server
+        self._servers.append(server)
         return port
+
+    def _cannot_listen(self, port: int, why: str) -> InsufficientResources:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return InsufficientResources(
+            f"cannot listen on {host}:{port}: {why}; stop what listens there, or choose another port (0 takes a free "
+            "one) or another address of this machine"
+        )
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Admit nothing more, give requests in flight `grace_s`, then cancel them. Idempotent."""
         self._admission.stopping = True
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
 
 def _options(max_request_bytes: int) -> list[tuple[str, int]]:
@@ -117,6 +158,7 @@ def _options(max_request_bytes: int) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # otherwise a second server on the port would silently take half of the calls
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", max_request_bytes),
+        ("grpc.server_handshake_timeout_ms", 20_000),  # a new connection that says nothing is closed
         # A client that vanished without a word is noticed within 40 s, and its work ends.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -128,11 +170,12 @@ def _options(max_request_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def _why_not(host: str, port: int) -> str:
-    """The system's own words; gRPC says only that it failed."""
+def _why_not(host: str, port: int) -> str | None:
+    """Why nobody can listen there, in the system's own words: gRPC says only that it failed."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as exc:
         return (exc.strerror or str(exc)).lower()
-    return "the address cannot be bound"
+    return None

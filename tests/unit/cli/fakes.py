@@ -45,8 +45,9 @@ class FakeClient:
     starting = False
     calls: list[dict[str, Any]]
 
-    def __init__(self, target: str, timeout_s: float | None = None) -> None:
+    def __init__(self, target: str, timeout_s: float | None = None, **access: Any) -> None:
         self.target = target
+        self.access = access
         self.calls = []
 
     def __enter__(self) -> FakeClient:

@@ -72,6 +72,43 @@ def test_it_serves_until_it_is_told_to_stop(service: type[FakeService]) -> None:
     assert (config.model, config.server.port, config.experts.num_actors, config.ray.address) == ("m", 0, 3, "auto")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "no API keys: listens on this machine only; whoever reaches it may do everything"),
+        (
+            {"host": "0.0.0.0", "allow_anonymous": "true"},
+            "no API keys: listens on 0.0.0.0; whoever reaches it may do everything",
+        ),
+        (
+            {"tls_cert_file": "/c", "tls_key_file": "/k", "tls_client_ca_file": "/ca"},
+            "no API keys: listens on this machine only; whoever reaches it with a certificate of /ca may do everything",
+        ),
+        (
+            {"host": "::", "keys_file": "/keys", "tls_cert_file": "/c", "tls_key_file": "/k"},
+            "listens on ::, for those with a key of /keys",
+        ),
+        (
+            {"keys_file": "/keys", "tls_cert_file": "/c", "tls_key_file": "/k", "tls_client_ca_file": "/ca"},
+            "listens on this machine only, for those with a key of /keys and a certificate of /ca",
+        ),
+    ],
+)
+def test_it_says_where_it_listens_and_who_may_call(settings: dict[str, str], said: str) -> None:
+    flags = [f"--set=server.{name}={value}" for name, value in settings.items()]
+    lines = run(commands, ["serve", "m", *flags]).stdout.splitlines()
+    assert lines[1] == said
+    tls = ["--tls"] if "tls_cert_file" in settings else []
+    assert lines[3].split() == ["ray-moe", "status", "--server", "127.0.0.1:9", *tls]
+
+
+def test_without_keys_it_listens_on_this_machine_only(service: type[FakeService]) -> None:
+    result = run(commands, ["serve", "m", "--set", "server.host=0.0.0.0"])
+    assert result.exit_code == 2
+    assert "without keys everybody who reaches 0.0.0.0 could do everything: set keys_file" in result.stderr
+    assert service.made == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("when", ["on_start", "on_wait"])
 def test_an_interrupt_stops_it_with_exit_code_0(service: type[FakeService], number: signal.Signals, when: str) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_moe.errors import InvalidRequest
+from ray_moe.runtime.measures import Measures
+from ray_moe.runtime.vitals import Vitals
 from ray_moe.service.admission import Admission
 from ray_moe.service.backend import FloatArray
 from ray_moe.service.grpc.server import FrontDoor
@@ -28,6 +30,7 @@ from ray_moe.types import (
     Placement,
     PlannedMove,
     PlanSummary,
+    RouterAddress,
     RouterStatus,
     RoutingTable,
     ServiceStatus,
@@ -85,6 +88,9 @@ class FakeBackend:
         self.calls: list[tuple[LayerPath, NDArray[Any], tuple[NDArray[Any], NDArray[Any]] | None]] = []
         self.requests: list[GenerateRequest] = []
         self.wishes: list[tuple[Any, ...]] = []
+        self.addresses: tuple[RouterAddress, ...] = ()
+        """Where the routers of the service are said to be."""
+        self.vitals = Vitals()
         self.num_open = 0
         self.failure: BaseException | None = None
         self.hold_after: int | None = None
@@ -144,14 +150,23 @@ class FakeBackend:
             self.reached.set()
             await self.released.wait()
 
+    async def routers(self) -> tuple[RouterAddress, ...]:
+        return self.addresses
+
     async def status(self) -> ServiceStatus:
         return STATUS
+
+    def measures(self) -> Measures:
+        tokens = {layer: np.array(counts) for layer, counts in STATUS.tokens_per_expert.items()}
+        return Measures(STATUS.router, tokens, TABLE, self.vitals, 2, 2**20, 2**30)
 
     async def placement(self) -> RoutingTable:
         return TABLE
 
     async def plan(self, dry_run: bool) -> PlanSummary:
         self.wishes.append(("plan", dry_run))
+        if self.failure is not None:
+            raise self.failure
         return PLAN
 
     async def resize(self, num_actors: int) -> None:
@@ -178,14 +193,15 @@ async def front_door(
     port: int = 0,
     max_concurrent_requests: int = 512,
     max_in_flight_bytes: int = 2**30,
-    **limits: Any,
+    host: Any = "127.0.0.1",
+    **options: Any,
 ) -> AsyncIterator[str]:
     """A server on the loopback; yields its target."""
     admission = Admission(backend, max_concurrent_requests, max_in_flight_bytes)
-    door = FrontDoor(backend, port=port, admission=admission, **limits)
+    door = FrontDoor(backend, host, port, admission=admission, **options)
     bound = await door.start()
     try:
-        yield f"127.0.0.1:{bound}"
+        yield f"{host}:{bound}"
     finally:
         await door.stop(0)
 

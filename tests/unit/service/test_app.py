@@ -9,29 +9,9 @@ import pytest
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayTaskError
 
-from ray_moe.actors.spec import Ports
 from ray_moe.config import Config
 from ray_moe.errors import InvalidCheckpoint, RayMoEError
 from ray_moe.service.app import Service
-
-
-@pytest.mark.parametrize(
-    ("host", "address"),
-    [
-        ("127.0.0.1", "127.0.0.1:8476"),
-        ("0.0.0.0", "127.0.0.1:8476"),
-        ("::", "127.0.0.1:8476"),
-        ("::1", "[::1]:8476"),
-        ("node.example", "node.example:8476"),
-    ],
-)
-def test_the_address_can_be_dialled(host: str, address: str) -> None:
-    service = Service(Config.model_validate({"server": {"host": host}}))
-    service._ports = Ports(8476)
-    assert service.address == address
-    assert service.http_address == ""
-    service._ports = Ports(8476, 8477)
-    assert service.http_address == f"http://{address.replace('8476', '8477')}"
 
 
 class Unanswered:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import pytest
@@ -19,6 +20,8 @@ from ray_moe.errors import InvalidConfig, Overloaded, PermissionDenied, Unauthen
 from ray_moe.service.doors import Doors
 from ray_moe.service.keys import ApiKey, Role, digest_of, editing, new_key
 from ray_moe.service.limits import UNLIMITED, Limits
+from ray_moe.wire.v1.inference_pb2 import ListRoutersRequest
+from ray_moe.wire.v1.inference_pb2_grpc import InferenceStub
 from tests.unit.service.certificates import AUTHORITY, cert, key
 from tests.unit.service.fake_backend import FakeBackend
 
@@ -58,6 +61,8 @@ async def test_grpc_asks_for_a_key_and_for_its_role(keys_file):
                 await nobody.generate("hi", max_new_tokens=1)
             with pytest.raises(Unauthenticated):
                 await nobody.status()
+        for secret, refusal in (("rm_no", "UNAUTHENTICATED"), (chief, "PERMISSION_DENIED"), (ana, None)):
+            assert await why_no_routers(target, secret) == refusal
         async with AsyncClient(target, api_key=ana) as client:
             assert (await client.generate("hi", max_new_tokens=2)).token_ids == (0, 1)
             await client.status()
@@ -69,6 +74,18 @@ async def test_grpc_asks_for_a_key_and_for_its_role(keys_file):
                 await client.generate("hi", max_new_tokens=1)
     assert [request.caller for request in backend.requests] == ["ana"]
     assert backend.wishes == [("resize", 3)]
+
+
+async def why_no_routers(target: str, secret: str) -> str | None:
+    """Code of the refusal to tell of the routers."""
+    async with grpc.aio.insecure_channel(target) as channel:
+        try:
+            await InferenceStub(channel).ListRouters(
+                ListRoutersRequest(), metadata=(("authorization", f"Bearer {secret}"),)
+            )
+        except grpc.aio.AioRpcError as error:
+            return str(error.code().name)
+    return None
 
 
 async def test_http_asks_for_the_same_keys(keys_file):
@@ -95,7 +112,7 @@ async def test_http_asks_for_the_same_keys(keys_file):
 async def test_tokens_and_requests_are_counted_over_both_doors(keys_file):
     ana = add_key(keys_file, "ana", "infer", limits=Limits(tokens_per_minute=5))
     async with doors(FakeBackend(), keys_file=str(keys_file)) as (grpc_target, http_target):
-        async with AsyncClient(grpc_target, api_key=ana) as client:
+        async with AsyncClient(grpc_target, api_key=ana, max_attempts=1) as client:
             await client.generate("hi", max_new_tokens=10)
             with pytest.raises(Overloaded) as refused:
                 await client.generate("hi", max_new_tokens=1)
@@ -134,6 +151,12 @@ def test_settings_that_do_not_go_together_are_refused(keys_file):
         ServerConfig(tls_client_ca_file="a")
     with pytest.raises(ValueError, match="unencrypted"):
         ServerConfig(host="0.0.0.0", keys_file="keys.json")
+    for tls in ({}, TLS):
+        with pytest.raises(ValueError, match=r"without keys everybody who reaches 0\.0\.0\.0 could do everything: set"):
+            ServerConfig.model_validate({"host": "0.0.0.0", **tls})
+    for host in ("127.0.0.1", "::1", "localhost"):
+        assert ServerConfig(host=host).is_local
+    ServerConfig(host="0.0.0.0", allow_anonymous=True)
     ServerConfig.model_validate({"host": "0.0.0.0", "keys_file": "keys.json", **TLS})
 
 

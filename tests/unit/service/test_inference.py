@@ -1,4 +1,4 @@
-"""Forward, ForwardStream and Generate as a foreign client sees them: raw stubs, and bytes that no stub would send."""
+"""The calls of Inference as a foreign client sees them: raw stubs, and bytes that no stub would send."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
+from ray_moe.types import RouterAddress
 from ray_moe.wire.arrays import decode, encode
 from ray_moe.wire.v1 import inference_pb2 as pb
 from ray_moe.wire.v1.inference_pb2_grpc import InferenceStub
@@ -288,6 +289,16 @@ async def test_bad_generates(stub: Any, backend: FakeBackend, case: str) -> None
     assert failure.value.code() is C.INVALID_ARGUMENT
     assert not backend.requests
     assert len([reply async for reply in stub.Generate(generate())]) == 2  # unharmed
+
+
+async def test_the_routers_are_told_also_before_the_service_is_ready(stub: Any, backend: FakeBackend) -> None:
+    backend.ready = False
+    backend.addresses = (RouterAddress("router-0", "a:1", "http://a:2"), RouterAddress("router-1", "b:1", "", True))
+    told = (await stub.ListRouters(pb.ListRoutersRequest())).routers
+    assert [(r.router_id, r.grpc_address, r.http_address, r.ready) for r in told] == [
+        ("router-0", "a:1", "http://a:2", False),
+        ("router-1", "b:1", "", True),
+    ]
 
 
 async def test_a_text_of_just_the_limit(stub: Any) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import ray
 
@@ -12,6 +14,10 @@ from ray_moe.types import LayerSpec
 GIB = 2**30
 
 
+def no_door(*_: Any) -> Any:
+    raise AssertionError("nothing is served here")
+
+
 def make_spec(num_hosts=4, expert_bytes=GIB // 8, **sections):
     """8 experts of `expert_bytes` in each of 2 layers."""
     hosts = tuple(f"expert-{number}" for number in range(num_hosts))
@@ -19,14 +25,16 @@ def make_spec(num_hosts=4, expert_bytes=GIB // 8, **sections):
     layers = tuple(LayerSpec(path, 8, 64, 64, "bfloat16", expert_bytes) for path in ("a", "b"))
     return ServiceSpec(
         config=Config.model_validate({"model": "m", **sections}),
+        name="ray-moe",
         version="0",
         model_type="mixtral",
         layers=layers,
         placement=place_by_index({layer.path: 8 for layer in layers}, hosts),
         hosts=hosts,
         standbys=standbys,
+        routers=("router-0",),
         token="",
-        open_door=lambda backend, server: None,  # type: ignore[arg-type,return-value]
+        open_door=no_door,
     )
 
 

@@ -1,0 +1,84 @@
+"""What is shipped in `cluster/` lets only processes into the cluster that know its token."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ray_moe.config import Config
+from ray_moe.config_sources import config_from, load_config
+
+DIRECTORY = Path(__file__).parents[2] / "cluster"
+FILES = sorted(path for path in DIRECTORY.rglob("*.y*ml"))
+
+
+def unguarded(text: str) -> list[str]:
+    """What of a file in YAML would start a Ray without token authentication, or serve on one."""
+    found: list[str] = []
+    for document in yaml.safe_load_all(text):
+        kind = document.get("kind", "")
+        if "apiVersion" in document:
+            if kind.startswith("Ray"):
+                found += [f"{kind} without authOptions.mode: token" for spec in _clusters(document) if not _asks(spec)]
+        elif "applications" in document:  # of Ray Serve, whose proxies listen where they are told
+            keyless = [app for app in document["applications"] if not config_from(app["args"]).server.keys_file]
+            found += [f"{app['name']} without server.keys_file" for app in keyless]
+        elif document.keys() <= Config.model_fields.keys():
+            if document.get("ray", {}).get("auth") != "token":
+                found.append("a service without ray.auth: token")
+        elif "provider" not in document:
+            found.append("neither a service, a cluster of Ray's launcher nor a Kubernetes resource")
+    lines = text.splitlines()
+    found += [
+        line.strip()
+        for number, line in enumerate(lines)
+        if re.search(r"\bray start\b", line) and not any("RAY_AUTH_MODE=token" in told for told in lines[: number + 1])
+    ]
+    return found
+
+
+def _clusters(document: dict[str, Any]) -> list[dict[str, Any]]:
+    spec = document["spec"]
+    return [spec.get("rayClusterConfig") or spec.get("rayClusterSpec") or spec]
+
+
+def _asks(spec: dict[str, Any]) -> bool:
+    return spec.get("authOptions", {}).get("mode") == "token"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
+def test_a_shipped_file_asks_for_the_token(file: Path) -> None:
+    assert unguarded(file.read_text()) == []
+
+
+def test_the_shipped_service_files_can_be_loaded() -> None:
+    services = [path for path in FILES if path.stem.endswith("-service")]
+    assert services
+    assert {load_config(path).config.ray.auth for path in services} == {"token"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ray: {autoscaling: true}", "a service without ray.auth: token"),
+        ("ray: {auth: disabled}", "a service without ray.auth: token"),
+        ("# ray start --head\nprovider: {}", "# ray start --head"),
+        (
+            "provider: {}\nhead_start_ray_commands: [ray start]\n# RAY_AUTH_MODE=token",
+            "head_start_ray_commands: [ray start]",
+        ),
+        ("apiVersion: ray.io/v1\nkind: RayCluster\nspec: {}", "RayCluster without authOptions.mode: token"),
+        (
+            "apiVersion: ray.io/v1\nkind: RayService\nspec: {rayClusterConfig: {authOptions: {mode: disabled}}}",
+            "RayService without authOptions.mode: token",
+        ),
+        ("applications: [{name: moe, args: {model: m}}]", "moe without server.keys_file"),
+        ("something: else", "neither a service, a cluster of Ray's launcher nor a Kubernetes resource"),
+    ],
+)
+def test_the_check_finds_what_is_open(text: str, said: str) -> None:
+    assert unguarded(text) == [said]
