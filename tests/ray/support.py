@@ -168,7 +168,9 @@ def prompts(count: int) -> list[tuple[int, ...]]:
 class Streams:
     """Generations that run at the same time, each in a thread. Leave the block to wait for their ends."""
 
-    def __init__(self, address: str, wanted: Sequence[Sequence[int]], num_tokens: int, **options: Any) -> None:
+    def __init__(
+        self, address: str | Sequence[str], wanted: Sequence[Sequence[int]], num_tokens: int, **options: Any
+    ) -> None:
         """`options` are those of the client."""
         self.longest_stall_s = 0.0
         """Longest time between two tokens of a stream."""
