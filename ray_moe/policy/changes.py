@@ -58,6 +58,13 @@ class Transaction:
         """Whether anything is to be loaded by `host`."""
         return any(host in move.added for move in self.moves()) or any(host == waited for waited, _ in self.waiting)
 
+    def forget(self, host: HostId) -> None:
+        """Give nothing to a host that has ended: experts that were to be left to it stay where they are."""
+        self.steps = [
+            [replace(move, after=after) for move in step if (after := tuple(h for h in move.after if h != host))]
+            for step in self.steps
+        ]
+
     def rename(self, host: HostId, heir: HostId) -> None:
         """The heir in the host's place, which nothing is loaded by."""
         self.steps = [

@@ -174,6 +174,8 @@ class Cluster:
         """End a host. What was placed on it is placed elsewhere, or nowhere."""
         self.fleet.remove(host.host_id)
         self.placed.clear(host.host_id)
+        if self.transaction is not None:
+            self.transaction.forget(host.host_id)
         self.due.pop(host.host_id, None)
         self.out.append(ev.StopHost(host.host_id))
         self.seeks_homes = self.is_unbalanced = True

@@ -24,7 +24,7 @@ from ray_moe.policy.cluster import Cluster
 from ray_moe.policy.hosts import ClusterSettings, HostState
 from ray_moe.policy.recovery import placement_by_holders
 from ray_moe.policy.rules import broken_rules
-from ray_moe.policy.tables import SKIPPED_EPOCHS
+from ray_moe.policy.tables import EPOCHS_OF_A_LIFE
 from ray_moe.types import HostId, Placement
 
 
@@ -55,19 +55,19 @@ class ClusterState(Cluster):
         hosts: Sequence[HostId],
         standbys: Sequence[HostId],
         fallback: Placement,
-        epoch: int,
+        life: int,
         now_s: float,
     ) -> ClusterState:
         """After a restart of whoever drives this: what the hosts hold is what they are to hold.
 
         Experts are placed by `placement_by_holders` on the hosts that are no standbys. Changes that were under way are
-        forgotten. The first event, `Ticked` for example, brings the first table, well after `epoch`.
+        forgotten. The first event, `Ticked` for example, brings the first table, newer than all of earlier lives.
 
         Args:
             reports: what the hosts say, with what is `unsettled` yet of the orders from before.
-            epoch: the newest that a router has; if it is not known, `EpochSeen` may tell it later.
+            life: how many lives of whoever drives this there were before.
         """
-        state = cls(settings, hosts, standbys, Placement({}), epoch + SKIPPED_EPOCHS, now_s)
+        state = cls(settings, hosts, standbys, Placement({}), life * EPOCHS_OF_A_LIFE, now_s)
         for report in reports:
             if report.address.host_id in state.hosts:
                 state._host_started(report)

@@ -89,7 +89,7 @@ class LoadReported:
 
 @dataclass(frozen=True, slots=True)
 class EpochSeen:
-    """A router uses a table that a restarted controller has forgotten: the next one must be newer."""
+    """A router uses a table that nobody here has published, of an earlier service say: the next one must be newer."""
 
     epoch: int
 

@@ -13,8 +13,11 @@ from ray_moe.policy.hosts import HostState
 from ray_moe.policy.rows import ExpertKey, Row, Rows
 from ray_moe.types import HostId, LayerPath, RoutingTable
 
+EPOCHS_OF_A_LIFE = 10**9
+"""Each life of whoever publishes has so many epochs of its own, after those of the lives before: a router may have any
+table of theirs, or be about to get it, whatever is known of it."""
 SKIPPED_EPOCHS = 1000
-"""After a restart of whoever publishes, so many epochs are left out: tables of the life before may be under way yet."""
+"""So many are left out after an epoch that nobody here has published: others of its kind may be under way yet."""
 
 
 class Tables:
@@ -53,7 +56,7 @@ class Tables:
         return (min(others, key=lambda host: (hosts[host].role == "leaving", host)),) if others else ()
 
     def is_behind(self, epoch: int) -> bool:
-        """Whether a router that has a table of this epoch has it from an earlier life; then the next is well after."""
+        """Whether a router that has a table of this epoch has it from somebody else; then the next is well after."""
         if epoch > self._epoch:
             self._epoch, self.is_due = epoch + SKIPPED_EPOCHS, True
         return self.is_due

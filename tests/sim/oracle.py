@@ -41,7 +41,6 @@ class Oracle:
     def __init__(self, world: World) -> None:
         self.world = world
         self.believed: dict[str, Believed] = {}
-        self.last_epoch = world.state.table.epoch
         self.findings: list[str] = []
 
     def find(self, text: str) -> None:
@@ -90,9 +89,9 @@ class Oracle:
             case ev.StopHost(host_id):
                 self._stop(host_id)
             case ev.PublishTable(table):
-                if table.epoch <= self.last_epoch:
-                    self.find(f"epoch {table.epoch} after {self.last_epoch}")
-                self.last_epoch = table.epoch
+                if table.epoch <= self.world.last_epoch:
+                    self.find(f"epoch {table.epoch} after {self.world.last_epoch}")
+                self.world.last_epoch = table.epoch
 
     def _order(self, order: ev.LoadReplicas | ev.DropReplicas) -> None:
         host = self.believed.get(order.host_id)

@@ -85,6 +85,8 @@ class World:
         self.first_placement = place_by_index(self.settings.num_experts, hosts)
         self.actors: dict[str, Actor] = {}
         self.lives: list[Life] = []
+        self.last_epoch = 0
+        """Of the tables of all lives."""
         self.begin(lambda: make_state(self.settings, hosts, standbys, self.first_placement, now_s=0.0))
         self.routers = [
             Router(
@@ -266,25 +268,18 @@ class World:
 
     def restart_controller(self) -> None:
         reports = [self.started(a) for a in self.actors.values() if a.incarnation and not a.is_hung]
-        epoch = 0 if self.rng.random() < 0.3 else max(router.table.epoch for router in self.routers)
         host_ids = list(self.actors)
         if self.settings.can_sleep and not host_ids:
             return
         empty = [report.address.host_id for report in reports if not keys_of(report.held)]
         standbys = empty[: self.knobs.num_standbys]
         hosts = [host_id for host_id in host_ids if host_id not in standbys]
-        now_s, make, settings, fallback = self.now_s, self.make_state, self.settings, self.first_placement
-        self.begin(lambda: make.recovered(settings, reports, hosts, standbys, fallback, epoch, now_s))
+        life, now_s, make = len(self.lives), self.now_s, self.make_state
+        settings, fallback = self.settings, self.first_placement
+        self.begin(lambda: make.recovered(settings, reports, hosts, standbys, fallback, life, now_s))
         for report in reports:
             self.oracle.told(report)
         self.handle(ev.Ticked())
-        for router in self.routers:
-            self.after(self.rng.uniform(0, 0.5), self.ask, len(self.lives), router)
-
-    def ask(self, life: int, router: Router) -> None:
-        """A router asks for the table after its own, which is how it gets each."""
-        if life == len(self.lives) and router.table.epoch > self.state.table.epoch:
-            self.handle(ev.EpochSeen(router.table.epoch))
 
     # --- hosts -----------------------------------------------------------------------------------------------
     def budget_bytes(self, host_id: str) -> int | None:

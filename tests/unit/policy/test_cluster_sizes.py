@@ -201,6 +201,19 @@ def test_a_leaving_host_that_is_lost_is_not_waited_for():
     assert driver.told("resized") == ["drain of expert-1"]
 
 
+def test_a_leaving_host_that_is_lost_is_left_nothing_by_the_steps_that_are_still_to_come():
+    driver = Driver.ready(num_hosts=3, placed=placement("01", "1", "2", "2"), max_bytes=20)
+    driver.tell(ev.DrainRequested(("expert-0",), replace=True))
+    driver.start("expert-3")
+    driver.plan(placement("2", "1", "1", "2"))  # a swap between full hosts, for which expert 0 leaves expert-1 early
+    assert driver.placed == ["01", "1", "2", "2"]
+    driver.lose("expert-0")
+    driver.answer("expert-1")
+    assert driver.placed == driver.named == ["1", "1", "1", "2"]
+    driver.run(10.0)
+    assert driver.placed == driver.named == ["2", "1", "1", "2"]
+
+
 # --- roll-back of a drain ------------------------------------------------------------------------------------
 def test_a_serving_host_whose_drain_is_rolled_back_serves_on():
     driver = Driver.ready(resize_s=30.0)

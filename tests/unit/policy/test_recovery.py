@@ -9,7 +9,7 @@ from ray_moe.policy.cluster_state import ClusterState
 from ray_moe.policy.migration import held_bytes
 from ray_moe.policy.recovery import placement_by_holders
 from ray_moe.policy.rows import Rows
-from ray_moe.policy.tables import SKIPPED_EPOCHS
+from ray_moe.policy.tables import EPOCHS_OF_A_LIFE, SKIPPED_EPOCHS
 from ray_moe.types import HostAddress, Placement
 from tests.unit.policy.driver import LAYER, Driver, homes, layers_of, of_kind, placement, settings_of
 
@@ -79,10 +79,10 @@ def report(number, held, unsettled=(), life=1):
     return ev.HostStarted(address, {LAYER: tuple(held)}, unsettled={LAYER: tuple(unsettled)})
 
 
-def recovered(*reports, hosts=2, standbys=0, epoch=40, **settings):
+def recovered(*reports, hosts=2, standbys=0, life=1, **settings):
     names = [f"expert-{number}" for number in range(hosts + standbys)]
     return ClusterState.recovered(
-        settings_of(**settings), reports, names[:hosts], names[hosts:], BEFORE, epoch, now_s=100.0
+        settings_of(**settings), reports, names[:hosts], names[hosts:], BEFORE, life, now_s=100.0
     )
 
 
@@ -107,19 +107,40 @@ def test_no_table_names_what_is_unsettled_until_it_is_loaded_anew():
     assert homes(state.table.placement) == ["0", "0", "1", "1"]
 
 
-def test_the_first_event_brings_a_table_well_after_the_given_epoch_and_nothing_does_before():
-    state = recovered(report(0, [0, 1]), report(1, [2, 3]), epoch=40)
+def test_the_first_event_brings_a_table_and_nothing_does_before():
+    state = recovered(report(0, [0, 1]), report(1, [2, 3]))
     assert state.table.addresses == {}
-    state.handle(ev.Ticked(), 100.0)
-    assert state.table.epoch > 40 + SKIPPED_EPOCHS
-    assert state.handle(ev.EpochSeen(40 + SKIPPED_EPOCHS), 100.0) == []
+    [published] = of_kind(state.handle(ev.Ticked(), 100.0), ev.PublishTable)
+    assert homes(published.table.placement) == ["0", "0", "1", "1"]
 
 
-def test_a_router_with_a_newer_table_than_that_gets_one_well_after_its_own():
-    state = recovered(report(0, [0, 1]), report(1, [2, 3]), epoch=0)
+def test_the_first_table_of_a_life_is_newer_than_all_of_the_lives_before_even_if_no_router_has_heard_of_them():
+    epochs = []
+    for life in (1, 2, 3):
+        state = recovered(report(0, [0, 1]), report(1, [2, 3]), life=life)
+        for event in (ev.Ticked(), ev.HostLost("expert-1", "")):
+            [published] = of_kind(state.handle(event, 100.0), ev.PublishTable)
+            epochs.append(published.table.epoch)
+    assert epochs == sorted(set(epochs))
+
+
+def test_what_is_dropped_is_named_by_no_table_of_a_life_before_that_a_router_may_still_use():
+    tables = []
+    for life, held in ((1, []), (2, [0, 1])):
+        state = recovered(report(0, held), report(1, [0, 1, 2, 3]), life=life)
+        tables += [one.table for one in of_kind(state.handle(ev.Ticked(), 100.0), ev.PublishTable)]
+    in_use = max(tables, key=lambda table: table.epoch)  # by a router, which never goes back
+    [order] = of_kind(state.handle(ev.Ticked(), 102.0), ev.DropReplicas)
+    assert (order.host_id, layers_of(order.experts)) == ("expert-1", (1,))
+    assert homes(in_use.placement) == ["01", "0", "1", "1"]
+
+
+def test_a_router_with_a_table_of_nobody_here_gets_one_well_after_its_own():
+    state = recovered(report(0, [0, 1]), report(1, [2, 3]))
     state.handle(ev.Ticked(), 100.0)
-    [published] = of_kind(state.handle(ev.EpochSeen(7000), 100.5), ev.PublishTable)
-    assert published.table.epoch == state.table.epoch > 7000 + SKIPPED_EPOCHS
+    foreign = 2 * EPOCHS_OF_A_LIFE + 7000
+    [published] = of_kind(state.handle(ev.EpochSeen(foreign), 100.5), ev.PublishTable)
+    assert published.table.epoch == state.table.epoch > foreign + SKIPPED_EPOCHS
     assert homes(published.table.placement) == ["0", "0", "1", "1"]
 
 
