@@ -272,12 +272,11 @@ def main() -> None:
 
     import ray
 
+    from ray_moe.actors.spec import NAMESPACE
     from ray_moe.service import cluster
 
     os.environ.update({name: value for name, value in cluster.RAY_ENVIRONMENT.items() if name not in os.environ})
-    ray.init(
-        num_cpus=16, namespace=cluster.NAMESPACE, include_dashboard=False, log_to_driver=False, logging_level="error"
-    )
+    ray.init(num_cpus=16, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         with tempfile.TemporaryDirectory() as folder:
             skew = measure_skew(Path(folder, "wide"), rounds)

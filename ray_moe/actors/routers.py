@@ -64,9 +64,10 @@ class Routers:
 
     @property
     def addresses(self) -> tuple[RouterAddress, ...]:
-        """Of all there are, also of those that are not ready."""
+        """Of all that listen, also of those that are not ready."""
         self._forget_silent()
-        return tuple(self._routers[router_id].address for router_id in sorted(self._routers))
+        addresses = (self._routers[router_id].address for router_id in sorted(self._routers))
+        return tuple(address for address in addresses if address.grpc_address)
 
     @property
     def num_ready(self) -> int:
