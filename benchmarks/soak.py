@@ -258,7 +258,8 @@ def main() -> None:
         settings: dict[str, Any] = {
             "model_name": MODEL,
             "experts": {"num_actors": 3, "num_cpus": 0.1},
-            "router": {"num_actors": 2, "num_cpus": 0.1},
+            # Beginnings of prompts are kept within this: it is full within the first part, and then memory is flat.
+            "router": {"num_actors": 2, "num_cpus": 0.1, "kv_cache_bytes": 16 * 2**20},
             "server": {"port": 0, "http_port": 0, "grace_s": 2},
         }
         with serving(Path(folder), **settings) as service, Client(service.address) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -41,7 +42,11 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
             is_probe = method in PROBES
             with handling(door, method, headers, self._tracer, span_name=f"{service}/{method}", is_probe=is_probe) as r:
                 context.set_trailing_metadata(((REQUEST_ID_KEY, r.id),))
-                return await behaviour(asked, context)
+                try:
+                    return await behaviour(asked, context)
+                except BaseException as error:
+                    let_go(error)
+                    raise
 
         if handler.unary_unary is not None:
             behaviour: Any = handler.unary_unary
@@ -54,6 +59,18 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
             return grpc.unary_stream_rpc_method_handler(answer)
         behaviour = handler.stream_stream
         return grpc.stream_stream_rpc_method_handler(answer)
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the frames hold that a failed call went through.
+
+    gRPC keeps the call, its error and so these frames in a cycle: a refused message of megabytes, and what was made of
+    it, would stay until Python next looks for cycles, which few large objects do not make it do.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__context__
 
 
 def headers_of(metadata: Any) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 
 from ray_moe.types import RouterAddress
@@ -334,3 +336,19 @@ async def test_a_request_beyond_the_limit(stub: Any) -> None:
         await stub.Forward(forward(np.zeros((2**20, WIDTH), np.float32)))
     assert failure.value.code() is C.RESOURCE_EXHAUSTED
     await stub.Forward(forward())
+
+
+async def test_nothing_of_what_was_refused_is_kept(stub: Any) -> None:
+    large = forward(np.zeros((7 * 2**20 // 4 // WIDTH, WIDTH), np.float32))  # more tokens than one call may bring
+    gc.collect()
+    gc.disable()
+    try:
+        sizes = []
+        for _ in range(3):
+            for _ in range(10):
+                with pytest.raises(grpc.RpcError):
+                    await stub.Forward(large)
+            sizes.append(psutil.Process().memory_info().rss)
+    finally:
+        gc.enable()
+    assert sizes[-1] - sizes[0] < 40 * 2**20  # of 140 MiB
