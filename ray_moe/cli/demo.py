@@ -28,7 +28,7 @@ from ray_moe.cli.terminal import Interrupts, ProgressView
 from ray_moe.client.sync import Client
 from ray_moe.config import Config, ExpertsConfig, RayConfig, RouterConfig, ServerConfig
 from ray_moe.models.demo import DemoModel, DemoSettings, TrainProgress, demo_model, reference_tokens
-from ray_moe.service.app import Service, ServiceProgress
+from ray_moe.service.composition import Service, ServiceProgress
 
 NUM_ACTORS = 4
 TEXT_PROMPT = "class Server:\n    def __init__(self, "

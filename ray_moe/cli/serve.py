@@ -7,7 +7,7 @@ from rich.console import Console
 from ray_moe.actors import logs
 from ray_moe.cli.terminal import Interrupts, ProgressView
 from ray_moe.config import Config, ServerConfig
-from ray_moe.service.app import Service, ServiceProgress
+from ray_moe.service.composition import Service, ServiceProgress
 
 
 def run(config: Config, interrupts: Interrupts) -> None:

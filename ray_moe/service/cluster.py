@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, and leaving it as it was. Called by `service/app.py`."""
+"""Joining a Ray cluster, or starting one here, and leaving it as it was. Called by `service/composition.py`."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class ExpertSet:
 
     def __init__(self, config: Config) -> None:
         """Raises what `Service.start` does, which Serve shows as the reason of a failed deployment."""
-        from ray_moe.service.app import Service
+        from ray_moe.service.composition import Service
 
         version = serve.get_deployment_actor_context().code_version or ""
         short = hashlib.sha256(version.encode()).hexdigest()[:8]

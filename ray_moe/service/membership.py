@@ -2,7 +2,7 @@
 
 Made or read once, when the service starts, and handed to all actors with its specification, so that one that is
 restarted has it too. Also says what an encrypted service may not do while Ray itself encrypts nothing. Called by
-`service/app.py`; the lines are encrypted in `transport/`.
+`service/composition.py`; the lines are encrypted in `transport/`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Can this cluster hold this model? Asked before anything is loaded, answered with both numbers.
 
-Pure arithmetic over what the cluster says it has. Called by `service/app.py`.
+Pure arithmetic over what the cluster says it has. Called by `service/composition.py`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from ray_moe.actors.spec import NAMESPACE
 from ray_moe.service import cluster
-from ray_moe.service.app import Service
+from ray_moe.service.composition import Service
 from tests.ray.support import GPU_SHARE, serving
 from tests.tiny_models import save
 

@@ -18,7 +18,7 @@ import torch
 
 from ray_moe.client.sync import Client
 from ray_moe.config import Config
-from ray_moe.service.app import Service
+from ray_moe.service.composition import Service
 from ray_moe.types import ServiceStatus
 
 PROMPT = (5, 17, 3, 42, 8, 11, 60, 23, 9, 31, 77, 4)

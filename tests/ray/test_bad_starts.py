@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ray_moe.client.sync import Client
 from ray_moe.errors import InsufficientResources, InvalidCheckpoint, InvalidConfig, RayMoEError, UnsupportedModel
-from ray_moe.service.app import Service
+from ray_moe.service.composition import Service
 from tests.ray.conftest import NUM_CPUS
 from tests.ray.sparse import sparse_mixtral
 from tests.ray.support import PROMPT, make_config, no_leaks

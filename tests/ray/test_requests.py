@@ -7,7 +7,7 @@ import ray
 
 from ray_moe.client.sync import Client
 from ray_moe.errors import Cancelled, Overloaded
-from ray_moe.service.app import Service
+from ray_moe.service.composition import Service
 from tests.ray.support import PROMPT, Streams, await_status, greedy, make_config, no_leaks, prompts
 
 LONG = 1900

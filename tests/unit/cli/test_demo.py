@@ -23,7 +23,7 @@ from ray_moe.cli.terminal import Interrupts
 from ray_moe.config import Config
 from ray_moe.errors import Unavailable
 from ray_moe.models.demo import DemoModel, DemoSettings, TrainProgress
-from ray_moe.service.app import ServiceProgress
+from ray_moe.service.composition import ServiceProgress
 from ray_moe.types import HostStatus, ServiceStatus
 from tests.unit.cli.fakes import FakeClient, client_that, continuation, status
 

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 from ray_moe.cli.commands import commands
 from ray_moe.config import Config
 from ray_moe.errors import InsufficientResources
-from ray_moe.service.app import ServiceProgress
+from ray_moe.service.composition import ServiceProgress
 
 run = CliRunner().invoke
 
 
 class FakeService:
-    """Stands in for `ray_moe.service.app.Service`; `on_start` and `on_wait` are what happens then."""
+    """Stands in for `ray_moe.service.composition.Service`; `on_start` and `on_wait` are what happens then."""
 
     on_start: Callable[[], None] = staticmethod(lambda: None)
     on_wait: Callable[[], None] = staticmethod(lambda: None)

@@ -32,7 +32,7 @@ from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.host_loop import INLINE_FLOPS, HostLoop
 from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
 from ray_moe.runtime.stepper import Stepper
-from ray_moe.service.app import Service
+from ray_moe.service.composition import Service
 from ray_moe.service.doors import Doors
 from ray_moe.transport.base import ExpertCall, ExpertReply
 from ray_moe.transport.grpc_client import GrpcTransport
