@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
-import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -28,7 +26,7 @@ from ray_moe.actors.spec import ClusterStatus, FrontDoor, RouterReport, ServiceS
 from ray_moe.actors.tracing import close_tracer, make_tracer
 from ray_moe.errors import InsufficientResources, InvalidConfig, RayMoEError, Unavailable
 from ray_moe.policy.load import TokenCounts
-from ray_moe.runtime.measures import Measures, measure
+from ray_moe.runtime.measures import Measures, measure, router_status
 from ray_moe.types import (
     ChaosReport,
     ChaosRequest,
@@ -441,35 +439,8 @@ class Router:
         )
 
     def _router_status(self) -> RouterStatus:
-        checkpoint, engine, dispatcher = self._checkpoint, self._engine, self._dispatcher
-        status = RouterStatus(
-            pid=os.getpid(),
-            rss_bytes=psutil.Process().memory_info().rss,
-            backbone_bytes=0 if checkpoint is None else checkpoint.backbone_bytes,
-            router_id=self.router_id,
-        )
-        if engine is not None:
-            status = replace(
-                status,
-                active_requests=engine.active_requests,
-                queued_requests=engine.queued_requests,
-                generated_tokens=engine.num_generated_tokens,
-                failed_requests=engine.vitals.num_failed,
-                longest_pause_s=engine.vitals.longest_pause_s(),
-            )
-        if dispatcher is not None:
-            statistics, own = dispatcher.statistics, dispatcher.own
-            recent = statistics.balancedness()
-            status = replace(
-                status,
-                retried_calls=statistics.num_retried_calls,
-                hedged_calls=statistics.num_hedged_calls,
-                own_rows=0 if own is None else own.num_rows,
-                own_bytes=0 if own is None else own.held_bytes,
-                lifeboat_loads=0 if own is None else own.num_lifeboat_loads,
-                balancedness=sum(recent) / len(recent) if recent else 1.0,
-            )
-        return status
+        backbone_bytes = 0 if self._checkpoint is None else self._checkpoint.backbone_bytes
+        return router_status(self.router_id, backbone_bytes, self._engine, self._dispatcher)
 
     # --- wishes of people, which the controller carries out --------------------------------------------------
     async def plan(self, dry_run: bool) -> PlanSummary:

@@ -1,13 +1,15 @@
-"""What a router has counted, taken together at one moment, for whoever tells others of it (`service/metrics.py`)."""
+"""What a router has counted, taken together at one moment, for `actors/router.py` and `service/metrics.py`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from ray_moe.runtime.vitals import Vitals
 from ray_moe.types import LayerPath, RouterStatus, RoutingTable
@@ -49,3 +51,37 @@ def measure(router: RouterStatus, engine: Engine | None, dispatcher: ExpertDispa
         kv_used_bytes=used_bytes,
         kv_max_bytes=max_bytes,
     )
+
+
+def router_status(
+    router_id: str, backbone_bytes: int, engine: Engine | None, dispatcher: ExpertDispatcher | None
+) -> RouterStatus:
+    """Of a router that has come so far, in this process."""
+    status = RouterStatus(
+        pid=os.getpid(),
+        rss_bytes=psutil.Process().memory_info().rss,
+        backbone_bytes=backbone_bytes,
+        router_id=router_id,
+    )
+    if engine is not None:
+        status = replace(
+            status,
+            active_requests=engine.active_requests,
+            queued_requests=engine.queued_requests,
+            generated_tokens=engine.num_generated_tokens,
+            failed_requests=engine.vitals.num_failed,
+            longest_pause_s=engine.vitals.longest_pause_s(),
+        )
+    if dispatcher is not None:
+        statistics, own = dispatcher.statistics, dispatcher.own
+        recent = statistics.balancedness()
+        status = replace(
+            status,
+            retried_calls=statistics.num_retried_calls,
+            hedged_calls=statistics.num_hedged_calls,
+            own_rows=0 if own is None else own.num_rows,
+            own_bytes=0 if own is None else own.held_bytes,
+            lifeboat_loads=0 if own is None else own.num_lifeboat_loads,
+            balancedness=sum(recent) / len(recent) if recent else 1.0,
+        )
+    return status
