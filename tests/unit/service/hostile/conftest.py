@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,16 @@ import pytest
 from tests.unit.service.hostile.grpc_corpus import forward
 from tests.unit.service.hostile.service import FORWARD, IN_FLIGHT_BYTES, Service, Witness, calling
 
+FOLDER = Path(__file__).parent
 SETTLE_S = 60.0
 NEVER_IN_THE_LOG = ("Traceback", "fault ", "never retrieved", "never awaited", "a generation failed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of this folder in one process, if there are several: one service does for them."""
+    for item in items:
+        if FOLDER in item.path.parents and "service" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("hostile"))
 
 
 @pytest.fixture(scope="session")
@@ -66,5 +75,5 @@ def settled(service: Service, before: dict[str, Any]) -> dict[str, Any]:
 def service(running: tuple[Service, Witness]) -> Iterator[Service]:
     """After each test other clients get what they should, over the doors that the test says (`service.check`)."""
     service, witness = running
-    yield service
-    witness.check()
+    with witness.watching():
+        yield service

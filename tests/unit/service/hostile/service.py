@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def calling(
 
 
 class Witness(threading.Thread):
-    """A client that generates all the time, one generation after the other, and compares each token."""
+    """A client that generates while there are tests, one generation after the other, and compares each token."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(name="witness", daemon=True)
@@ -205,6 +206,7 @@ class Witness(threading.Thread):
         """That have come to their end."""
         self._expected = service.expected_of_witness
         self._channel = grpc.insecure_channel(f"127.0.0.1:{service.grpc_port}")
+        self._is_wanted = threading.Event()
         self._is_ending = False
         self._complaint = ""
 
@@ -212,6 +214,8 @@ class Witness(threading.Thread):
         request = pb.GenerateRequest(prompt=WITNESS, max_new_tokens=WITNESS_TOKENS, ignore_eos=True)
         try:
             while not self._is_ending and not self._complaint:
+                if not self._is_wanted.wait(0.1):
+                    continue
                 call = calling(self._channel, GENERATE, [request.SerializeToString()], None)
                 self._compare(call)
                 call.cancel()
@@ -223,6 +227,14 @@ class Witness(threading.Thread):
         seen = [token for piece in call for token in pb.GenerateResponse.FromString(piece).token_ids]
         if seen != self._expected:
             self._complaint = f"the witness got other tokens than alone: {seen}"
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a test: it generates, and all was well until the end."""
+        self._is_wanted.set()
+        yield
+        self._is_wanted.clear()
+        self.check()
 
     def check(self) -> None:
         assert not self._complaint, self._complaint
