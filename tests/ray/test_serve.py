@@ -92,7 +92,7 @@ def application(
 
     def deploy(model: Path) -> None:
         settings = {"model": model, "server.keys_file": keys, "server.port": direct, "server.grace_s": 1}
-        settings |= {"router.num_cpus": 0.1, "experts.num_actors": 2, "experts.num_cpus": 0.1}
+        settings |= {"router.num_cpus": 0.1, "experts.num_actors": 1, "experts.num_cpus": 0.1}
         settings |= {"model_name": "tiny", "service_name": "served"}
         (line,) = [line for line in README.splitlines() if line.startswith("serve run ")]
         words = [word for word in line.split() if word.partition("=")[0] not in settings]  # the number of routers stays

@@ -18,7 +18,7 @@ import pytest
 from ray_moe.client.sync import Client
 from tests.ray.support import PROMPT, Streams, greedy, prompts, unix_sockets
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 150
 END_TIMEOUT_S = 20.0
 
 RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
