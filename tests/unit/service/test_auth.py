@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_moe.errors import InvalidConfig, Overloaded, PermissionDenied, Unauthenticated
@@ -77,6 +77,7 @@ api_keys = st.builds(
 )
 
 
+@settings(max_examples=30)  # each is synced to the disk
 @given(entries=st.lists(api_keys, max_size=4, unique_by=lambda key: key.digest))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, entries: list[ApiKey]) -> None:
     path = tmp_path_factory.mktemp("keys") / "keys.json"

@@ -242,16 +242,16 @@ async def test_a_session_is_no_way_around_the_clients_certificate() -> None:
 # --- both ends are ours --------------------------------------------------------------------------------------
 async def test_clients_and_servers_that_do_not_match_say_why() -> None:
     async with grpc_server(files()) as port:
-        async with AsyncClient(f"127.0.0.1:{port}", 10, ca_file=STRANGER_AUTHORITY) as client:
+        async with AsyncClient(f"127.0.0.1:{port}", 10, ca_file=STRANGER_AUTHORITY, max_attempts=1) as client:
             with pytest.raises(Unavailable, match=f"the certificate of 127.0.0.1:{port} is not trusted"):
                 await client.status()
-        async with AsyncClient(f"127.0.0.1:{port}", 10) as client:
+        async with AsyncClient(f"127.0.0.1:{port}", 10, max_attempts=1) as client:
             with pytest.raises(Unavailable, match=f"the service at 127.0.0.1:{port} cannot be reached"):
                 await client.status()
     async with grpc_server(files(client_ca=AUTHORITY)) as port:
         for name, ok in (("client", True), ("stranger", False)):
             async with AsyncClient(
-                f"127.0.0.1:{port}", 10, ca_file=AUTHORITY, cert_file=cert(name), key_file=key(name)
+                f"127.0.0.1:{port}", 10, ca_file=AUTHORITY, cert_file=cert(name), key_file=key(name), max_attempts=1
             ) as client:
                 if ok:
                     assert await client.status() == STATUS
