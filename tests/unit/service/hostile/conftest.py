@@ -18,6 +18,7 @@ SETTLE_S = 60.0
 NEVER_IN_THE_LOG = ("Traceback", "fault ", "never retrieved", "never awaited", "a generation failed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests of this folder in one process, if there are several: one service does for them."""
     for item in items:
