@@ -6,6 +6,7 @@ log under an id, and the client gets the id. Used by the servicers.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -61,6 +62,10 @@ class Guard:
             yield
         except RayMoEError as error:
             await abort(context, error)
+        except (
+            grpc.aio.InternalError
+        ) as error:  # no answer can be sent: the client hung up, and the cancel is under way
+            raise asyncio.CancelledError from error
         except Exception as error:
             fault = secrets.token_hex(4)
             logger.exception("fault %s of the service", fault)
