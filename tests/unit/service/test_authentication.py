@@ -59,24 +59,23 @@ async def door(path: Path) -> AsyncIterator[Door]:
 
 
 @pytest.fixture
-async def who(door: Door) -> AsyncIterator[Any]:
+async def channel(door: Door) -> AsyncIterator[grpc.aio.Channel]:
     async with grpc.aio.insecure_channel(await door.start()) as channel:
-        yield channel.stream_stream("/Door/Who", None, None)
+        yield channel
 
 
-async def answer(who: Any, *metadata: tuple[str, str]) -> bytes:
-    (name,) = [name async for name in who(iter([b""]), metadata=metadata)]
-    return bytes(name)
+async def answer(channel: grpc.aio.Channel, *metadata: tuple[str, str]) -> bytes:
+    return bytes(await channel.unary_unary("/Door/Who", None, None)(b"", metadata=metadata))
 
 
-async def test_both_headers_and_any_case_of_the_scheme(who: Any, path: Path) -> None:
+async def test_both_headers_and_any_case_of_the_scheme(channel: grpc.aio.Channel, path: Path) -> None:
     key = add(path)
     for header, value in (("authorization", f"Bearer {key}"), ("authorization", f"bEARER {key}"), ("x-api-key", key)):
-        assert await answer(who, (header, value)) == b"alice"
-    assert await answer(who, ("x-api-key", "none"), ("authorization", f"Bearer {key}")) == b"alice"
+        assert await answer(channel, (header, value)) == b"alice"
+    assert await answer(channel, ("x-api-key", "none"), ("authorization", f"Bearer {key}")) == b"alice"
 
 
-async def test_refusals_have_their_own_codes(who: Any, path: Path) -> None:
+async def test_refusals_have_their_own_codes(channel: grpc.aio.Channel, path: Path) -> None:
     admin = add(path, "bob", ("admin",))
     for metadata, code, name, said in (
         ((), grpc.StatusCode.UNAUTHENTICATED, "Unauthenticated", "needs an API key"),
@@ -84,7 +83,7 @@ async def test_refusals_have_their_own_codes(who: Any, path: Path) -> None:
         ((("x-api-key", admin),), grpc.StatusCode.PERMISSION_DENIED, "PermissionDenied", "has admin"),
     ):
         with pytest.raises(grpc.aio.AioRpcError, match=said) as refusal:
-            await answer(who, *metadata)
+            await answer(channel, *metadata)
         assert (refusal.value.code(), error_class(refusal.value)) == (code, name)
 
 
@@ -99,19 +98,19 @@ async def test_any_key_will_do_where_no_role_is_asked_for(path: Path) -> None:
     assert Guard(Admission(FakeBackend(), keys=KeyRing(path))).caller(context, None).name == "bob"
 
 
-async def test_a_limit_says_when_to_retry(who: Any, path: Path) -> None:
+async def test_a_limit_says_when_to_retry(channel: grpc.aio.Channel, path: Path) -> None:
     key = add(path, limits=Limits(requests_per_minute=1))
-    assert await answer(who, ("x-api-key", key)) == b"alice"
+    assert await answer(channel, ("x-api-key", key)) == b"alice"
     with pytest.raises(grpc.aio.AioRpcError, match="1 requests a minute") as refusal:
-        await answer(who, ("x-api-key", key))
+        await answer(channel, ("x-api-key", key))
     assert error_class(refusal.value) == Overloaded.__name__
     trailers: Any = refusal.value.trailing_metadata()
     assert trailers[RETRY_AFTER_KEY] == "60.000"
 
 
-async def test_a_stream_ends_after_its_key_is_revoked(who: Any, door: Door, path: Path) -> None:
+async def test_a_stream_ends_after_its_key_is_revoked(channel: grpc.aio.Channel, door: Door, path: Path) -> None:
     key = add(path)
-    call = who(metadata=(("x-api-key", key),))
+    call = channel.stream_stream("/Door/Who", None, None)(None, metadata=(("x-api-key", key),))
     await call.write(b"")
     assert await call.read() == b"alice"
     with editing(path) as entries:
