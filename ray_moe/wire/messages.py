@@ -47,7 +47,7 @@ def parse(kind: type[M], data: bytes) -> M:
     except DecodeError as exc:
         raise WireError(
             f"these {len(data):,} bytes are not a {kind.__name__} ({exc}): "
-            "send the message of protos/ray_moe/v1, its text in UTF-8"
+            f"send an encoded {kind.DESCRIPTOR.full_name}, its text in UTF-8"
         ) from exc
 
 

@@ -16,7 +16,7 @@ from ray_moe.errors import InvalidRequest, NotFound
 from ray_moe.service import validation
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.guard import Context, Guard
-from ray_moe.service.grpc.handlers import one_to_many, one_to_one, parse_foreign
+from ray_moe.service.grpc.handlers import one_to_many, one_to_one
 from ray_moe.wire import messages
 from ray_moe.wire.v1 import admin_pb2 as pb
 
@@ -101,14 +101,14 @@ class HealthService:
 
     async def check(self, data: bytes, context: Context) -> bytes:
         async with self._guard.errors(context):
-            status = self._status(parse_foreign(HealthCheckRequest, data).service)
+            status = self._status(messages.parse(HealthCheckRequest, data).service)
             if status == HealthCheckResponse.SERVICE_UNKNOWN:
                 raise NotFound(f"expected one of {sorted(self._services)}")
             return bytes(HealthCheckResponse(status=status).SerializeToString())
 
     async def watch(self, data: bytes, context: Context) -> None:
         async with self._guard.errors(context):
-            service, last = parse_foreign(HealthCheckRequest, data).service, None
+            service, last = messages.parse(HealthCheckRequest, data).service, None
             while True:
                 ends = self._guard.admission.stopping
                 status = self._status(service)

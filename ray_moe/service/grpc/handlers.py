@@ -1,22 +1,18 @@
-"""Methods that take one request, and services that others wrote, as handlers that answer whatever comes.
+"""Methods that take one request as handlers that answer whatever comes.
 
 `grpc.aio` leaves a call without an answer, for ever, whose client ends its side before it has sent the one request of
-the method; here it gets an error. What is no message of a foreign service gets a proper error likewise. Used by the
-services; knows none of ours.
+the method; here it gets an error. Used by the services.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
 
 from ray_moe.errors import WireError
 from ray_moe.service.grpc.guard import Context, abort
-
-M = TypeVar("M", bound=Message)
 
 
 def one_to_one(method: Callable[[bytes, Context], Awaitable[bytes]]) -> grpc.RpcMethodHandler[bytes, bytes]:
@@ -42,13 +38,3 @@ async def _only_request(context: Context) -> bytes:
     if data is grpc.aio.EOF:  # type: ignore[attr-defined]
         await abort(context, WireError("the call ended before its request came; expected one message: send it"))
     return bytes(data)
-
-
-def parse_foreign(kind: type[M], data: bytes) -> M:
-    """A message of a service that is not ours. Raises: `WireError`."""
-    try:
-        return kind.FromString(data)
-    except DecodeError as exc:
-        raise WireError(
-            f"these {len(data):,} bytes are not a {kind.DESCRIPTOR.full_name} ({exc}): send that message"
-        ) from exc

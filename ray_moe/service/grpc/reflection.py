@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 
 from ray_moe.service.grpc.guard import Context, Guard
-from ray_moe.service.grpc.handlers import parse_foreign
+from ray_moe.wire import messages
 
 
 class ReflectionService:
@@ -36,7 +36,7 @@ class ReflectionService:
     async def info(self, requests: AsyncIterator[bytes], context: Context) -> None:
         async def parsed() -> AsyncIterator[ServerReflectionRequest]:
             async for data in requests:
-                yield parse_foreign(ServerReflectionRequest, data)
+                yield messages.parse(ServerReflectionRequest, data)
 
         async with self._guard.errors(context):
             async for response in self._servicer.ServerReflectionInfo(parsed(), context):

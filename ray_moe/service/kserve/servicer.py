@@ -11,14 +11,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
-from ray_moe.errors import DeadlineExceeded, Unavailable, WireError
+from ray_moe.errors import DeadlineExceeded, Unavailable
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.guard import Context, Guard
 from ray_moe.service.grpc.handlers import one_to_one
@@ -30,11 +29,10 @@ from ray_moe.service.kserve.streams import Reply, Stream
 from ray_moe.service.kserve.tensors import Output, write_output
 from ray_moe.service.offload import off_loop
 from ray_moe.types import LayerSpec
+from ray_moe.wire import messages
 from ray_moe.wire.kserve import grpc_service_pb2 as pb
 
 FINAL = "triton_final_response"
-
-M = TypeVar("M", bound=Message)
 
 
 class KServeService:
@@ -68,38 +66,38 @@ class KServeService:
     # --- What there is ---------------------------------------------------------------------------------------
     async def server_live(self, data: bytes, context: Context) -> bytes:
         async with self._guard.errors(context):
-            _message(pb.ServerLiveRequest, data)
+            messages.parse(pb.ServerLiveRequest, data)
             return pb.ServerLiveResponse(live=True).SerializeToString()
 
     async def server_ready(self, data: bytes, context: Context) -> bytes:
         async with self._guard.errors(context):
-            _message(pb.ServerReadyRequest, data)
+            messages.parse(pb.ServerReadyRequest, data)
             return pb.ServerReadyResponse(ready=self._guard.admission.serving).SerializeToString()
 
     async def model_ready(self, data: bytes, context: Context) -> bytes:
         async with self._guard.errors(context):
-            asked = _message(pb.ModelReadyRequest, data)
+            asked = messages.parse(pb.ModelReadyRequest, data)
             ready = self._guard.admission.serving and catalog.has_model(self._backend, asked.name, asked.version)
             return pb.ModelReadyResponse(ready=ready).SerializeToString()
 
     async def server_metadata(self, data: bytes, context: Context) -> bytes:
         async with self._guard.known(context):
-            _message(pb.ServerMetadataRequest, data)
+            messages.parse(pb.ServerMetadataRequest, data)
             return metadata.server().SerializeToString()
 
     async def model_metadata(self, data: bytes, context: Context) -> bytes:
         async with self._guard.known(context):
-            asked = _message(pb.ModelMetadataRequest, data)
+            asked = messages.parse(pb.ModelMetadataRequest, data)
             return metadata.metadata(self._find(asked.name, asked.version)).SerializeToString()
 
     async def model_config(self, data: bytes, context: Context) -> bytes:
         async with self._guard.known(context):
-            asked = _message(pb.ModelConfigRequest, data)
+            asked = messages.parse(pb.ModelConfigRequest, data)
             return metadata.config(self._find(asked.name, asked.version)).SerializeToString()
 
     async def model_statistics(self, data: bytes, context: Context) -> bytes:
         async with self._guard.known(context):
-            asked = _message(pb.ModelStatisticsRequest, data)
+            asked = messages.parse(pb.ModelStatisticsRequest, data)
             if asked.name:
                 models = [self._find(asked.name, asked.version)]
             else:
@@ -109,7 +107,7 @@ class KServeService:
 
     async def repository_index(self, data: bytes, context: Context) -> bytes:
         async with self._guard.known(context):
-            asked = _message(pb.RepositoryIndexRequest, data)
+            asked = messages.parse(pb.RepositoryIndexRequest, data)
             ready = self._guard.admission.serving
             # The one repository has no name, so no other has models.
             models = self._models() if not asked.repository_name and (ready or not asked.ready) else []
@@ -260,18 +258,7 @@ class _Writer:
         return pb.ModelStreamInferResponse(infer_response=response).SerializeToString()
 
 
-def _message(kind: type[M], data: bytes) -> M:
-    """Raises: `WireError` for bytes that are not such a message."""
-    try:
-        return kind.FromString(data)
-    except DecodeError as exc:
-        raise WireError(
-            f"these {len(data):,} bytes are not a {kind.__name__} ({exc}): send the message of the Open Inference "
-            "Protocol, its text in UTF-8"
-        ) from exc
-
-
 def _parse(data: bytes) -> tuple[int, pb.ModelInferRequest]:
     """The message, and when its reading began."""
     begun_ns = time.perf_counter_ns()
-    return begun_ns, _message(pb.ModelInferRequest, data)
+    return begun_ns, messages.parse(pb.ModelInferRequest, data)

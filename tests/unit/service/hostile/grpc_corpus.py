@@ -127,11 +127,13 @@ WIRE = {
     "a thousand small entries of metadata": Call(
         GENERATE, [GOOD_GENERATE], C.RESOURCE_EXHAUSTED, "metadata size", [("x", "v")] * 1000
     ),
-    "health: no message": Call(f"{HEALTH}Check", [b"\xff"], BAD, "are not a grpc.health.v1.HealthCheckRequest"),
+    "health: no message": Call(f"{HEALTH}Check", [b"\xff"], BAD, "an encoded grpc.health.v1.HealthCheckRequest"),
     "health: nothing": Call(f"{HEALTH}Check", [], BAD, "before its request came"),
     "health: an unknown service": Call(f"{HEALTH}Check", [b"\x0a\x01x"], C.NOT_FOUND, "expected one of"),
-    "health: watch no message": Call(f"{HEALTH}Watch", [b"\xff"], BAD, "are not a grpc.health.v1.HealthCheckRequest"),
-    "reflection: no message": Call(REFLECTION, [b"\xff"], BAD, "are not a grpc.reflection"),
+    "health: watch no message": Call(f"{HEALTH}Watch", [b"\xff"], BAD, "an encoded grpc.health.v1.HealthCheckRequest"),
+    "reflection: no message": Call(
+        REFLECTION, [b"\xff"], BAD, "an encoded grpc.reflection.v1alpha.ServerReflectionRequest"
+    ),
     "reflection: an unknown symbol": Call(REFLECTION, [b"\x22\x03a.b"], C.OK, num_answers=1),
     "reflection: an empty question": Call(REFLECTION, [b""], C.OK, num_answers=1),
 }

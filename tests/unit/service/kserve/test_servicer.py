@@ -242,7 +242,7 @@ async def test_bytes_that_are_no_message_are_refused(
         call = guard_and_channel[1].unary_unary(f"/{SERVICE}/{method}", None, None)
         failure = await refusal(call(b"\xff"))
         assert (failure.code(), error_class(failure)) == (C.INVALID_ARGUMENT, "WireError")
-        assert "send the message of the Open Inference Protocol" in str(failure.details())
+        assert f"send an encoded inference.{method}Request" in str(failure.details())
 
 
 async def test_a_model_without_a_tokenizer_knows_no_texts(stub: Any, backend: FakeBackend) -> None:
