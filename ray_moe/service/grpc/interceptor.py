@@ -48,16 +48,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
                     let_go(error)
                     raise
 
-        if handler.unary_unary is not None:
-            behaviour: Any = handler.unary_unary
-            return grpc.unary_unary_rpc_method_handler(answer)
+        behaviour: Any = handler.stream_unary or handler.stream_stream  # one request is a stream, too: `handlers.py`
         if handler.stream_unary is not None:
-            behaviour = handler.stream_unary
             return grpc.stream_unary_rpc_method_handler(answer)
-        if handler.unary_stream is not None:
-            behaviour = handler.unary_stream
-            return grpc.unary_stream_rpc_method_handler(answer)
-        behaviour = handler.stream_stream
         return grpc.stream_stream_rpc_method_handler(answer)
 
 

@@ -35,7 +35,8 @@ class _Context:
     def __init__(self, requests: AsyncIterator[Message], proxied: RayServegRPCContext) -> None:
         self._requests = requests
         self._proxied = proxied
-        self.answers: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
+        self.answers: asyncio.Queue[bytes | None] = asyncio.Queue()
+        """And None at the end."""
 
     def invocation_metadata(self) -> Any:
         return self._proxied.invocation_metadata()
@@ -62,7 +63,8 @@ class _Context:
             return grpc.aio.EOF  # type: ignore[attr-defined]
 
     async def write(self, answer: bytes) -> None:
-        await self.answers.put(answer)
+        self.answers.put_nowait(answer)
+        await self.answers.join()  # until it is taken
 
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any = ()) -> None:
         self._proxied.set_code(code)
@@ -83,16 +85,17 @@ async def answers(
         try:
             answer = await behaviour(context, context)
             if answer is not None:
-                await context.write(answer)
+                context.answers.put_nowait(answer)
         except _Ended:
             pass
         finally:
-            await context.answers.put(None)
+            context.answers.put_nowait(None)
 
     working = asyncio.create_task(work())
     try:
         while (answer := await context.answers.get()) is not None:
             yield answer
+            context.answers.task_done()
         await working
     finally:
         working.cancel()
