@@ -23,7 +23,7 @@ from torch import nn
 from ray_moe.config import ServerConfig
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.runtime.engine import Engine
-from ray_moe.runtime.measures import Measures
+from ray_moe.runtime.measures import Measures, measure, router_status
 from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.service import doors
 from ray_moe.service.backend import Backend
@@ -54,6 +54,7 @@ class OneProcess:
         checkpoint = Checkpoint.open(model)
         every = {path: range(layer.num_experts) for path, layer in checkpoint.layers.items()}
         self.model_name = model
+        self.backbone_bytes = checkpoint.backbone_bytes
         self.vocab_size, self.max_positions = checkpoint.vocab_size, checkpoint.max_positions
         self.engine = Engine(
             checkpoint.load_backbone(),
@@ -74,7 +75,7 @@ class OneProcess:
         return self.engine.generate(request)
 
     def measures(self) -> Measures:
-        raise NotImplementedError("the benchmark scrapes no metrics")
+        return measure(router_status("one", self.backbone_bytes, self.engine, None), self.engine, None)
 
 
 async def serve(model: str, port: int) -> None:

@@ -92,14 +92,15 @@ def run(asked: Asked, config: Config, json_file: Path | None) -> None:
 
 
 def record(to: Target, file: Path, seconds: float | None, timeout_s: float) -> None:
-    """Watch a service and write its traffic to `file`; Ctrl-C ends it early, and what there is is kept."""
+    """Watch a router and write its traffic to `file`; Ctrl-C ends it early, and what there is is kept."""
     seconds = SECONDS if seconds is None else seconds
     check_range("--seconds", seconds, 0, above=True)
     check_writable(file)
     steps: list[Step] = []
     num_experts: dict[str, int] = {}
     why = ""
-    with Client(to.server, timeout_s, **to.access) as client, ProgressView(Console(stderr=True)) as view:
+    client = Client(to.server, timeout_s, discover=False, **to.access)  # what routers count is their own
+    with client, ProgressView(Console(stderr=True)) as view:
         view.update("recording", 0, seconds)
         try:
             for layers, step in watch(client.status, seconds, LOOK_EVERY_S, time.monotonic, time.sleep):

@@ -36,7 +36,8 @@ class Look:
 def run(to: Target, interval_s: float, once: bool, timeout_s: float) -> None:
     """Show a service until Ctrl-C; a single time with `once`, or where there is no terminal."""
     console = Console()
-    with Client(to.server, timeout_s, **to.access) as client:
+    # Rates are of one router: a look at another one would say nothing about the last.
+    with Client(to.server, timeout_s, discover=False, **to.access) as client:
         if once or not console.is_terminal:
             first = _look(client)
             time.sleep(interval_s)

@@ -38,6 +38,7 @@ def looks(*told: ServiceStatus | BaseException) -> type[FakeClient]:
 
     class Client(FakeClient):
         def status(self) -> ServiceStatus:
+            assert self.access["discover"] is False  # two looks at two routers would tell no rate
             item = next(coming)
             if isinstance(item, BaseException):
                 raise item
