@@ -12,21 +12,20 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from ray_moe.actors import logs, nodes
+from ray_moe.actors.hosts import Actor, by_number, host_status, started
 from ray_moe.actors.routers import FAILED_S, RETRY_S, Routers
 from ray_moe.actors.spec import ClusterStatus, HostReport, RouterReport, ServiceSpec, cluster_settings
 from ray_moe.errors import InvalidRequest, NotFound, RayMoEError
 from ray_moe.policy import events as ev
 from ray_moe.policy import planner
 from ray_moe.policy.cluster_state import ClusterState
-from ray_moe.policy.hosts import HostState, number_of
 from ray_moe.policy.summary import summarise
 from ray_moe.policy.survival import p_lossless
 from ray_moe.types import (
@@ -34,7 +33,6 @@ from ray_moe.types import (
     ClusterEvent,
     HostAddress,
     HostId,
-    HostStatus,
     PlanSummary,
     RouterAddress,
     RoutingTable,
@@ -50,17 +48,6 @@ NUM_EVENTS = 200
 """Events that are remembered for whoever asks."""
 
 
-@dataclass(slots=True)
-class _Actor:
-    """The expert actor of a host, over all its lives."""
-
-    keeper: asyncio.Task[None] | None = None
-    handle: Any = None
-    report: HostReport | None = None
-    ended: bool = False
-    """Whether it has died for good, so that another one must be started in its place."""
-
-
 class Controller:
     """Keeps hosts and routers alive and the routing table true."""
 
@@ -70,7 +57,7 @@ class Controller:
         self._settings = cluster_settings(spec.config, spec.layers)
         self._launcher = spec.find("launcher")
         self._state = ClusterState(self._settings, spec.hosts, spec.standbys, spec.placement, now_s=time.monotonic())
-        self._actors: dict[HostId, _Actor] = {}
+        self._actors: dict[HostId, Actor] = {}
         self._published = asyncio.Event()
         self._events: deque[ClusterEvent] = deque(maxlen=NUM_EVENTS)
         self._routers = Routers(self._launcher, self._look_whether_ready, self._note_failure)
@@ -167,7 +154,10 @@ class Controller:
         return ClusterStatus(
             state=self._state_name(),
             epoch=state.table.epoch,
-            hosts=tuple(self._host_status(host) for host in _by_number(state.hosts.values())),
+            hosts=tuple(
+                host_status(self._spec, state, host, self._actors.get(host.host_id))
+                for host in by_number(state.hosts.values())
+            ),
             routers=self._routers.addresses,
             changing=change,
             events=tuple(self._events),
@@ -223,7 +213,7 @@ class Controller:
             on = sorted({host.node for host in hosts.values() if host.node})
             raise NotFound(
                 f"no expert actor and no node {target!r}; the actors are "
-                f"{', '.join(host.host_id for host in _by_number(hosts.values()))}, on the nodes "
+                f"{', '.join(host.host_id for host in by_number(hosts.values()))}, on the nodes "
                 f"{', '.join(node[:12] for node in on)}"
             )
         return found
@@ -338,17 +328,17 @@ class Controller:
 
     # --- the life of a host ----------------------------------------------------------------------------------
     def _keep(self, host_id: HostId) -> None:
-        actor = self._actors.setdefault(host_id, _Actor())
+        actor = self._actors.setdefault(host_id, Actor())
         actor.keeper = self._spawn(self._keep_host(host_id, actor))
 
-    async def _keep_host(self, host_id: HostId, actor: _Actor) -> None:
+    async def _keep_host(self, host_id: HostId, actor: Actor) -> None:
         """Bring the host up, wait for its end, again and again."""
         while True:
             try:
                 actor.handle = await self._launcher.start_host.remote(host_id, actor.ended)
                 actor.ended = False
                 report = actor.report = await actor.handle.start.remote()
-                self._handle(_started(report))
+                self._handle(started(report))
                 await actor.handle.until_lost.remote()
             except ActorUnavailableError:  # Ray restarts it
                 self._handle(ev.HostLost(host_id, ""))
@@ -382,7 +372,7 @@ class Controller:
             with contextlib.suppress(RayError, asyncio.TimeoutError):
                 await asyncio.wait_for(handle.stop.remote(), self._spec.config.server.grace_s + CHECK_TIMEOUT_S)
 
-    async def _examine(self, actor: _Actor, address: HostAddress) -> None:
+    async def _examine(self, actor: Actor, address: HostAddress) -> None:
         """Is a host that a router could not reach alive after all? A hung one is put down, and so restarted."""
         handle = actor.handle
         try:
@@ -398,7 +388,7 @@ class Controller:
             ray.kill(handle, no_restart=False)
             return
         if report.incarnation == address.incarnation:
-            self._handle(_started(report))
+            self._handle(started(report))
 
     def _note_failure(self, what: str, error: RayError) -> None:
         """Before the service was ever ready this is the end; afterwards it is tried again."""
@@ -417,7 +407,7 @@ class Controller:
         life: int = await self._launcher.count_restart.remote()
         host_ids: Sequence[HostId] = await self._launcher.hosts.remote()
         for host_id in host_ids:
-            self._actors[host_id] = _Actor(handle=await self._launcher.start_host.remote(host_id))
+            self._actors[host_id] = Actor(handle=await self._launcher.start_host.remote(host_id))
         asked = [actor.handle.describe.remote() for actor in self._actors.values()]
         answers = await asyncio.gather(
             *(asyncio.wait_for(answer, CHECK_TIMEOUT_S) for answer in asked), return_exceptions=True
@@ -435,7 +425,7 @@ class Controller:
         standbys = [host_id for host_id in dict.fromkeys(spare) if host_id in host_ids][: len(self._spec.standbys)]
         self._state = ClusterState.recovered(
             self._settings,
-            [_started(report) for report in reports.values()],
+            [started(report) for report in reports.values()],
             [host_id for host_id in host_ids if host_id not in standbys],
             standbys,
             self._spec.placement,
@@ -471,47 +461,12 @@ class Controller:
             actor.report = await asyncio.wait_for(actor.handle.describe.remote(), REPORT_EVERY_S)
         return actor.report
 
-    def _host_status(self, host: HostState) -> HostStatus:
-        assigned = self._state.assigned(host.host_id)
-        status = HostStatus(
-            host_id=host.host_id,
-            state=self._state.phase_name(host),
-            restarts=max(0, host.num_lives - 1),
-            weight_bytes=self._spec.bytes_of(assigned),
-            num_experts=sum(len(experts) for experts in assigned.values()),
-        )
-        actor = self._actors.get(host.host_id)
-        report = None if actor is None or host.phase != "up" else actor.report
-        if report is None:
-            return status
-        return replace(
-            status,
-            node_id=report.node_id,
-            pid=report.pid,
-            rss_bytes=report.rss_bytes,
-            loaded_bytes=report.loaded_bytes,
-            num_calls=report.num_calls,
-            num_rows=report.num_rows,
-            utilisation=report.busy_fraction,
-            queued_rows=report.queued_rows,
-        )
-
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_log_end)
         return task
-
-
-def _started(report: HostReport) -> ev.HostStarted:
-    if report.address is None:
-        raise RayMoEError("a host that does not listen has described itself")
-    return ev.HostStarted(report.address, report.held, domain=report.domain)
-
-
-def _by_number(hosts: Iterable[HostState]) -> list[HostState]:
-    return sorted(hosts, key=lambda host: number_of(host.host_id))
 
 
 def _reason(error: RayError) -> str:

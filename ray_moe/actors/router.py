@@ -197,8 +197,8 @@ class Router:
         return self._partition
 
     def _make_dispatcher(self) -> ExpertDispatcher:
-        from ray_moe.runtime.exchange import DispatchSettings
         from ray_moe.runtime.moe_layer import ExpertDispatcher
+        from ray_moe.runtime.settings import DispatchSettings
 
         config = self._spec.config
         settings = DispatchSettings(

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,13 +23,12 @@ from ray_moe.errors import HostLost, StaleRouting, Unavailable
 from ray_moe.ops.dispatch import HostShare, Ints, cut, split_by_host
 from ray_moe.runtime.lines import RECONNECT_EVERY_S, Lines, Peer, Sent
 from ray_moe.runtime.own_experts import OwnExperts
-from ray_moe.runtime.routing import LayerRoutes, Reach, Routes, View
+from ray_moe.runtime.routing import How, LayerRoutes, Reach, Routes, View
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.runtime.statistics import Statistics
 from ray_moe.runtime.tracing import Span, Value, current
 from ray_moe.transport.base import ExpertCall
 from ray_moe.types import HostAddress, HostId, LayerPath
-
-CombineAt = Literal["router", "host"]
 
 MAX_ROWS_PER_CALL = 4096
 """Larger shares are cut, so that a host with a huge batch still answers something now and then."""
@@ -42,27 +40,6 @@ LOAD_PATIENCE = 3.0
 """Deadlines after which an answer is so late that an expert is read into the lifeboat for it: reading is work too."""
 
 MakeCall = Callable[[HostShare, int], ExpertCall]
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchSettings:
-    """How the dispatcher combines, how long it waits, and when it asks somebody else."""
-
-    combine: CombineAt = "router"
-    """``router``: unweighted rows come back and are summed in `transformers`' own order (bit-equal).
-    ``host``: weighted partial sums come back; less traffic, other rounding in bf16."""
-    call_timeout_s: float = 30.0
-    """A host that has answered nothing for so long is taken for lost."""
-    recovery_timeout_s: float = 60.0
-    """How long rows wait for a host that can compute them before the batch fails with `Unavailable`."""
-    hedge: bool = True
-    """Whether a call that is overdue is sent to another replica as well."""
-    hedge_factor: float = 3.0
-    """A call is overdue after this many times what its host needs as a rule."""
-    hedge_min_s: float = 0.05
-    """But not before so long: what is faster than this is not worth computing twice."""
-    check_finite: bool = True
-    """Whether NaN and infinity in the experts' outputs, of tokens without, are computed again elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +56,6 @@ class Router:
         """Route by what the router holds itself at this moment."""
         if self.own is not None:
             self.routes.set_own(self.own.cached, self.own.aboard)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class How:
-    """Who may compute which of a batch's slots, and how the answers come."""
-
-    reach: Reach = "any"
-    in_order: bool = False
-    """Whether the answers come in the order of the shares, so that a sum over them is always the same."""
-    only: Ints | None = None
-    """Ascending slots to compute; None for all of them."""
-    avoid: frozenset[HostId] = frozenset()
-    """Hosts that are not asked. What then finds nobody waits only while the table names somebody else, and no longer
-    than a host may be silent."""
 
 
 class _Hedge:

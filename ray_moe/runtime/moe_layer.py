@@ -20,16 +20,15 @@ import torch
 
 from ray_moe.errors import ExpertFailed, Unavailable
 from ray_moe.ops.dispatch import HostShare, Ints, combine
-from ray_moe.runtime.exchange import CombineAt, DispatchSettings, Exchange, How, MakeCall, Router
+from ray_moe.runtime.exchange import Exchange, MakeCall, Router
 from ray_moe.runtime.lines import Lines
 from ray_moe.runtime.own_experts import OwnExperts
 from ray_moe.runtime.reports import Reports
-from ray_moe.runtime.routing import Reach, Routes
+from ray_moe.runtime.routing import How, Reach, Routes
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.runtime.statistics import Statistics
 from ray_moe.transport.base import ExpertCall, Transport
 from ray_moe.types import HostAddress, HostId, LayerPath, RoutingTable
-
-__all__ = ["CombineAt", "DispatchSettings", "ExpertDispatcher"]
 
 Sources = list[tuple[Ints, HostAddress | None]]
 """Slots, and the host that computed them; None is the router itself."""

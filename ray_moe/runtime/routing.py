@@ -37,6 +37,20 @@ Load = Callable[[Sequence[HostId]], tuple[Floats, Floats]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class How:
+    """Who may compute which of a batch's slots, and how the answers come."""
+
+    reach: Reach = "any"
+    in_order: bool = False
+    """Whether the answers come in the order of the shares, so that a sum over them is always the same."""
+    only: Ints | None = None
+    """Ascending slots to compute; None for all of them."""
+    avoid: frozenset[HostId] = frozenset()
+    """Hosts that are not asked. What then finds nobody waits only while the table names somebody else, and no longer
+    than a host may be silent."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerRoutes:
     """Where the experts of one layer are computed."""
 

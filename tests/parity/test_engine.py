@@ -18,7 +18,8 @@ from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import place_by_index
 from ray_moe.runtime.engine import Engine, EngineLimits
 from ray_moe.runtime.expert_host import ExpertHost
-from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
+from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.transport.local import LocalTransport
 from ray_moe.types import GenerateRequest, RoutingTable
 from tests.tiny_models import TINY, save

@@ -6,7 +6,8 @@ import threading
 
 from ray_moe.policy.placement import replace_host
 from ray_moe.runtime.expert_host import ExpertHost
-from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
+from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.types import HostAddress, HostId, RoutingTable
 from tests.toy import ToyExperts, hold_all, local_cluster, own_experts
 

@@ -11,7 +11,8 @@ import torch
 from ray_moe.errors import Unauthenticated, Unavailable
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.runtime.expert_host import ExpertHost
-from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
+from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.transport.base import ExpertReply
 from ray_moe.transport.local import Fault, FaultPlan
 from ray_moe.types import HostAddress, Placement, RoutingTable

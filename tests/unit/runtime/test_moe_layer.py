@@ -8,7 +8,8 @@ from ray_moe.errors import ExpertFailed, NotFound, Unavailable
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import replace_host
 from ray_moe.runtime import exchange
-from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
+from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.transport.local import Fault, FaultPlan
 from ray_moe.types import HostAddress, RoutingTable
 from tests.toy import LAYER, ToyExperts, local_cluster, random_routing

@@ -30,7 +30,8 @@ from ray_moe.ops.experts import StackedExperts
 from ray_moe.runtime.engine import Engine
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.host_loop import INLINE_FLOPS, HostLoop
-from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
+from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.runtime.stepper import Stepper
 from ray_moe.service.composition import Service
 from ray_moe.service.doors import Doors

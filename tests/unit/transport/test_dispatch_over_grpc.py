@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ray_moe.runtime.host_loop import HostLoop
-from ray_moe.runtime.moe_layer import DispatchSettings, ExpertDispatcher
+from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.transport.grpc_client import GrpcTransport
 from ray_moe.transport.grpc_server import HostServer
 from ray_moe.transport.settings import TransportSettings

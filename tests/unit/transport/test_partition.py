@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ray_moe.errors import HostLost
-from ray_moe.runtime.exchange import DispatchSettings
 from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.transport.partition import PartitionedTransport
 from tests.toy import LAYER, ToyExperts, local_cluster, random_routing
 
