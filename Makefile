@@ -19,7 +19,7 @@ demo: $(STAMP)  ## train a small MoE, serve it with its experts in actors, kill 
 
 test: $(STAMP)  ## the whole suite
 	@$(PY) -m pytest -n 2 --dist loadgroup tests/arch tests/unit tests/sim tests/parity
-	@$(PY) -m pytest -n 2 --dist loadfile tests/ray
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray
 
 # Unit tests that open sockets or start processes take as long as all others; `make test` has them.
 SLOWER := transport service client

@@ -19,7 +19,7 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
-from ray_moe.actors import logs
+from ray_moe.actors.process import made_to_stay, set_up
 from ray_moe.actors.spec import HostReport, ServiceSpec, transport_settings
 from ray_moe.actors.tracing import close_tracer, make_tracer
 from ray_moe.errors import InsufficientResources, RayMoEError
@@ -50,12 +50,11 @@ class ExpertActor:
 
     def __init__(self, host_id: HostId, spec: ServiceSpec) -> None:
         # Imported here and below, so that the launcher can name this class without loading torch.
-        import torch
+        with made_to_stay():
+            from ray_moe.runtime.expert_host import ExpertHost
+            from ray_moe.runtime.host_loop import HostLoop
 
-        from ray_moe.runtime.expert_host import ExpertHost
-        from ray_moe.runtime.host_loop import HostLoop
-        from ray_moe.transport.allocator import tune_malloc
-
+            set_up(spec.config.logs, host_id, spec.config.experts.num_threads)
         self._spec = spec
         self._host = ExpertHost(host_id)
         self._loop = HostLoop(self._host)
@@ -65,9 +64,6 @@ class ExpertActor:
         self._checkpoint: Checkpoint | None = None
         self._reading_bytes = 0
         self._changing = asyncio.Lock()
-        logs.configure(spec.config.logs, host_id)
-        tune_malloc()
-        torch.set_num_threads(spec.config.experts.num_threads)
         self._device = "cuda" if spec.config.experts.num_gpus else "cpu"
 
     # --- life ------------------------------------------------------------------------------------------------
@@ -83,7 +79,8 @@ class ExpertActor:
                 if self._loop.tracer is None:
                     name = self._host.host_id
                     self._loop.tracer = make_tracer(config.tracing, config.service_name, name, begins=False)
-                await asyncio.to_thread(self._open)
+                with made_to_stay():
+                    await asyncio.to_thread(self._open)
                 self._address = await self._listen()
         return await self.describe()
 

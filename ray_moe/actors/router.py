@@ -20,8 +20,8 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from ray_moe.actors import logs
 from ray_moe.actors.chaos import run_chaos
+from ray_moe.actors.process import made_to_stay, set_up
 from ray_moe.actors.spec import ClusterStatus, FrontDoor, RouterReport, ServiceSpec, transport_settings
 from ray_moe.actors.tracing import close_tracer, make_tracer
 from ray_moe.errors import InsufficientResources, InvalidConfig, RayMoEError, Unavailable
@@ -71,11 +71,7 @@ class Router:
     """One backbone and its front door."""
 
     def __init__(self, router_id: str, spec: ServiceSpec) -> None:
-        # Imported here and below, so that the launcher can name this class without loading torch.
-        import torch
-
-        from ray_moe.transport.allocator import tune_malloc
-
+        # Here and below torch is imported late, so that the launcher can name this class without loading it.
         self.router_id = router_id
         self._spec = spec
         self._started_at = time.monotonic()
@@ -96,9 +92,8 @@ class Router:
         """When the controller was last there."""
         self._controller_handle: Any = None
         self._tracer: Tracer | None = None
-        logs.configure(spec.config.logs, router_id)
-        tune_malloc()
-        torch.set_num_threads(spec.config.router.num_threads)
+        with made_to_stay():
+            set_up(spec.config.logs, router_id, spec.config.router.num_threads)
 
     # --- life ------------------------------------------------------------------------------------------------
     async def start(self, before: RouterAddress | None = None) -> RouterAddress:
@@ -123,7 +118,8 @@ class Router:
                     asyncio.create_task(self._follow(dispatcher)),
                     asyncio.create_task(self._tell(dispatcher)),
                 ]
-            engine = await asyncio.to_thread(self._load, dispatcher)
+            with made_to_stay():
+                engine = await asyncio.to_thread(self._load, dispatcher)
             await self._table_arrived.wait()
             self._engine = engine
             self._address = replace(self._address, ready=True)

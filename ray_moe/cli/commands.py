@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import ray_moe
+from ray_moe.actors.process import made_to_stay
 from ray_moe.cli.keys import keys
 from ray_moe.cli.target import Target, asks_a_service
 from ray_moe.cli.terminal import Interrupts, told
@@ -69,7 +70,8 @@ def serve(
             raise InvalidConfig("no model to serve: name a checkpoint, as in `ray-moe serve DIRECTORY`")
         with Interrupts() as interrupts:
             try:
-                from ray_moe.cli.serve import run
+                with made_to_stay():
+                    from ray_moe.cli.serve import run
 
                 run(loaded.config, interrupts)
             except KeyboardInterrupt:

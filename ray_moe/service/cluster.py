@@ -72,7 +72,7 @@ def join(config: RayConfig, *, log_to_driver: bool = False) -> Joined:
             )
         else:
             ray.init(address=config.address, namespace=NAMESPACE, log_to_driver=log_to_driver, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray has many, and a bare one for a raylet that takes more than 30 s to start
         raise Unavailable(
             f"cannot {'start' if local else 'reach'} Ray at {config.address!r}: {error}; "
             + (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each actor, a process, would compile the whole package again
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +24,32 @@ from ray_moe.service.composition import Service
 from tests.ray.support import GPU_SHARE, serving
 from tests.tiny_models import save
 
+FOLDER = Path(__file__).parent
+
 NUM_CPUS = 8
 """What this Ray may give out. Tiny models compute little, so it need not be what the machine has."""
 
 STORE_BYTES = 200 * 2**20
 
+LONGEST_FIRST = (
+    "elastic",
+    "faults",
+    "parity",
+    "serve_command",
+    "autoscaling",
+    "serve",
+    "standby",
+    "transports",
+    "nodes",
+)
+"""The files of tests in this order, and then the others: no process of tests is left alone with a long one."""
+
 Serve = Callable[..., Service]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)) if item.path.parent == FOLDER else -1)
 
 
 @pytest.fixture(scope="session", autouse=True)

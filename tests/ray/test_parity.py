@@ -33,9 +33,9 @@ def client(family):
         yield client
 
 
-@pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-actors")
+@pytest.fixture(params=[1, 2], ids=lambda count: f"{count}-actors")
 def served(request, family, client):
-    """The same service with one actor, two and three, and what it had done before."""
+    """The same service with one actor and with two, and what it had done before."""
     name, reference, _ = family
     if len(client.status().hosts) != request.param:
         client.resize(request.param)

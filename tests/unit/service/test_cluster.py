@@ -1,0 +1,24 @@
+"""Joining Ray where there is none to join."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+
+from ray_moe.config import RayConfig
+from ray_moe.errors import Unavailable
+from ray_moe.service import cluster
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no"), RuntimeError("no"), Exception("no")], ids=repr)
+@pytest.mark.parametrize(
+    ("address", "advice"), [("local", "cannot start.*session_latest/logs"), ("10.0.0.1:6379", "cannot reach.*address")]
+)
+def test_whatever_ray_raises_is_told_with_what_to_do(monkeypatch, error, address, advice):
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "_set_auth_mode", lambda mode: None)
+    with pytest.raises(Unavailable, match=advice):
+        cluster.join(RayConfig(address=address))
