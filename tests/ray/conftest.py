@@ -62,6 +62,7 @@ def local_ray() -> Iterator[Cluster]:
         "num_gpus": 1 if GPU_SHARE else 0,
         "object_store_memory": STORE_BYTES,
         "include_dashboard": False,
+        "include_log_monitor": False,
         # Raylets that are killed are missed after three seconds instead of sixteen; one that is only slow is not.
         "_system_config": {
             "health_check_initial_delay_ms": 1000,

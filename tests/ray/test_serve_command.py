@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pytest
 
 from ray_moe.client.sync import Client
 from tests.ray.support import PROMPT, Streams, greedy, prompts, unix_sockets
@@ -94,8 +93,7 @@ def command(model: Path, log: Path) -> Iterator[Command]:
                 child.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_it_answers_and_ends_when_told(mixtral, tmp_path, number):
+def test_it_answers_and_ends_when_interrupted(mixtral, tmp_path):
     reference, folder = mixtral
     shared_memory = set(os.listdir("/dev/shm"))
     with command(folder, tmp_path / "log") as serve:
@@ -103,10 +101,7 @@ def test_it_answers_and_ends_when_told(mixtral, tmp_path, number):
         with Client(serve.address) as client:
             given = client.generate(token_ids=PROMPT, max_new_tokens=32, ignore_eos=True)
         assert [given.token_ids] == greedy(reference, [PROMPT], 32)
-        if number == signal.SIGINT:  # Ctrl-C reaches everything in the terminal's foreground
-            os.killpg(serve.process.pid, number)
-        else:
-            serve.process.send_signal(number)
+        os.killpg(serve.process.pid, signal.SIGINT)  # Ctrl-C reaches everything in the terminal's foreground
         assert serve.process.wait(END_TIMEOUT_S) == 0, serve.log.read_text()
         serve.assert_nothing_is_left(shared_memory)
         assert "Traceback" not in serve.log.read_text()
@@ -124,7 +119,7 @@ def test_nothing_outlives_it_when_it_is_killed(mixtral, tmp_path):
         serve.assert_nothing_is_left(shared_memory, slow=RAYS_AGENTS)
 
 
-def test_it_is_interrupted_while_it_starts(mixtral, tmp_path):
+def test_it_is_told_to_end_while_it_starts(mixtral, tmp_path):
     shared_memory = set(os.listdir("/dev/shm"))
     with command(mixtral[1], tmp_path / "log") as serve:
         end_by = time.monotonic() + START_TIMEOUT_S
@@ -132,7 +127,7 @@ def test_it_is_interrupted_while_it_starts(mixtral, tmp_path):
             assert time.monotonic() < end_by, serve.log.read_text()
             time.sleep(0.05)
         serve.record_children()
-        os.killpg(serve.process.pid, signal.SIGINT)
+        serve.process.send_signal(signal.SIGTERM)
         assert serve.process.wait(END_TIMEOUT_S) == 0, serve.log.read_text()
         serve.assert_nothing_is_left(shared_memory)
         assert "Traceback" not in serve.log.read_text()

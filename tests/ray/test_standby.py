@@ -20,10 +20,9 @@ def test_a_standby_takes_over(mixtral, serve, preload):
     expected = greedy(reference, prompts(4), NUM_TOKENS)
     service = serve(folder, experts={"num_actors": 2, "standby_actors": 1, "standby_preload": preload})
     with Client(service.address) as client:
-        before = await_status(client, all_ready)
+        before = await_status(client, lambda s: all_ready(s) and (s.hosts[2].loaded_bytes > 0) == preload, what="there")
         lost, kept, standby = before.hosts
         assert [host.state for host in before.hosts] == ["ready", "ready", "standby"]
-        assert (standby.loaded_bytes > 0) == preload
 
         with Streams(service.address, prompts(4), NUM_TOKENS) as streams:
             streams.wait_for(20)
@@ -48,10 +47,3 @@ def test_a_standby_takes_over(mixtral, serve, preload):
         assert after.hosts[2].num_rows > 0
         served = {host for layer in client.placement().placement.hosts_of.values() for hosts in layer for host in hosts}
         assert served == {kept.host_id, standby.host_id}
-
-        with Streams(service.address, prompts(4), NUM_TOKENS) as streams:  # and back, with the roles exchanged
-            streams.wait_for(20)
-            os.kill(standby.pid, signal.SIGKILL)
-        assert streams.results == expected
-        again = await_status(client, all_ready)
-        assert [host.state for host in again.hosts] == ["ready", "ready", "standby"]
