@@ -1,7 +1,7 @@
 """The queue in front of an expert host: what waits is computed together, one batch at a time.
 
-Small calls to an idle host are computed at once in the event loop (a hop to a thread costs more than they do); larger
-ones in a worker thread, so that the loop goes on receiving, and what arrives meanwhile forms the next batch. It
+Small batches are computed in the event loop, because going to a thread and back costs a tenth of their time and more;
+larger ones in a worker thread, so that the loop goes on receiving. What arrives meanwhile forms the next batch. It
 measures how fast and how busy the host is, and can be told to misbehave, for drills. Called by whatever receives calls:
 the gRPC server of an expert actor, or the actor's own method.
 """
@@ -24,9 +24,8 @@ from ray_moe.runtime.meter import Meter
 from ray_moe.runtime.tracing import Span, Tracer, Value
 from ray_moe.transport.base import ExpertCall, ExpertReply
 
-INLINE_FLOPS = 20_000_000
-"""Below this a batch takes about a millisecond on one core, and blocking the event loop is the faster way."""
-
+INLINE_FLOPS = 100_000_000
+"""Up to here a batch takes a few milliseconds on one core, and blocking the event loop is the faster way."""
 
 MAX_BATCH_ROWS = 8192
 """Rows computed together at the most: more gain nothing, and the first answers would wait for the last."""
@@ -77,15 +76,6 @@ class HostLoop:
         """Compute `call`, together with what else is waiting. Raises the call's own `RayMoEError`."""
         if self._closed:
             raise Unavailable(f"host {self.host.host_id} is stopping")
-        if self._pump is None and self._disturbance is None and self.host.flops(call) <= self._inline_flops:
-            begin_s = time.monotonic()
-            spans = self._record([call], [begin_s]) if call.trace else {}
-            outcome = self.host.run([call])[0]
-            self._meter.add(self.host.flops(call), begin_s, time.monotonic())
-            _end(spans, [outcome])
-            if isinstance(outcome, RayMoEError):
-                raise outcome
-            return outcome
         future: asyncio.Future[ExpertReply] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(call, future, time.monotonic()))
         if self._pump is None:
@@ -103,10 +93,15 @@ class HostLoop:
                 begin_s = self._busy_since_s = time.monotonic()
                 await self._hang()
                 spans = self._record(calls, [each.since_s for each in batch])
-                outcomes: Sequence[Outcome] = await loop.run_in_executor(self._worker, self.host.run, calls)
+                flops = sum(map(self.host.flops, calls))
+                outcomes: Sequence[Outcome]
+                if flops <= self._inline_flops:
+                    outcomes = self.host.run(calls)
+                else:
+                    outcomes = await loop.run_in_executor(self._worker, self.host.run, calls)
                 if self._disturbance is not None:
                     outcomes = await self._disturb(self._disturbance, outcomes, time.monotonic() - begin_s)
-                self._meter.add(sum(map(self.host.flops, calls)), begin_s, time.monotonic())
+                self._meter.add(flops, begin_s, time.monotonic())
                 self._busy_since_s = None
                 _end(spans, outcomes)
                 for (_, future, _), outcome in zip(batch, outcomes, strict=True):
@@ -116,6 +111,8 @@ class HostLoop:
                         future.set_exception(outcome)
                     else:
                         future.set_result(outcome)
+                if self._waiting:
+                    await asyncio.sleep(0)  # these answers go out first
         finally:
             self._pump = None
 
