@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+import logging
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]
@@ -15,6 +18,8 @@ from ray_moe.config import RayConfig
 from ray_moe.errors import Unavailable
 from ray_moe.runtime.memory import available_bytes
 from ray_moe.service.preflight import Node, Room
+
+logger = logging.getLogger(__name__)
 
 CALM_S = 1.0
 """When for this long nothing has been given back, what is taken is in use."""
@@ -57,22 +62,10 @@ def join(config: RayConfig, *, log_to_driver: bool = False) -> Joined:
         return Joined.FOUND
     local = config.address == "local"
     _set_auth_mode(config.auth)
+    start_or_connect = partial(_start, config) if local else partial(ray.init, config.address)
     try:
-        if local:
-            for name, value in RAY_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus,
-                object_store_memory=config.object_store_bytes,
-                namespace=NAMESPACE,
-                include_dashboard=False,
-                log_to_driver=log_to_driver,
-                logging_level="error",
-            )
-        else:
-            ray.init(address=config.address, namespace=NAMESPACE, log_to_driver=log_to_driver, logging_level="error")
-    except Exception as error:  # Ray has many, and a bare one for a raylet that takes more than 30 s to start
+        start_or_connect(namespace=NAMESPACE, log_to_driver=log_to_driver, logging_level="error")
+    except Exception as error:  # Ray has many, and a bare one for a node that does not come up
         raise Unavailable(
             f"cannot {'start' if local else 'reach'} Ray at {config.address!r}: {error}; "
             + (
@@ -82,6 +75,32 @@ def join(config: RayConfig, *, log_to_driver: bool = False) -> Joined:
             )
         ) from error
     return Joined.STARTED if local else Joined.CONNECTED
+
+
+def _start(config: RayConfig, **options: Any) -> None:
+    """Start Ray on this machine.
+
+    On a busy one Ray's node may give up: its agents have 15 s to tell their ports, by which they must have been loaded.
+    The next attempt finds them in the page cache.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    attempt = partial(
+        ray.init,
+        "local",
+        num_cpus=config.num_cpus,
+        object_store_memory=config.object_store_bytes,
+        include_dashboard=False,
+        **options,
+    )
+    try:
+        attempt()
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        logger.warning("Ray did not start, and is started again: %s", error)
+        ray.shutdown()
+        attempt()
 
 
 def _set_auth_mode(mode: str) -> None:

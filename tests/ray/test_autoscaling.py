@@ -89,14 +89,16 @@ def address(tmp_path: Path) -> Iterator[str]:
     config.write_text(yaml.safe_dump(tree))
     command = [str(BIN / "ray"), "start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port)]
     command += ["--num-cpus", "2", "--include-dashboard", "false", "--object-store-memory", "200000000"]
-    command += ["--dashboard-agent-listen-port", "0", "--autoscaling-config", str(config), "--block"]
-    with running(command, tmp_path / "head.log"):
-        end_s = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert time.monotonic() < end_s, "the head does not listen"
+    command += ["--autoscaling-config", str(config), "--block"]
+    # Ports that are given are not waited for. For others a busy machine may be too slow: Ray's node waits for 15 s.
+    for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"):
+        command += [f"--{name}", str(free_port())]
+    log = tmp_path / "head.log"
+    with running(command, log) as head:
+        end_s = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert head.poll() is None, "the head has ended"
+            assert time.monotonic() < end_s, "the head does not come up"
             time.sleep(0.1)
         yield f"127.0.0.1:{port}"
 
