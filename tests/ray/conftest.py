@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from ray_moe.actors.spec import NAMESPACE
 from ray_moe.service import cluster
 from ray_moe.service.composition import Service
-from tests.ray.support import GPU_SHARE, serving
+from tests.ray.support import GPU_SHARE, agent_ports, serving
 from tests.tiny_models import save
 
 FOLDER = Path(__file__).parent
@@ -63,6 +63,7 @@ def local_ray() -> Iterator[Cluster]:
         "object_store_memory": STORE_BYTES,
         "include_dashboard": False,
         "include_log_monitor": False,
+        **agent_ports(),
         # Raylets that are killed are missed after three seconds instead of sixteen; one that is only slow is not.
         "_system_config": {
             "health_check_initial_delay_ms": 1000,
@@ -85,7 +86,11 @@ def add_node(local_ray: Cluster) -> Iterator[Callable[..., Any]]:
 
     def add(slots: int, **labels: str) -> Any:
         node = local_ray.add_node(
-            num_cpus=slots, resources={"expert_slot": slots}, labels=labels, object_store_memory=STORE_BYTES
+            num_cpus=slots,
+            resources={"expert_slot": slots},
+            labels=labels,
+            object_store_memory=STORE_BYTES,
+            **agent_ports(),
         )
         added.append(node)
         return node

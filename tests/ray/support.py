@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,6 +133,19 @@ def await_status(
             return status
         assert time.monotonic() < end_by, f"not {what} after {timeout_s:g} s: {status}"
         time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def agent_ports() -> dict[str, int]:
+    """Ports of the agents of one of Ray's nodes. For those that are not given it waits, 15 s at the most, and on a busy
+    machine it ends where the agents need longer."""
+    return {name: free_port() for name in ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port")}
 
 
 def all_ready(status: ServiceStatus) -> bool:

@@ -6,7 +6,6 @@ A cluster of its own, started and served as a user would, from the files in `clu
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import pytest
 import yaml
 
 from ray_moe.client.sync import Client
-from tests.ray.support import await_status, greedy, prompts
+from tests.ray.support import await_status, free_port, greedy, prompts
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -32,12 +31,6 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 NUM_TOKENS = 24
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

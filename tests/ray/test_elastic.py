@@ -114,7 +114,7 @@ def service(mixtral, serve_module):
         mixtral[1],
         experts={"num_cpus": 1, "spare_slots": 8},
         balance={"enabled": True, "every_s": 0.2, "drain_s": 0.5},
-        scaling={"start_timeout_s": 45},
+        scaling={"start_timeout_s": 30},
     )
 
 
@@ -125,8 +125,8 @@ def client(service):
         yield client
 
 
-def test_two_six_two_actors_while_clients_generate(service, client, expected):
-    for wanted in (6, 2):
+def test_two_four_two_actors_while_clients_generate(service, client, expected):
+    for wanted in (4, 2):
         with undisturbed(service, expected):
             client.resize(wanted)
             await_status(client, has_actors(wanted), what=f"{wanted} actors")
@@ -144,7 +144,7 @@ def test_a_resize_without_resources_is_rolled_back_and_the_next_one_succeeds(ser
             client.resize(3)
         status = await_status(client, lambda s: not s.changing, what="rolled back")
     assert [host.host_id for host in status.hosts] == [host.host_id for host in before.hosts]
-    assert any(event.kind == "aborted" and "not done within 45 s" in event.text for event in status.events)
+    assert any(event.kind == "aborted" and "not done within 30 s" in event.text for event in status.events)
     client.resize(3)
     await_status(client, has_actors(3), what="three")
     client.resize(2)

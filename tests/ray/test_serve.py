@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 
 from ray_moe.client.requests import Forward
 from ray_moe.client.sync import Client
-from tests.ray.support import Streams, all_ready, await_status, no_leaks, prompts
+from tests.ray.support import Streams, all_ready, await_status, free_port, no_leaks, prompts
 from tests.tiny_models import save, save_tokenizer
 
 PROMPT = "def f(x):"
@@ -46,13 +45,6 @@ class Application:
     direct: str
     """The gRPC port of a router."""
     deploy: Callable[[Path], None]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def checkpoint(folder: Path, seed: int) -> tuple[Path, str]:
