@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -173,6 +174,13 @@ def resize(service: Any, client: Client) -> None:
         client.plan(dry_run=False)
 
 
+def load_beside(service: Any, client: Client) -> None:
+    """What four starting actors load, in processes that have nothing to do with the service."""
+    command = [sys.executable, "-c", "import ray_moe.models.huggingface"]
+    for process in [subprocess.Popen(command) for _ in range(4)]:
+        process.wait()
+
+
 TWO = {"balance": {"enabled": True, "every_s": 0.2, "drain_s": 0.5}}
 THREE = {"experts": {"num_actors": 3}}
 TWICE = {
@@ -188,6 +196,7 @@ DISTURBANCES = (
     Disturbance("an actor hangs (SIGSTOP)", THREE, kill_hosts(1, signal.SIGSTOP)),
     Disturbance("the controller is killed", THREE, kill_controller),
     Disturbance("two actors, six, two, with a plan after each", TWO, resize, 1900),
+    Disturbance("nothing, but four other processes load the same libraries", TWO, load_beside, 1900),
 )
 
 
