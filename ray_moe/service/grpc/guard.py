@@ -62,10 +62,8 @@ class Guard:
             yield
         except RayMoEError as error:
             await abort(context, error)
-        except (
-            grpc.aio.InternalError
-        ) as error:  # no answer can be sent: the client hung up, and the cancel is under way
-            raise asyncio.CancelledError from error
+        except grpc.aio.InternalError as error:
+            raise asyncio.CancelledError from error  # nothing can be sent: the client hung up, a cancel is on its way
         except Exception as error:
             fault = secrets.token_hex(4)
             logger.exception("fault %s of the service", fault)

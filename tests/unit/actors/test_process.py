@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -30,6 +31,19 @@ def test_nothing_is_collected_meanwhile_and_what_is_there_stays() -> None:
     assert gc.isenabled()
     assert not is_looked_through(made)
     assert is_looked_through(later)
+
+
+def test_garbage_of_a_start_goes() -> None:
+    class Node:
+        other: object
+
+    with made_to_stay():
+        first, second = Node(), Node()
+        first.other, second.other = second, first
+        gone = weakref.ref(first)
+        del first, second
+        assert gone() is not None
+    assert gone() is None
 
 
 def test_a_start_that_fails_leaves_the_collector_on() -> None:
