@@ -15,7 +15,7 @@ import hmac
 import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ray_moe.errors import InsufficientResources, RayMoEError, WireError
 from ray_moe.transport import codec, frames, shared_memory
@@ -41,6 +41,9 @@ _log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
+_FAREWELL_S = 1.0
+"""How long `stop` waits until the routers have been told."""
+
 
 class HostServer:
     """Receives the calls of every router, in the event loop that starts it.
@@ -65,7 +68,8 @@ class HostServer:
         self._incarnation = incarnation
         self._settings = settings or TransportSettings()
         self._server: grpc.aio.Server | None = None
-        self._streams: set[asyncio.Task[None]] = set()
+        self._streams: dict[asyncio.Task[None], asyncio.Task[Any]] = {}
+        """What reads and answers, and the call's own task, which then tells the router how it ended."""
 
     async def start(self, host_ip: str = "127.0.0.1", port: int = 0) -> tuple[str, str]:
         """Listen on `host_ip` (port 0 takes a free one) and on an abstract Unix socket.
@@ -99,10 +103,12 @@ class HostServer:
         server, self._server = self._server, None
         if server is None:
             return
-        # Streams end by themselves first: grpc would print a traceback for each that it had to cancel.
+        # Streams end by themselves first: those that grpc cancels leave a traceback here, and hear no reason there.
+        calls = list(self._streams.values())
         for stream in self._streams:
             stream.cancel()
-        await asyncio.gather(*self._streams, return_exceptions=True)
+        if calls:
+            await asyncio.wait(calls, timeout=_FAREWELL_S)
         await server.stop(None)
 
     async def _exchange(self, _: AsyncIterator[bytes], context: Context) -> None:
@@ -110,8 +116,8 @@ class HostServer:
         await self._admit(metadata, context)
         stream = _Stream(context, self._submit, self._settings, shared_memory.attach(metadata.get(ARENA_KEY)))
         task = asyncio.create_task(stream.serve())
-        self._streams.add(task)
-        task.add_done_callback(self._streams.discard)
+        self._streams[task] = cast("asyncio.Task[Any]", asyncio.current_task())
+        task.add_done_callback(self._streams.pop)
         try:
             await task
         except _RouterGone:
