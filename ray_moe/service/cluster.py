@@ -62,7 +62,7 @@ def join(config: RayConfig, *, log_to_driver: bool = False) -> Joined:
         return Joined.FOUND
     local = config.address == "local"
     _set_auth_mode(config.auth)
-    start_or_connect = partial(_start, config) if local else partial(ray.init, config.address)
+    start_or_connect = partial(_start, config) if local else partial(ray.init, address=config.address)
     try:
         start_or_connect(namespace=NAMESPACE, log_to_driver=log_to_driver, logging_level="error")
     except Exception as error:  # Ray has many, and a bare one for a node that does not come up
@@ -87,7 +87,7 @@ def _start(config: RayConfig, **options: Any) -> None:
         os.environ.setdefault(name, value)
     attempt = partial(
         ray.init,
-        "local",
+        address="local",
         num_cpus=config.num_cpus,
         object_store_memory=config.object_store_bytes,
         include_dashboard=False,

@@ -15,7 +15,7 @@ from ray_moe.service import cluster
     ("address", "advice"), [("local", "cannot start.*session_latest/logs"), ("10.0.0.1:6379", "cannot reach.*address")]
 )
 def test_whatever_ray_raises_is_told_with_what_to_do(monkeypatch, error, address, advice):
-    def init(*_: object, **__: object) -> None:
+    def init(**_: object) -> None:
         raise error
 
     monkeypatch.setattr(ray, "init", init)
