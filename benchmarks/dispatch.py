@@ -51,6 +51,12 @@ class Identity:
 
     flops_per_row = 0
 
+    @property
+    def device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
     def run(self, rows: Any, experts: Sequence[int], counts: Sequence[int]) -> Any:
         return rows
 
@@ -59,7 +65,7 @@ class Identity:
 
 
 class BenchHost:
-    """An expert actor without a checkpoint: FFN and identity experts, reached by gRPC and by Ray calls."""
+    """An expert actor without a checkpoint: FFN and identity experts, reached by socket, by gRPC and by Ray calls."""
 
     def __init__(self, number: int, num_hosts: int) -> None:
         import torch
@@ -80,7 +86,7 @@ class BenchHost:
     async def listen(self, number: int) -> Any:
         import ray
 
-        from ray_moe.transport.grpc_server import HostServer
+        from ray_moe.transport.host_server import HostServer
         from ray_moe.types import HostAddress
 
         self._server = HostServer(self._loop.submit, TOKEN)
@@ -202,9 +208,9 @@ def make_doors(ray: Any) -> dict[str, Callable[..., Any]]:
     from ray_moe.policy.placement import place_by_index
     from ray_moe.runtime.moe_layer import ExpertDispatcher
     from ray_moe.transport.base import Transport
-    from ray_moe.transport.grpc_client import GrpcTransport
     from ray_moe.transport.object_store import ObjectStoreTransport
     from ray_moe.transport.settings import TransportSettings
+    from ray_moe.transport.stream_transport import StreamTransport
     from ray_moe.types import RoutingTable
 
     hosts = {f"expert-{n}": ray.remote(BenchHost).options(num_cpus=1).remote(n, NUM_HOSTS) for n in range(NUM_HOSTS)}
@@ -212,9 +218,13 @@ def make_doors(ray: Any) -> dict[str, Callable[..., Any]]:
     addresses = dict(zip(hosts, ray.get([a.listen.remote(n) for n, a in enumerate(hosts.values())]), strict=True))
     table = RoutingTable(1, place_by_index({LAYER: E, ECHO: E}, list(hosts)), addresses)
     node_id = ray.get_runtime_context().get_node_id()
+    streams = partial(StreamTransport, TOKEN, node_id=node_id)
+    inline = TransportSettings(arena_bytes=0)
     transports: dict[str, Transport] = {
-        "gRPC, shared memory": GrpcTransport(TOKEN, node_id=node_id, settings=TransportSettings()),
-        "gRPC, inline": GrpcTransport(TOKEN, node_id=node_id, settings=TransportSettings(arena_bytes=0)),
+        "socket, shared memory": streams(),
+        "socket, inline": streams(settings=inline),
+        "gRPC, shared memory": streams(sockets=False),
+        "gRPC, inline": streams(sockets=False, settings=inline),
         "object store": ObjectStoreTransport(lambda address: hosts[address.host_id]),
     }
     doors: dict[str, Callable[..., Any]] = {}

@@ -1,4 +1,4 @@
-"""One transport where it works, another where it does not: gRPC, and Ray's object store for a port out of reach."""
+"""One transport where it works, another where it does not: streams, and Ray's object store for a port out of reach."""
 
 from __future__ import annotations
 

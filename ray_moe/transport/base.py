@@ -1,7 +1,7 @@
 """The seam between a router and the hosts of experts: what is asked, what comes back, and how it travels.
 
 A router holds one `Connection` per host and submits `ExpertCall`s to it; the host's side of a transport hands
-each call to a `Submit` coroutine and sends its `ExpertReply` back. Forward and backward use the same call.
+each call to a `Submit` coroutine and sends its `ExpertReply` back. In training, forward and backward use the same call.
 Nothing here decides where a token goes (that is `ops/dispatch.py` and the routing table) or retries (that is
 `runtime/moe_layer.py`).
 
@@ -19,6 +19,9 @@ import torch
 
 from ray_moe.types import HostAddress, LayerPath
 
+TRAINING = -1
+"""In place of a version: the weights that are being trained."""
+
 
 @dataclass(slots=True)
 class ExpertCall:
@@ -31,25 +34,34 @@ class ExpertCall:
     layer: LayerPath
     epoch: int
     hidden: torch.Tensor
-    """[T, D] (any float dtype); only the t rows that `gather` picks travel."""
+    """[T, D] (any float dtype, any device); only the t rows that `gather` picks travel.
+
+    In training also uint8 [T, D + 4], rows in 8 bits as `ops/compression.pack_rows` makes them; then `grad` and the
+    reply are so too."""
     gather: torch.Tensor | None
-    """int64 [t] into `hidden`; None when all of `hidden` travels (t = T)."""
+    """int64 [t] into `hidden`, on the CPU; None when all of `hidden` travels (t = T)."""
     token: torch.Tensor | None
-    """int32 [n] into the t tokens; None when row r is token r (n = t)."""
+    """int32 [n] into the t tokens, on the CPU; None when row r is token r (n = t)."""
     experts: list[int]
     """Global indices of the experts touched, ascending."""
     counts: list[int]
     """Rows of each of them; ``sum(counts) == n``."""
     weight: torch.Tensor | None = None
-    """[n] routing weights. When given, the host combines: the reply is [t, D] weighted partial sums."""
+    """[n] routing weights, on the CPU. When given, the host combines: the reply is [t, D] weighted partial sums."""
     grad: torch.Tensor | None = None
-    """[n, D] gradient of the loss in each output row. When given this is a backward call: the host adds to
-    its parameters' gradients (once per `call_id`) and the reply is [t, D], the gradient in each token."""
+    """[n, D] gradient of the loss in each output row. When given this is a backward call of training: the host adds to
+    its experts' gradients (once per `call_id`) and the reply is [t, D], the gradient in each token."""
     call_id: str = ""
-    """``BASE:M1,M2,...``: names the rows of each of `experts` in a backward call, so that the same rows, delivered
-    again in this grouping or another, are not counted twice in an expert's gradients. Empty: always count."""
+    """``ATTEMPT/NAME`` in training: the attempt at a step that the call belongs to, and its name, the same forward and
+    backward and whenever it is sent."""
     trace: str = ""
     """W3C `traceparent` of the span that the call belongs to; empty when nothing is recorded."""
+    version: int = 0
+    """Which weights compute it: a published version, or `TRAINING`."""
+    keep: bool = False
+    """Of a forward call in training: the host keeps what it needs to go backward, under `call_id`."""
+    kept: bool = False
+    """Of a backward call: the host has kept what it needs, so `hidden` and `token` do not travel."""
 
     @property
     def num_rows(self) -> int:
@@ -57,17 +69,21 @@ class ExpertCall:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.hidden) if self.gather is None else len(self.gather)
+        tokens = self.hidden if self.gather is None else self.gather
+        return tokens.shape[0]
 
     def tokens(self) -> torch.Tensor:
-        """[t, D]: the tokens that travel."""
-        return self.hidden if self.gather is None else self.hidden.index_select(0, self.gather)
+        """[t, D]: the tokens that travel; none of a call that the host has kept."""
+        if self.kept:
+            return self.hidden[:0]
+        return self.hidden if self.gather is None else self.hidden.index_select(0, self.gather.to(self.hidden.device))
 
 
 @dataclass(slots=True)
 class ExpertReply:
     """What a host answers: [n, D] unweighted rows in the call's row order, or [t, D] when it combined.
 
+    The host leaves them on the device where the call's tokens were; what the router gets may be on the CPU.
     `rows` may lie in memory that the transport reuses: copy out of it, then call `release` once.
     """
 

@@ -19,7 +19,6 @@ from ray_moe.transport.settings import MemberCertificate, TransportSettings
 
 __all__ = [
     "METHOD",
-    "PROTOCOL_VERSION",
     "SERVICE",
     "channel_credentials",
     "client_options",
@@ -28,7 +27,6 @@ __all__ = [
     "server_options",
 ]
 
-PROTOCOL_VERSION: Final = 1
 SERVICE: Final = "ray_moe.transport.Host"
 METHOD: Final = "Exchange"
 
@@ -38,9 +36,7 @@ TOKEN_PREFIX: Final = "Bearer "
 VERSION_KEY: Final = "ray-moe-protocol"
 INCARNATION_KEY: Final = "ray-moe-incarnation"
 ARENA_KEY: Final = "ray-moe-arena-bin"
-
-HELLO_ID: Final = 0
-"""Message id of the host's first message; calls count from 1."""
+DEVICE_ARENA_KEY: Final = "ray-moe-device-arena-bin"
 
 Options = list[tuple[str, int | str]]
 

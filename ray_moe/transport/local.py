@@ -199,4 +199,5 @@ def _complete(future: Future[ExpertReply], outcome: ExpertReply | RayMoEError) -
         else:
             future.set_result(outcome)
     except InvalidStateError:  # cancelled by the caller, or failed by close()
-        pass
+        if isinstance(outcome, ExpertReply):
+            outcome.release()

@@ -110,22 +110,22 @@ class ObjectStoreConnection:
         if end is not None:
             future.set_exception(HostLost(end))
             return future
-        num_rows = codec.num_reply_rows(call)
+        wanted = codec.wanted(call)
         try:
             answer = self._actor.exchange.remote(header, *_arrays(codec.call_tensors(call))).future()
         except RayError as error:
             self._finish(_first_line(error), by_itself=True)
         else:
-            answer.add_done_callback(lambda done: self._answered(future, done, num_rows))
+            answer.add_done_callback(lambda done: self._answered(future, done, wanted))
         return future
 
     def close(self) -> None:
         self._finish("it was closed here", by_itself=False)
 
-    def _answered(self, future: Future[ExpertReply], answer: Future[Any], num_rows: int) -> None:
+    def _answered(self, future: Future[ExpertReply], answer: Future[Any], wanted: codec.Wanted) -> None:
         """Runs in a thread of Ray."""
         try:
-            reply = _read_reply(answer.result(), num_rows)
+            reply = _read_reply(answer.result(), wanted)
         except HostLost as error:  # another life answered
             self._finish(str(error), by_itself=True)
         except RayMoEError as error:
@@ -198,9 +198,9 @@ async def serve_exchange(
     return (answer, *answers)
 
 
-def _read_reply(answer: Any, num_rows: int) -> ExpertReply:
+def _read_reply(answer: Any, wanted: codec.Wanted) -> ExpertReply:
     fields, specs, _ = tensors.decode(answer[0])
-    spec, _ = codec.read_reply(fields, specs, num_rows)
+    spec, _ = codec.read_reply(fields, specs, wanted)
     (rows,) = _tensors(answer[1:], (spec,))
     if rows is None:
         raise WireError("the host answered without rows")

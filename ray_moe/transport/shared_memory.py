@@ -16,9 +16,8 @@ import hmac
 import mmap
 import os
 import stat
-import threading
 import weakref
-from collections import deque
+from functools import partial
 from typing import Any, Final
 
 import msgpack
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from ray_moe.errors import WireError
-from ray_moe.transport.free_list import FreeList
+from ray_moe.transport.free_list import Ledger
 from ray_moe.wire.tensors import TensorSpec, aligned
 
 _NAME: Final = "ray-moe"  # what /proc/*/maps shows; not a name that could be opened
@@ -40,11 +39,11 @@ _KEEP_BYTES: Final = 64 * 1024 * 1024
 class Slot:
     """A stretch of an arena: `request_bytes` for what goes to the host, then `room_bytes` for what comes back.
 
-    It is free again after `free` (again does nothing), or when the slot and every tensor of `rows` are gone, whichever
-    is first: a reply that nobody looked at, because its waiter was cancelled meanwhile, must not leak its slot.
+    It is free again after `release` (again does nothing), or when the slot and every tensor of `rows` are gone,
+    whichever is first: a reply that nobody looked at, because its waiter was cancelled meanwhile, must not leak it.
     """
 
-    __slots__ = ("_room", "free", "placement", "request")
+    __slots__ = ("_room", "placement", "release", "request")
 
     def __init__(self, arena: Arena, memory: memoryview, offset: int, request_bytes: int, room_bytes: int) -> None:
         self.placement = (offset, request_bytes, room_bytes)
@@ -52,8 +51,8 @@ class Slot:
         self.request = memory[offset : offset + request_bytes]
         # The one object that lives as long as torch uses the room: a tensor's storage holds the array it was made of.
         self._room = np.ndarray((room_bytes,), np.uint8, memory, offset + request_bytes)
-        self.free = weakref.finalize(self._room, arena.give_back, offset, request_bytes + room_bytes)
-        self.free.atexit = False
+        self.release = weakref.finalize(self._room, arena.give_back, offset, request_bytes + room_bytes)
+        self.release.atexit = False
 
     def rows(self, spec: TensorSpec) -> torch.Tensor:
         """What the host left in the room. Raises `WireError` when that cannot be in there."""
@@ -77,10 +76,8 @@ class Arena:
         self._map = mmap.mmap(self._fd, self._size)
         self._map[:_NONCE_BYTES] = self._nonce
         self._memory = memoryview(self._map)
-        self._lock = threading.Lock()
-        self._free = FreeList(self._size - _HEADER_BYTES)
-        self._returned: deque[tuple[int, int]] = deque()
-        self._touched = 0
+        # Not a method of its own: that would be a cycle, and the memory would wait for the garbage collector.
+        self._ledger = Ledger(self._size - _HEADER_BYTES, partial(_trim, self._map))
 
     @property
     def offer(self) -> bytes:
@@ -90,9 +87,7 @@ class Arena:
 
     @property
     def is_empty(self) -> bool:
-        with self._lock:
-            self._collect()
-            return self._free.is_empty
+        return self._ledger.is_empty
 
     def close_file(self) -> None:
         """Forget the file once the host has mapped it or declined; the memory stays. It goes with its last user."""
@@ -106,32 +101,18 @@ class Arena:
     def allocate(self, request_bytes: int, room_bytes: int) -> Slot | None:
         """A slot for both, or None when there is no room now. At least one of them is positive."""
         request_bytes, room_bytes = aligned(request_bytes), aligned(room_bytes)
-        length = request_bytes + room_bytes
-        with self._lock:
-            self._collect()
-            start = self._free.allocate(length)
-            if start is None:
-                return None
-            self._touched = max(self._touched, start + length)
-        return Slot(self, self._memory, _HEADER_BYTES + start, request_bytes, room_bytes)
+        start = self._ledger.allocate(request_bytes + room_bytes)
+        return None if start is None else Slot(self, self._memory, _HEADER_BYTES + start, request_bytes, room_bytes)
 
     def give_back(self, offset: int, length: int) -> None:
-        """The slot at `offset` is free. Also called by the garbage collector, in any thread at any point, even in the
-        middle of `allocate`: so it must not wait for the lock."""
-        self._returned.append((offset - _HEADER_BYTES, length))
-        if self._lock.acquire(blocking=False):
-            try:
-                self._collect()
-            finally:
-                self._lock.release()
+        """The slot at `offset` is free."""
+        self._ledger.give_back(offset - _HEADER_BYTES, length)
 
-    def _collect(self) -> None:
-        while self._returned:
-            self._free.free(*self._returned.popleft())
-        if self._touched > _KEEP_BYTES and self._free.is_empty:
-            self._touched = _KEEP_BYTES
-            start = _HEADER_BYTES + _KEEP_BYTES
-            self._map.madvise(mmap.MADV_REMOVE, start, self._size - start)
+
+def _trim(memory: mmap.mmap, peak: int) -> None:
+    if peak > _KEEP_BYTES:
+        start = _HEADER_BYTES + _KEEP_BYTES
+        memory.madvise(mmap.MADV_REMOVE, start, len(memory) - start)
 
 
 def attach(offer: object) -> memoryview | None:

@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import uvloop
 
 from ray_moe import errors
 from ray_moe.transport.allocator import tune_malloc
 from ray_moe.transport.base import ExpertCall, ExpertReply
-from ray_moe.transport.grpc_server import HostServer
+from ray_moe.transport.host_server import HostServer
 from ray_moe.transport.settings import TransportSettings
+from tests.unit.transport import device_stand_in
 
 _threads = ThreadPoolExecutor(4)
 
@@ -78,6 +80,7 @@ async def main(token: str, incarnation: str, settings: str = "{}") -> None:
     torch.set_num_threads(1)
     logging.getLogger("ray_moe").setLevel(logging.CRITICAL)  # it fails because it is told to
     tune_malloc()
+    device_stand_in.install()
     server = HostServer(submit, token, incarnation=incarnation, settings=TransportSettings(**json.loads(settings)))
     tcp, unix = await server.start()
     sys.stdout.write(json.dumps({"pid": os.getpid(), "tcp": tcp, "unix": unix}) + "\n")
@@ -87,4 +90,4 @@ async def main(token: str, incarnation: str, settings: str = "{}") -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    uvloop.run(main(*sys.argv[1:]))  # as Ray's actors do

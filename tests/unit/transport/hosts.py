@@ -1,4 +1,4 @@
-"""Hosts in processes of their own, and ways to reach them, for the tests of the gRPC transport."""
+"""Hosts in processes of their own, and ways to reach them, for the tests of the streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ray_moe.transport.base import ExpertCall, ExpertReply
-from ray_moe.transport.grpc_client import GrpcConnection
+from ray_moe.transport.connection import StreamConnection
 from ray_moe.transport.settings import TransportSettings
 from ray_moe.types import HostAddress
 
@@ -23,9 +23,9 @@ TOKEN = "a token"
 NODE = "this node"
 
 
-def python(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """A Python process that finds this repository."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def python(script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """A Python process that finds this repository, with `variables` in its environment."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, "-W", "error", str(Path(__file__).with_name(script)), *arguments]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -74,7 +74,7 @@ def call(layer: str, hidden: torch.Tensor, **others: Any) -> ExpertCall:
     return ExpertCall(layer, 1, hidden, gather, token, [0], [len(rows)], weight, grad)
 
 
-def ask(connection: GrpcConnection, layer: str, hidden: torch.Tensor, **others: Any) -> torch.Tensor:
+def ask(connection: StreamConnection, layer: str, hidden: torch.Tensor, **others: Any) -> torch.Tensor:
     """Call and wait; the rows are a copy, and what they lay in is released."""
     return rows_of(connection.submit(call(layer, hidden, **others)).result(60))
 
@@ -87,4 +87,4 @@ def rows_of(reply: ExpertReply) -> torch.Tensor:
 
 def is_listening(address: HostAddress) -> bool:
     """Whether the abstract socket of this address exists."""
-    return f"@{address.unix.removeprefix('unix-abstract:')}" in Path("/proc/net/unix").read_text()
+    return f"@{address.unix}" in Path("/proc/net/unix").read_text()

@@ -11,13 +11,13 @@ import sys
 import torch
 
 from ray_moe.transport.base import ExpertCall
-from ray_moe.transport.grpc_client import GrpcTransport
+from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress
 
 
 def main(token: str, address: str) -> None:
     host = HostAddress(**json.loads(address))
-    connection = GrpcTransport(token, node_id=host.node_id).connect(host)
+    connection = StreamTransport(token, node_id=host.node_id).connect(host)
     hidden = torch.randn(5000, 64)
     replies = [
         connection.submit(ExpertCall(layer, 1, hidden, None, None, [0], [len(hidden)]))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+import msgpack
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_moe.errors import ExpertFailed, HostLost, RayMoEError, StaleRouting, WireError
+from ray_moe.ops.compression import pack_rows
 from ray_moe.transport import codec
 from ray_moe.transport.base import ExpertCall
 from ray_moe.wire import tensors
@@ -45,7 +47,11 @@ def through_memory(call: ExpertCall) -> ExpertCall:
     specs = codec.call_specs(call)
     views = tensors.tensors_in(bytearray(tensors.region_bytes(specs)), specs)
     codec.write_call(call, views)
-    return codec.read_call(list(codec.call_fields(call)), specs, views)
+    fields = msgpack.unpackb(msgpack.packb(codec.call_fields(call)))
+    return codec.read_call(fields, specs, views)
+
+
+PACKED = pack_rows(torch.randn(9, 4))
 
 
 @pytest.mark.parametrize("through", [through_bytes, through_memory])
@@ -59,10 +65,19 @@ def through_memory(call: ExpertCall) -> ExpertCall:
         example(hidden=torch.randn(9, 4, requires_grad=True), weight=torch.rand(4, requires_grad=True)),
         example(hidden=torch.randn(4, 9).t(), gather=None),
         example(gather=torch.tensor([], dtype=torch.int64), token=None, experts=[], counts=[], weight=None, grad=None),
+        example(weight=None, version=-1),
+        example(weight=None, grad=None, version=3, keep=True),
+        example(version=-1, weight=None, kept=True),
+        example(version=-1, weight=None, hidden=PACKED, grad=None, keep=True),
+        example(version=-1, weight=None, hidden=PACKED, grad=PACKED[:4]),
+        example(version=-1, weight=None, hidden=PACKED, grad=PACKED[:4], kept=True),
     ],
 )
 def test_a_call_arrives_as_it_was(through: Any, call: ExpertCall) -> None:
     back = through(call)
+    assert (back.version, back.keep, back.kept) == (call.version, call.keep, call.kept)
+    if call.kept:  # the host has its tokens
+        call.token = None
     assert (back.layer, back.epoch, back.call_id) == (call.layer, call.epoch, call.call_id)
     assert (back.experts, back.counts, back.gather) == (call.experts, call.counts, None)
     assert torch.equal(back.hidden, call.tokens())
@@ -72,6 +87,7 @@ def test_a_call_arrives_as_it_was(through: Any, call: ExpertCall) -> None:
 
 
 FIELDS = ["layer", 1, array("I", [0, 5]).tobytes(), array("I", [2, 1]).tobytes(), ""]
+TRAINED = [*FIELDS, "", [-1, False, False]]
 HIDDEN = torch.zeros(2, 4)
 TOKEN = torch.tensor([0, 1, 1], dtype=torch.int32)
 
@@ -79,9 +95,13 @@ TOKEN = torch.tensor([0, 1, 1], dtype=torch.int32)
 @pytest.mark.parametrize(
     ("fields", "contents", "message"),
     [
-        (FIELDS[:4], (HIDDEN, TOKEN, None, None), "5 fields and 4 tensors"),
-        (FIELDS, (HIDDEN, TOKEN, None), "5 fields and 4 tensors"),
-        ([*FIELDS, "", ""], (HIDDEN, TOKEN, None, None), "5 fields and 4 tensors"),
+        (FIELDS[:4], (HIDDEN, TOKEN, None, None), "5 to 7 fields and 4 tensors"),
+        (FIELDS, (HIDDEN, TOKEN, None), "5 to 7 fields and 4 tensors"),
+        ([*FIELDS, "", "", ""], (HIDDEN, TOKEN, None, None), "5 to 7 fields and 4 tensors"),
+        ([*FIELDS, "", ""], (HIDDEN, TOKEN, None, None), "seventh field"),
+        ([*FIELDS, "", [-2, False, False]], (HIDDEN, TOKEN, None, None), "seventh field"),
+        ([*FIELDS, "", [1, 0, 0]], (HIDDEN, TOKEN, None, None), "seventh field"),
+        ([*FIELDS, "", [-1, False, True]], (HIDDEN, TOKEN, None, None), "that was kept only"),
         ([7, *FIELDS[1:]], (HIDDEN, TOKEN, None, None), "names its layer"),
         (["layer", 1.5, *FIELDS[2:]], (HIDDEN, TOKEN, None, None), "names its layer"),
         (["layer", True, *FIELDS[2:]], (HIDDEN, TOKEN, None, None), "names its layer"),
@@ -101,6 +121,13 @@ TOKEN = torch.tensor([0, 1, 1], dtype=torch.int32)
         (FIELDS, (HIDDEN, TOKEN, TOKEN, None), "routing weights must be floats"),
         (FIELDS, (HIDDEN, TOKEN, None, torch.zeros(2, 4)), "gradient must be floats \\[3, D\\]"),
         (FIELDS, (HIDDEN, TOKEN, None, torch.zeros(3)), "gradient must be floats"),
+        (FIELDS, (PACKED[:2], TOKEN, None, None), "only in training"),
+        ([*FIELDS, "", [1, False, False]], (PACKED[:2], TOKEN, None, None), "only in training"),
+        (TRAINED, (PACKED[:2], TOKEN, torch.zeros(3), None), "only in training"),
+        (TRAINED, (PACKED[:2, :4], TOKEN, None, None), "floats \\[t, D\\]"),
+        (TRAINED, (PACKED[:2], TOKEN, None, torch.zeros(3, 4)), "as the tokens are"),
+        (TRAINED, (PACKED[:2], TOKEN, None, PACKED[:2]), "as the tokens are"),
+        (TRAINED, (HIDDEN, TOKEN, None, PACKED[:3]), "as the tokens are"),
     ],
 )
 def test_a_call_that_contradicts_itself_is_refused(fields: Any, contents: Any, message: str) -> None:
@@ -129,10 +156,11 @@ def test_a_call_is_good_without_a_trace_that_is_none(trace: Any) -> None:
 
 
 def test_how_many_rows_come_back() -> None:
-    assert codec.num_reply_rows(example(weight=None, grad=None)) == 4
-    assert codec.num_reply_rows(example(grad=None)) == 3
-    assert codec.num_reply_rows(example()) == 3
-    assert codec.num_reply_rows(example(weight=None)) == 3
+    assert codec.wanted(example(weight=None, grad=None)) == (4, False)
+    assert codec.wanted(example(grad=None)) == (3, False)
+    assert codec.wanted(example()) == (3, False)
+    assert codec.wanted(example(weight=None)) == (3, False)
+    assert codec.wanted(example(weight=None, hidden=pack_rows(torch.randn(9, 4)))) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +168,7 @@ def test_how_many_rows_come_back() -> None:
 )
 def test_a_reply_of_no_known_kind_is_refused(fields: list[Any]) -> None:
     with pytest.raises(WireError):
-        codec.read_reply(fields, [tensors.make_spec(torch.float32, (2, 4))], 2)
+        codec.read_reply(fields, [tensors.make_spec(torch.float32, (2, 4))], codec.Wanted(2))
 
 
 @pytest.mark.parametrize(
@@ -151,12 +179,29 @@ def test_a_reply_of_no_known_kind_is_refused(fields: list[Any]) -> None:
         [tensors.make_spec(torch.float32, (3, 4))],
         [tensors.make_spec(torch.float32, (2,))],
         [tensors.make_spec(torch.int32, (2, 4))],
+        [tensors.make_spec(torch.uint8, (2, 8))],
         [tensors.make_spec(torch.float32, (2, 4))] * 2,
     ],
 )
 def test_a_reply_with_other_rows_is_refused(specs: Any) -> None:
     with pytest.raises(WireError):
-        codec.read_reply([codec.ROWS_FOLLOW], specs, 2)
+        codec.read_reply([codec.ROWS_FOLLOW], specs, codec.Wanted(2))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        tensors.make_spec(torch.float32, (2, 8)),
+        tensors.make_spec(torch.uint8, (3, 8)),
+        tensors.make_spec(torch.uint8, (2, 4)),
+        tensors.make_spec(torch.int32, (2, 8)),
+    ],
+)
+def test_whoever_asks_in_8_bits_is_answered_in_8_bits(spec: Any) -> None:
+    good = tensors.make_spec(torch.uint8, (2, 8))
+    assert codec.read_reply([codec.ROWS_FOLLOW], [good], codec.Wanted(2, packed=True)) == (good, False)
+    with pytest.raises(WireError, match="packed rows"):
+        codec.read_reply([codec.ROWS_FOLLOW], [spec], codec.Wanted(2, packed=True))
 
 
 def test_errors_arrive_as_what_they_were() -> None:

@@ -15,9 +15,10 @@ import torch
 
 from ray_moe.errors import HostLost, RayMoEError, Unauthenticated
 from ray_moe.transport.base import ExpertCall, ExpertReply
-from ray_moe.transport.grpc_client import GrpcConnection, GrpcTransport
-from ray_moe.transport.grpc_server import HostServer
+from ray_moe.transport.connection import StreamConnection
+from ray_moe.transport.host_server import HostServer
 from ray_moe.transport.settings import MemberCertificate, TransportSettings
+from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress
 from tests.unit.transport.host_process import negated
 from tests.unit.transport.hosts import NODE, call, rows_of
@@ -58,9 +59,9 @@ async def hosting(certificate: MemberCertificate | None) -> AsyncIterator[HostAd
 @asynccontextmanager
 async def connecting(
     address: HostAddress, certificate: MemberCertificate | None, token: str = TOKEN, node_id: str = "another node"
-) -> AsyncIterator[GrpcConnection]:
+) -> AsyncIterator[StreamConnection]:
     """A router's connection, which was let in."""
-    transport = GrpcTransport(token, node_id=node_id, settings=SETTINGS, certificate=certificate)
+    transport = StreamTransport(token, node_id=node_id, settings=SETTINGS, certificate=certificate)
     try:
         yield await asyncio.to_thread(transport.connect, address)
     finally:
@@ -75,7 +76,7 @@ async def refusal(address: HostAddress, certificate: MemberCertificate | None, *
     return caught.value
 
 
-async def ask(connection: GrpcConnection, hidden: torch.Tensor) -> torch.Tensor:
+async def ask(connection: StreamConnection, hidden: torch.Tensor) -> torch.Tensor:
     return rows_of(await asyncio.wrap_future(connection.submit(call("any", hidden))))
 
 
@@ -134,7 +135,7 @@ async def test_on_one_node_lines_stay_as_they_are_and_ask_for_the_token() -> Non
             hidden = torch.randn(5000, 8)
             assert torch.equal(await ask(connection, hidden), -hidden)
         assert isinstance(await refusal(address, ROUTER, token="another", node_id=NODE), Unauthenticated)
-        out_of_reach = replace(address, unix="unix-abstract:ray-moe-in-another-container")
+        out_of_reach = replace(address, unix="ray-moe-in-another-container")
         async with connecting(out_of_reach, ROUTER, node_id=NODE) as connection:
             assert (connection.target, connection.is_encrypted) == (address.tcp, True)
 
@@ -157,7 +158,7 @@ async def test_who_is_not_of_the_cluster_is_refused_at_once_and_told_of_once(
     host: MemberCertificate | None, router: MemberCertificate | None, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with hosting(host) as address:
-        transport = GrpcTransport(TOKEN, settings=SETTINGS, certificate=router)
+        transport = StreamTransport(TOKEN, settings=SETTINGS, certificate=router)
         for _ in range(3):
             with pytest.raises(HostLost, match=said) as caught:
                 await asyncio.to_thread(transport.connect, address)

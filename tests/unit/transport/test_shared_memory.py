@@ -52,13 +52,13 @@ def test_a_slot_is_free_once() -> None:
     arena = Arena(MIB)
     slot = take(arena, MIB, 0)
     assert arena.allocate(64, 0) is None
-    slot.free()
+    slot.release()
     other = take(arena, MIB, 0)
-    slot.free()
+    slot.release()
     del slot
     gc.collect()
     assert arena.allocate(64, 0) is None
-    other.free()
+    other.release()
     assert arena.is_empty
 
 
@@ -78,8 +78,8 @@ def test_the_collector_may_strike_while_the_lock_is_held() -> None:
     """A slot can be collected in the middle of `allocate`, in the same thread: that must neither hang nor lose it."""
     arena = Arena(MIB)
     slot = take(arena, 64, 0)
-    with arena._lock:
-        slot.free()
+    with arena._ledger._lock:
+        slot.release()
     assert arena.is_empty
 
 
@@ -96,7 +96,7 @@ def test_threads_never_share_a_slot() -> None:
             if bytes(slot.request) != bytes([mark]) * len(slot.request):
                 failures.append(f"thread {mark} lost its bytes")
             if i % 2:
-                slot.free()
+                slot.release()
 
     threads = [threading.Thread(target=work, args=(mark,)) for mark in range(1, 9)]
     for thread in threads:
@@ -114,9 +114,9 @@ def test_memory_is_not_taken_before_it_is_used_and_goes_back_after_a_burst() -> 
     slot.request[:] = bytes(100 * MIB)
     assert used_bytes(arena) >= 100 * MIB
     small = take(arena, 64, 0)
-    slot.free()
+    slot.release()
     assert used_bytes(arena) >= 100 * MIB  # not while anything is lent
-    small.free()
+    small.release()
     assert used_bytes(arena) <= 64 * MIB + 2 * mmap.PAGESIZE
 
 

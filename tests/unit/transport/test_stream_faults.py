@@ -1,4 +1,4 @@
-"""The gRPC transport when things go wrong: killed, stopped, hostile or unreachable peers."""
+"""Lines to hosts when things go wrong: killed, stopped, hostile or unreachable peers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,34 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ray_moe.errors import HostLost, InsufficientResources, Unauthenticated, WireError
-from ray_moe.transport import codec, frames, grpc_client, grpc_server
-from ray_moe.transport.grpc_client import GrpcConnection, GrpcTransport
-from ray_moe.transport.grpc_options import METHOD, SERVICE, grpc
+from ray_moe.transport import codec, frames, hello
+from ray_moe.transport.connection import StreamConnection
+from ray_moe.transport.host_server import HostServer
 from ray_moe.transport.settings import TransportSettings
+from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress
 from ray_moe.wire import tensors
 from tests.unit.transport.hosts import NODE, TOKEN, HostProcess, ask, call, is_listening, python
+from tests.unit.transport.strangers import (
+    GrpcImpostor,
+    GrpcIntruder,
+    Impostor,
+    Intruder,
+    SocketImpostor,
+    SocketIntruder,
+    framed,
+)
 
-Connect = Callable[..., GrpcConnection]
+Connect = Callable[..., StreamConnection]
 QUICK = TransportSettings(ping_interval_s=0.2, ping_timeout_s=0.4, connect_timeout_s=1.0)
 
 
@@ -58,22 +69,29 @@ class Lost:
 
 
 # --- Peers that die ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("sockets", [True])  # and gRPC: it dies but once
 def test_a_killed_host_fails_every_call_at_once(spares: list[HostProcess], connect: Connect) -> None:
     lost = Lost()
-    connections = [connect(spares[0], on_lost=lost), connect(spares[0], on_lost=lost, node_id="another node")]
+    connections = [
+        connect(spares[0], on_lost=lost),
+        connect(spares[0], on_lost=lost, sockets=False),
+        connect(spares[0], on_lost=lost, settings=TransportSettings(arena_bytes=0)),
+        connect(spares[0], on_lost=lost, node_id="another node"),
+    ]
     futures = [
         connection.submit(call(layer, torch.randn(num_tokens, 64)))
         for connection in connections
         for layer in ("sleep:60", "thread:3")
         for num_tokens in (1, 5000)
     ]
-    large = connections[1].submit(call("echo", torch.randn(100_000, 256)))  # on its way when the host dies
+    hidden = torch.randn(100_000, 256)
+    futures += [connection.submit(call("echo", hidden)) for connection in connections[2:]]  # on their way when it dies
     ask(connections[0], "echo", torch.zeros(1, 1))
     killed_at = time.monotonic()
     spares[0].kill(signal.SIGKILL)
-    done, _ = wait([*futures, large], 10)
+    done, _ = wait(futures, 10)
     assert time.monotonic() - killed_at < 1
-    assert len(done) == 9
+    assert len(done) == 18
     for future in futures:
         assert isinstance(future.exception(), HostLost)
     assert lost.heard.wait(10)
@@ -81,14 +99,14 @@ def test_a_killed_host_fails_every_call_at_once(spares: list[HostProcess], conne
         with pytest.raises(HostLost):
             ask(connection, "echo", torch.zeros(1, 1))
         connection.close()
-    assert lost.addresses == [spares[0].address] * 2
+    assert lost.addresses == [spares[0].address] * 4
     spares[0].process.wait(10)
     assert not is_listening(spares[0].address)
     with pytest.raises(HostLost, match="cannot be reached"):
         connect(spares[0])
 
 
-def test_a_stopped_host_is_lost_when_it_answers_no_ping(spares: list[HostProcess], connect: Connect) -> None:
+def test_a_stopped_host_is_lost_and_a_busy_one_is_not(spares: list[HostProcess], connect: Connect) -> None:
     lost = Lost()
     connection = connect(spares[1], settings=QUICK, on_lost=lost)
     # One that is only busy, not letting its event loop run, is not lost.
@@ -101,17 +119,17 @@ def test_a_stopped_host_is_lost_when_it_answers_no_ping(spares: list[HostProcess
     with pytest.raises(HostLost):
         future.result(5)
     assert lost.heard.wait(10)
-    with pytest.raises(HostLost, match="no answer within"):  # it listens, but it does not speak
+    with pytest.raises(HostLost, match=r"no answer within|ping timeout"):  # it listens, but it does not speak
         connect(spares[1], settings=QUICK)
     spares[1].kill(signal.SIGCONT)
     assert lost.addresses == [spares[1].address]
 
 
-def test_a_killed_router_leaves_nothing(host: HostProcess, connect: Connect) -> None:
+def test_a_killed_router_leaves_nothing(host: HostProcess, connect: Connect, tmp_path: Path) -> None:
     connection = connect(host)
     before = ask(connection, "arenas", torch.zeros(1, 1)).item()
-    files = set(os.listdir("/dev/shm")) | set(os.listdir("/tmp"))
-    router = python("router_process.py", TOKEN, json.dumps(asdict(host.address)))
+    shared = set(os.listdir("/dev/shm"))
+    router = python("router_process.py", TOKEN, json.dumps(asdict(host.address)), TMPDIR=str(tmp_path))
     assert router.stdout is not None
     assert router.stdout.readline() == "True 5000\n"
     assert ask(connection, "arenas", torch.zeros(1, 1)).item() == before + 1
@@ -120,58 +138,63 @@ def test_a_killed_router_leaves_nothing(host: HostProcess, connect: Connect) -> 
     deadline = time.monotonic() + 10
     while ask(connection, "arenas", torch.zeros(1, 1)).item() != before:  # a thread still computes on it for a second
         assert time.monotonic() < deadline
-    assert {name for name in set(os.listdir("/dev/shm")) | set(os.listdir("/tmp")) if "ray-moe" in name} <= files
+    assert {name for name in os.listdir("/dev/shm") if "ray-moe" in name} <= shared
+    assert not list(tmp_path.iterdir())
     assert torch.equal(ask(connection, "echo", torch.ones(1, 1)), -torch.ones(1, 1))
 
 
 # --- Peers that should not be connected ----------------------------------------------------------------------
-def test_a_wrong_token_is_refused(host: HostProcess) -> None:
+def test_a_wrong_token_is_refused(host: HostProcess, sockets: bool) -> None:
     for token in ("another token", "", TOKEN + "x"):
         with pytest.raises(Unauthenticated, match="not the token of this host"):
-            GrpcTransport(token, node_id=NODE).connect(host.address)
+            StreamTransport(token, node_id=NODE, sockets=sockets).connect(host.address)
     for token in ("two\nlines", "café"):
         with pytest.raises(Unauthenticated, match="cannot be sent"):
-            GrpcTransport(token, node_id=NODE).connect(host.address)
+            StreamTransport(token, node_id=NODE, sockets=sockets).connect(host.address)
 
 
 def test_another_version_is_refused(host: HostProcess, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_client, "PROTOCOL_VERSION", 99)
-    with pytest.raises(WireError, match="version 1 of the protocol and the router 99: run the same version"):
+    monkeypatch.setattr(hello, "PROTOCOL_VERSION", 99)
+    with pytest.raises(WireError, match="version 2 of the protocol and the router 99: run the same version"):
         connect(host)
 
 
 def test_another_life_of_the_host_is_refused(host: HostProcess) -> None:
-    transport = GrpcTransport(TOKEN, node_id=NODE)
-    with pytest.raises(HostLost, match="another life of the host listens here"):
+    transport = StreamTransport(TOKEN, node_id=NODE)
+    with pytest.raises(HostLost) as caught:
         transport.connect(replace(host.address, incarnation="second life"))
+    assert str(caught.value).count("another life of the host listens here") == 2  # at its socket, and by gRPC
 
 
-def test_an_address_where_nobody_listens(connect: Connect) -> None:
+def test_an_address_where_nobody_listens() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        address = HostAddress("e", "i", NODE, 0, f"127.0.0.1:{bound.getsockname()[1]}", "unix-abstract:ray-moe-none")
+        address = HostAddress("e", "i", NODE, 0, f"127.0.0.1:{bound.getsockname()[1]}", "ray-moe-none")
         started = time.monotonic()
-        with pytest.raises(HostLost, match="host e cannot be reached"):
-            GrpcTransport(TOKEN, node_id=NODE).connect(address)
+        with pytest.raises(HostLost, match=r"host e cannot be reached.*ray-moe-none.*refused.*127"):
+            StreamTransport(TOKEN, node_id=NODE).connect(address)
         with pytest.raises(HostLost, match="it has no address"):
-            GrpcTransport(TOKEN).connect(replace(address, tcp=""))
+            StreamTransport(TOKEN).connect(replace(address, tcp=""))
         assert time.monotonic() - started < 5
 
 
 def test_an_address_that_never_answers_takes_no_longer_than_allowed() -> None:
-    with socket.socket() as silent:
+    with socket.socket() as silent, socket.socket(socket.AF_UNIX) as mute:
         silent.bind(("127.0.0.1", 0))
+        mute.bind("\0ray-moe-mute")
         silent.listen()
-        address = HostAddress("e", "i", NODE, 0, f"127.0.0.1:{silent.getsockname()[1]}", "")
+        mute.listen()
+        address = HostAddress("e", "i", NODE, 0, f"127.0.0.1:{silent.getsockname()[1]}", "ray-moe-mute")
         started = time.monotonic()
-        with pytest.raises(HostLost):
-            GrpcTransport(TOKEN, settings=QUICK).connect(address)
+        with pytest.raises(HostLost, match=r"ray-moe-mute: no answer within 0.5 s; 127"):
+            StreamTransport(TOKEN, node_id=NODE, settings=QUICK).connect(address)
         assert time.monotonic() - started < 3
 
 
-def test_tcp_is_taken_where_the_unix_socket_is_not_there(host: HostProcess, connect: Connect) -> None:
+@pytest.mark.parametrize("sockets", [True])
+def test_grpc_is_taken_where_the_unix_socket_is_not_there(host: HostProcess, connect: Connect) -> None:
     elsewhere = HostProcess(host.process)
-    elsewhere._address = replace(host.address, unix="unix-abstract:ray-moe-in-another-container")
+    elsewhere._address = replace(host.address, unix="ray-moe-in-another-container")
     connection = connect(elsewhere)
     assert connection.target == host.address.tcp
     assert connection.shares_memory
@@ -204,7 +227,7 @@ async def test_a_port_in_use() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        server = grpc_server.HostServer(no_expert, TOKEN)
+        server = HostServer(no_expert, TOKEN)
         with pytest.raises(InsufficientResources, match=f"cannot listen on 127.0.0.1:{port}"):
             await server.start(port=port)
         await server.stop()
@@ -215,49 +238,16 @@ async def no_expert(_: Any) -> Any:
 
 
 # --- Hostile clients -----------------------------------------------------------------------------------------
-class Intruder:
-    """Knows the token, and speaks the protocol badly."""
-
-    def __init__(self, host: HostProcess) -> None:
-        self._channel = grpc.insecure_channel(host.address.unix, [("grpc.use_local_subchannel_pool", 1)])
-        self._exchange = self._channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)
-
-    def send(self, *messages: bytes, linger: bool = True) -> list[bytes]:
-        """The host's answers (after hello) to `messages`, as many as those; or its refusal as RpcError."""
-        over = threading.Event()
-
-        def requests() -> Iterator[bytes]:
-            yield from messages
-            if linger:
-                over.wait(30)
-
-        metadata = (("authorization", f"Bearer {TOKEN}"), ("ray-moe-protocol", "1"))
-        stream: Any = self._exchange(requests(), metadata=metadata)
-        try:
-            next(stream)
-            return [next(stream) for _ in messages] if linger else list(stream)
-        finally:
-            over.set()
-            stream.cancel()
-
-    def close(self) -> None:
-        self._channel.close()
-
-
 @pytest.fixture
-def intruder(host: HostProcess) -> Iterator[Intruder]:
-    intruder = Intruder(host)
+def intruder(host: HostProcess, sockets: bool) -> Iterator[Intruder]:
+    intruder = SocketIntruder(host) if sockets else GrpcIntruder(host)
     yield intruder
     intruder.close()
 
 
-def framed(message: bytes, message_id: int = 1) -> bytes:
-    return frames.frame(message_id, [message], len(message))
-
-
 @pytest.mark.parametrize(
     "message",
-    [b"", b"short", struct.pack("<QQ", 1, 2**40) + b"x", struct.pack("<QQ", 1, 0) + b"x", bytes(100), b"\xff" * 100],
+    [struct.pack("<QQQ", 1, 2**40, 1) + b"x", struct.pack("<QQQ", 1, 0, 1) + b"x", bytes(100), b"\xff" * 90],
     ids=num_bytes,
 )
 def test_frames_that_make_no_sense_end_their_own_stream_only(
@@ -265,10 +255,16 @@ def test_frames_that_make_no_sense_end_their_own_stream_only(
 ) -> None:
     connection = connect(host)
     future = connection.submit(call("sleep:0.1", torch.ones(1, 1)))
-    with pytest.raises(grpc.RpcError) as refusal:
+    with pytest.raises(WireError):
         intruder.send(message)
-    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert future.result(10).rows.item() == -1
+
+
+@pytest.mark.parametrize("message", [b"", b"short"], ids=num_bytes)
+@pytest.mark.parametrize("sockets", [False])
+def test_what_is_too_short_for_a_frame_ends_a_grpc_stream(intruder: Intruder, message: bytes) -> None:
+    with pytest.raises(WireError, match="a frame has more than 24 bytes"):
+        intruder.send(message)
 
 
 FIELDS = codec.call_fields(call("echo", torch.zeros(2, 4)))
@@ -311,34 +307,14 @@ def test_a_router_that_says_good_bye_in_the_middle(host: HostProcess, connect: C
 
 
 # --- Hostile hosts -------------------------------------------------------------------------------------------
-class Impostor:
-    """Listens like a host, and answers each call with the next of `answers` (after the first, its hello)."""
-
-    def __init__(self, answers: list[bytes]) -> None:
-        self._answers = answers
-        self._server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
-        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-        port = self._server.add_insecure_port("127.0.0.1:0")
-        self._server.start()
-        self.address = HostAddress("impostor", "", NODE, 0, f"127.0.0.1:{port}", "")
-
-    def _exchange(self, requests: Iterator[bytes], _: Any) -> Iterator[bytes]:
-        yield self._answers[0]
-        yield from (answer for answer, _ in zip(self._answers[1:], requests, strict=False))
-
-    def stop(self) -> None:
-        self._server.stop(None).wait()
-
-
 @pytest.fixture
-def impersonate() -> Iterator[Callable[..., GrpcConnection]]:
+def impersonate(sockets: bool) -> Iterator[Callable[..., StreamConnection]]:
     """Connects to an impostor that gives these answers."""
     impostors: list[Impostor] = []
-    transport = GrpcTransport(TOKEN, node_id=NODE, settings=replace(QUICK, ping_timeout_s=5))
+    transport = StreamTransport(TOKEN, node_id=NODE, settings=replace(QUICK, ping_timeout_s=5))
 
-    def impersonate(*answers: bytes) -> GrpcConnection:
-        impostors.append(Impostor(list(answers)))
+    def impersonate(*answers: bytes) -> StreamConnection:
+        impostors.append(SocketImpostor(list(answers)) if sockets else GrpcImpostor(list(answers)))
         return transport.connect(impostors[-1].address)
 
     yield impersonate
@@ -347,16 +323,16 @@ def impersonate() -> Iterator[Callable[..., GrpcConnection]]:
         impostor.stop()
 
 
-HELLO = framed(tensors.encode_header((True,), ()), 0)
+HELLO = framed(tensors.encode_header((True, False), ()), 0)
 ROWS = tensors.make_spec(torch.float32, (5000, 64))
 
 
 @pytest.mark.parametrize(
     "hello",
-    [b"", b"no frame", framed(b"no message", 0), framed(tensors.encode_header((), ()), 0)],
+    [bytes(100), framed(b"no message", 0), framed(tensors.encode_header((), ()), 0)],
     ids=num_bytes,
 )
-def test_a_host_that_cannot_say_hello(impersonate: Callable[..., GrpcConnection], hello: bytes) -> None:
+def test_a_host_that_cannot_say_hello(impersonate: Callable[..., StreamConnection], hello: bytes) -> None:
     with pytest.raises(HostLost, match="cannot be understood"):
         impersonate(hello)
 
@@ -375,7 +351,7 @@ def test_a_host_that_cannot_say_hello(impersonate: Callable[..., GrpcConnection]
     ids=num_bytes,
 )
 def test_answers_that_make_no_sense_fail_their_call_only(
-    impersonate: Callable[..., GrpcConnection], answer: bytes
+    impersonate: Callable[..., StreamConnection], answer: bytes
 ) -> None:
     connection = impersonate(HELLO, answer, framed(tensors.encode_header((codec.ROWS_IN_ROOM,), (ROWS,)), 2))
     arena = connection._arena
@@ -385,14 +361,14 @@ def test_answers_that_make_no_sense_fail_their_call_only(
     assert arena is not None and arena.is_empty
 
 
-def test_an_answer_in_memory_that_was_not_offered(impersonate: Callable[..., GrpcConnection]) -> None:
+def test_an_answer_in_memory_that_was_not_offered(impersonate: Callable[..., StreamConnection]) -> None:
     header = tensors.encode_header((codec.ROWS_IN_ROOM,), (tensors.make_spec(torch.float32, (1, 4)),))
     with pytest.raises(WireError, match="where none was offered"):
         ask(impersonate(HELLO, framed(header)), "echo", torch.zeros(1, 4))
 
 
-@pytest.mark.parametrize("answer", [b"no frame", HELLO, struct.pack("<QQ", 1, 2**50) + b"x"], ids=num_bytes)
-def test_frames_that_make_no_sense_lose_the_host(impersonate: Callable[..., GrpcConnection], answer: bytes) -> None:
+@pytest.mark.parametrize("answer", [bytes(30), HELLO, struct.pack("<QQQ", 1, 2**50, 1) + b"x"], ids=num_bytes)
+def test_frames_that_make_no_sense_lose_the_host(impersonate: Callable[..., StreamConnection], answer: bytes) -> None:
     connection = impersonate(HELLO, answer)
     futures = [connection.submit(call("echo", torch.zeros(2, 4))) for _ in range(3)]
     for future in futures:
@@ -400,7 +376,7 @@ def test_frames_that_make_no_sense_lose_the_host(impersonate: Callable[..., Grpc
             future.result(10)
 
 
-def test_answers_to_nothing_are_ignored(impersonate: Callable[..., GrpcConnection]) -> None:
+def test_answers_to_nothing_are_ignored(impersonate: Callable[..., StreamConnection]) -> None:
     good = b"".join(tensors.encode((codec.ROWS_FOLLOW,), (torch.ones(1, 1),))[0])
     connection = impersonate(HELLO, framed(good, 99), framed(good, 2), framed(good, 1))
     futures = [connection.submit(call("echo", torch.ones(1, 1))) for _ in range(3)]

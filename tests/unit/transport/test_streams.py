@@ -1,4 +1,4 @@
-"""The gRPC transport between two processes, by each of its ways: what goes in comes out."""
+"""Lines between two processes, by each of the ways: what goes in comes out."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ import torch
 from ray_moe import errors
 from ray_moe.errors import ExpertFailed, HostLost, WireError
 from ray_moe.transport.base import ExpertCall, ExpertReply
-from ray_moe.transport.grpc_client import GrpcConnection, GrpcTransport
+from ray_moe.transport.connection import StreamConnection
 from ray_moe.transport.settings import TransportSettings
+from ray_moe.transport.stream_transport import StreamTransport
 from tests.unit.transport.host_process import negated
 from tests.unit.transport.hosts import NODE, TOKEN, HostProcess, ask, call, rows_of
 
-Connect = Callable[..., GrpcConnection]
+Connect = Callable[..., StreamConnection]
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-def is_idle(connection: GrpcConnection) -> bool:
+def is_idle(connection: StreamConnection) -> bool:
     """Whether no shared memory is lent to any call."""
     return connection._arena is None or connection._arena.is_empty
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 8, 5000])
-def test_rows_come_back(connection: GrpcConnection, num_tokens: int, dtype: torch.dtype) -> None:
+def test_rows_come_back(connection: StreamConnection, num_tokens: int, dtype: torch.dtype) -> None:
     hidden = torch.randn(num_tokens, 64).to(dtype)
     rows = ask(connection, "echo", hidden)
     assert rows.dtype is dtype
@@ -41,7 +42,7 @@ def test_rows_come_back(connection: GrpcConnection, num_tokens: int, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
-def test_eight_bit_rows_come_back(connection: GrpcConnection, dtype: torch.dtype) -> None:
+def test_eight_bit_rows_come_back(connection: StreamConnection, dtype: torch.dtype) -> None:
     hidden = torch.randn(300, 64).to(dtype)
     rows = ask(connection, "copy", hidden)
     assert rows.dtype is dtype
@@ -52,7 +53,7 @@ def test_eight_bit_rows_come_back(connection: GrpcConnection, dtype: torch.dtype
 @pytest.mark.parametrize("combine", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_part_of_a_call_arrives(
-    connection: GrpcConnection, num_tokens: int, combine: bool, backward: bool
+    connection: StreamConnection, num_tokens: int, combine: bool, backward: bool
 ) -> None:
     num_rows = 2 * num_tokens
     sent = call(
@@ -74,12 +75,12 @@ def test_every_part_of_a_call_arrives(
         assert ask_fields(connection, sent) == [7, 2, 3]
 
 
-def ask_fields(connection: GrpcConnection, sent: ExpertCall) -> list[int]:
+def ask_fields(connection: StreamConnection, sent: ExpertCall) -> list[int]:
     numbers: list[int] = rows_of(connection.submit(sent).result(30))[0].int().tolist()
     return numbers
 
 
-def test_what_is_sent_needs_no_special_memory(connection: GrpcConnection) -> None:
+def test_what_is_sent_needs_no_special_memory(connection: StreamConnection) -> None:
     for hidden in (torch.randn(64, 300).t(), torch.randn(300, 128)[:, ::2], torch.randn(300, 64, requires_grad=True)):
         assert torch.equal(ask(connection, "echo", hidden), -hidden.detach())
         assert torch.equal(
@@ -87,13 +88,13 @@ def test_what_is_sent_needs_no_special_memory(connection: GrpcConnection) -> Non
         )
 
 
-def test_a_reply_may_be_wider_or_of_another_dtype_than_was_foreseen(connection: GrpcConnection) -> None:
+def test_a_reply_may_be_wider_or_of_another_dtype_than_was_foreseen(connection: StreamConnection) -> None:
     hidden = torch.randn(300, 64)
     assert torch.equal(ask(connection, "wide", hidden), hidden.repeat(1, 2))
     assert is_idle(connection)
 
 
-def test_hundred_megabytes(connection: GrpcConnection) -> None:
+def test_hundred_megabytes(connection: StreamConnection) -> None:
     hidden = torch.randn(25_000, 1024)
     small = connection.submit(call("sleep:0", torch.ones(1, 4)))
     large = connection.submit(call("echo", hidden))
@@ -102,7 +103,7 @@ def test_hundred_megabytes(connection: GrpcConnection) -> None:
     assert torch.equal(rows_of(small.result(60)), rows_of(after.result(60)))
 
 
-def test_replies_come_in_the_order_in_which_they_are_ready(connection: GrpcConnection) -> None:
+def test_replies_come_in_the_order_in_which_they_are_ready(connection: StreamConnection) -> None:
     done: list[str] = []
     futures = []
     for name in ("sleep:0.4", "sleep:0.2", "echo"):
@@ -113,7 +114,7 @@ def test_replies_come_in_the_order_in_which_they_are_ready(connection: GrpcConne
     assert done == ["echo", "sleep:0.2", "sleep:0.4"]
 
 
-def test_many_calls_from_many_threads(connection: GrpcConnection) -> None:
+def test_many_calls_from_many_threads(connection: StreamConnection) -> None:
     wrong: list[int] = []
 
     def work(thread: int) -> None:
@@ -135,14 +136,14 @@ def test_many_calls_from_many_threads(connection: GrpcConnection) -> None:
     assert is_idle(connection)
 
 
-async def test_coroutines_wait_for_calls(connection: GrpcConnection) -> None:
+async def test_coroutines_wait_for_calls(connection: StreamConnection) -> None:
     futures = [connection.submit(call("sleep:0.01", torch.full((50, 64), float(i)))) for i in range(5)]
     replies = await asyncio.gather(*[asyncio.wrap_future(future) for future in futures])
     assert [rows_of(reply)[0, 0].item() for reply in replies] == [0, -1, -2, -3, -4]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 300])
-def test_errors_of_the_host(connection: GrpcConnection, num_tokens: int) -> None:
+def test_errors_of_the_host(connection: StreamConnection, num_tokens: int) -> None:
     hidden = torch.randn(num_tokens, 64)
     for name in ("StaleRouting", "ExpertFailed", "WireError", "Unavailable", "Cancelled"):
         with pytest.raises(getattr(errors, name), match=r"^as asked for$"):
@@ -155,7 +156,7 @@ def test_errors_of_the_host(connection: GrpcConnection, num_tokens: int) -> None
     assert is_idle(connection)
 
 
-def test_a_call_that_cannot_be_sent_fails_alone(connection: GrpcConnection) -> None:
+def test_a_call_that_cannot_be_sent_fails_alone(connection: StreamConnection) -> None:
     with pytest.raises(WireError, match="complex64 cannot be sent"):
         ask(connection, "echo", torch.zeros(2, 4, dtype=torch.complex64))
     with pytest.raises(WireError, match="complex64 cannot be sent"):
@@ -163,7 +164,7 @@ def test_a_call_that_cannot_be_sent_fails_alone(connection: GrpcConnection) -> N
     assert is_idle(connection)
 
 
-def test_the_host_refuses_a_call_that_contradicts_itself(connection: GrpcConnection) -> None:
+def test_the_host_refuses_a_call_that_contradicts_itself(connection: StreamConnection) -> None:
     hidden = torch.randn(300, 64)
     with pytest.raises(WireError, match="outside the 300"):
         ask(connection, "echo", hidden, token=torch.tensor([0, 300], dtype=torch.int32))
@@ -231,7 +232,7 @@ def test_a_full_arena_sends_inline(host: HostProcess, connect: Connect) -> None:
     half = torch.randn(3000, 64)  # 768 kB each way
     slot = connection._take_slot(call("echo", half), 3000)
     assert slot is not None and slot.placement[1:] == (0, 768_000)
-    slot.free()
+    slot.release()
     assert torch.equal(ask(connection, "echo", half), -half)
     large = torch.randn(10_000, 64)
     assert torch.equal(ask(connection, "echo", large), -large)
@@ -261,9 +262,9 @@ def test_several_routers_do_not_see_each_other(host: HostProcess, connect: Conne
         futures[0].result(0)
 
 
-def test_closing_leaves_nothing(host: HostProcess) -> None:
+def test_closing_leaves_nothing(host: HostProcess, sockets: bool) -> None:
     before = set(threading.enumerate())
-    transport = GrpcTransport(TOKEN, node_id=NODE)
+    transport = StreamTransport(TOKEN, node_id=NODE, sockets=sockets)
     connection, other = transport.connect(host.address), transport.connect(host.address)
     slow = connection.submit(call("sleep:5", torch.zeros(1, 1)))
     connection.close()

@@ -1,4 +1,4 @@
-"""The whole dispatch over real streams: forward, host combine and backward give what the plain loop gives."""
+"""The whole dispatch over real streams: forward, host combine and training give what the plain loop gives."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import threading
 import pytest
 import torch
 
+from ray_moe.ops.experts import unpack
+from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.runtime.host_loop import HostLoop
 from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.runtime.settings import DispatchSettings
-from ray_moe.transport.grpc_client import GrpcTransport
-from ray_moe.transport.grpc_server import HostServer
+from ray_moe.training.dispatcher import TrainingDispatcher
+from ray_moe.training.settings import ExchangeSettings
+from ray_moe.training.trainees import Trainees
+from ray_moe.transport.host_server import HostServer
 from ray_moe.transport.settings import TransportSettings
+from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress, RoutingTable
 from tests.toy import LAYER, ToyExperts, local_cluster, random_routing
 
@@ -38,10 +43,10 @@ def background():
 
 
 @pytest.fixture(params=sorted(WAYS))
-def cluster(request, background):
+def cluster(request, background, sockets):
     """Two hosts behind real servers; the dispatcher reaches them as one on the same node does."""
     module = ToyExperts(dtype=torch.float64)  # where rounding cannot be taken for an error
-    _, table, hosts, shards = local_cluster(module, 2)
+    _, table, hosts, _ = local_cluster(module, 2)
     settings = WAYS[request.param]
     servers, addresses = {}, {}
     for name, host in hosts.items():
@@ -49,7 +54,7 @@ def cluster(request, background):
         servers[name] = HostServer(loop.submit, "token", incarnation="1", settings=settings)
         tcp, unix = background(servers[name].start())
         addresses[name] = HostAddress(name, "1", NODE, 0, tcp, unix)
-    transport = GrpcTransport("token", node_id=NODE, settings=settings)
+    transport = StreamTransport("token", node_id=NODE, sockets=sockets, settings=settings)
     table = RoutingTable(1, table.placement, addresses)
 
     def dispatcher(combine="router"):
@@ -57,7 +62,7 @@ def cluster(request, background):
         made.update(table)
         return made
 
-    yield module, shards, dispatcher
+    yield module, hosts, transport, table, dispatcher
     transport.close()
     for server in servers.values():
         background(server.stop())
@@ -66,7 +71,7 @@ def cluster(request, background):
 @pytest.mark.parametrize("combine", ["router", "host"])
 @pytest.mark.parametrize("num_tokens", [1, 700])
 def test_forward(cluster, combine, num_tokens):
-    module, _, make = cluster
+    module, *_, make = cluster
     hidden = torch.randn(num_tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     index, weight = random_routing(num_tokens, 6, 3, sentinels=True)
     with torch.no_grad():
@@ -74,14 +79,28 @@ def test_forward(cluster, combine, num_tokens):
         torch.testing.assert_close(out, module.oracle(hidden, index, weight), rtol=1e-10, atol=1e-10)
 
 
-def test_backward(cluster):
-    module, shards, make = cluster
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+def test_training(cluster, recompute):
+    module, hosts, transport, table, _ = cluster
+    for name, host in hosts.items():
+        host.trainees = trainees = Trainees(name)
+        trainees.open("run", "life", OptimizerSettings(), 0)
+        held = table.placement.experts_on(name)[LAYER]
+        rows = {expert: {n: p.detach()[expert].clone() for n, p in module.named_parameters()} for expert in held}
+        trainees.hold(LAYER, module, rows, owned=held)
+        trainees.begin("1.life.1")
+    dispatcher = TrainingDispatcher(transport, ExchangeSettings(recompute=recompute))
+    dispatcher.update(table)
+    dispatcher.begin("1.life.1")
     index, weight = random_routing(300, 6, 2)
     hidden = torch.randn(300, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    make().forward(LAYER, ours, index, weight).square().sum().backward()
+    dispatcher.forward(LAYER, ours, index, weight).square().sum().backward()
     module.oracle(theirs, index, weight).square().sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
-    for name, parameter in module.named_parameters():
-        grads = torch.cat([getattr(shards[host], name).grad for host in sorted(shards)])
-        torch.testing.assert_close(grads, parameter.grad, rtol=1e-10, atol=1e-10)
+    for name, host in hosts.items():
+        held = table.placement.experts_on(name)[LAYER]
+        for expert, arrays in host.trainees.gradients("1.life.1", {LAYER: held})[LAYER].items():
+            for parameter, grad in unpack(arrays).items():
+                wanted = getattr(module, parameter).grad[expert]
+                torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-10)
