@@ -10,8 +10,8 @@ Shape legend: n rows, D model width, F expert width, E experts held.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,19 @@ ExpertArrays = dict[str, tuple[str, npt.NDArray[Any]]]
 dtype for (bfloat16, float8) is an array of its bits."""
 
 
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
 class ExpertGroup(Protocol):
     """Some experts of one layer, able to compute rows that are already grouped by expert."""
 
     flops_per_row: int
     """Multiply-adds of one row, times two."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
 
     def run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """[n, D] -> [n, D]: the first ``counts[0]`` rows through local expert ``experts[0]``, and so on.
@@ -38,17 +46,13 @@ class ExpertGroup(Protocol):
         """
         ...
 
-    def parameters(self) -> list[torch.Tensor]:
-        """The parameters a gradient is accumulated in."""
-        ...
-
 
 @runtime_checkable
 class SeparableGroup(ExpertGroup, Protocol):
     """A group whose experts can be taken out of it one by one."""
 
     def select(self, experts: Sequence[int]) -> SeparableGroup:
-        """A group of its own memory with only these local experts, in this order, and their gradients so far."""
+        """A group of its own memory with only these local experts, in this order."""
         ...
 
     def tensors(self, experts: Sequence[int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -56,30 +60,44 @@ class SeparableGroup(ExpertGroup, Protocol):
         ...
 
 
+class MovableGroup(SeparableGroup, Protocol):
+    """One whose memory can be another."""
+
+    def select(self, experts: Sequence[int]) -> MovableGroup: ...
+
+    def mapped(self, change: Change) -> MovableGroup:
+        """The same experts in what `change` makes of each of their tensors: a copy elsewhere."""
+        ...
+
+    def warm_up(self) -> None:
+        """Compute a row of zeros: a GPU loads its kernels when they are first used, and then the first call is late."""
+        ...
+
+
 class StackedExperts:
-    """A `SeparableGroup` over a module of `transformers`' experts interface."""
+    """A `MovableGroup` over a module of `transformers`' experts interface."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.flops_per_row = 2 * sum(p.numel() // p.shape[0] for p in module.parameters() if p.ndim == 3)
 
-    def run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        module = self.module
-        up_name = "gate_up_proj" if module.has_gate else "up_proj"
-        up: torch.Tensor = getattr(module, up_name)
-        hidden = _grouped_linear(rows.to(up.device, up.dtype), module, up_name, experts, counts)
-        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        out = _grouped_linear(hidden, module, "down_proj", experts, counts)
-        if module.has_post_expert_norm:
-            out = module.post_expert_norm(out)
-        return out.to(rows.device, rows.dtype)
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.module.down_proj.device
+        return device
 
-    def parameters(self) -> list[torch.Tensor]:
-        return [p for p in self.module.parameters() if p.requires_grad]
+    def run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        return _compute(self.module, rows, counts, lambda name: _Rows(getattr(self.module, name), experts))
+
+    def warm_up(self) -> None:
+        down = self.module.down_proj
+        width = down.shape[-1 if self.module.is_transposed else -2]
+        with torch.no_grad():
+            self.run(torch.zeros(1, width, dtype=down.dtype, device=down.device), [0], [1])
 
     def select(self, experts: Sequence[int]) -> StackedExperts:
         part: Any = copy.copy(self.module)
-        rows = torch.tensor(experts, device=self.module.down_proj.device)
+        rows = torch.tensor(experts, device=self.device)
         part._parameters = {name: self._taken(name, rows) for name in self.module._parameters}
         part._modules = {name: copy.deepcopy(child) for name, child in self.module._modules.items()}
         if hasattr(part, "num_experts"):
@@ -87,7 +105,7 @@ class StackedExperts:
         return StackedExperts(part)
 
     def tensors(self, experts: Sequence[int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        rows = torch.tensor(experts, device=self.module.down_proj.device)
+        rows = torch.tensor(experts, device=self.device)
         own, shared = {}, {}
         for name, tensor in self.module.state_dict().items():
             if self._is_stack(name):
@@ -95,6 +113,9 @@ class StackedExperts:
             else:
                 shared[name] = tensor.detach().clone()
         return own, shared
+
+    def mapped(self, change: Change) -> StackedExperts:
+        return StackedExperts(mapped_module(self.module, change))
 
     def _is_stack(self, name: str) -> bool:
         """Whether the parameter has one row for each expert."""
@@ -106,10 +127,26 @@ class StackedExperts:
         if parameter is None:
             return None
         where = rows if self._is_stack(name) else ...
-        taken = nn.Parameter(parameter.detach()[where].clone(), requires_grad=parameter.requires_grad)
-        if parameter.grad is not None:
-            taken.grad = parameter.grad[where].clone()
-        return taken
+        return nn.Parameter(parameter.detach()[where].clone(), requires_grad=False)
+
+
+@torch.no_grad()
+def mapped_module(module: nn.Module, change: Change) -> nn.Module:
+    """A copy of the module with what `change` makes of each of its tensors."""
+    made: Any = copy.copy(module)
+    made._parameters = {
+        name: tensor
+        if tensor is None
+        else nn.Parameter(change(tensor.detach()), requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else change(tensor)
+        for name, tensor in module._parameters.items()
+    }
+    made._buffers = {name: None if buffer is None else change(buffer) for name, buffer in module._buffers.items()}
+    made._modules = {
+        name: None if child is None else mapped_module(child, change) for name, child in module._modules.items()
+    }
+    return cast(nn.Module, made)
 
 
 _BITS = {1: np.uint8, 2: np.uint16}
@@ -145,34 +182,112 @@ def unpack(arrays: ExpertArrays) -> dict[str, torch.Tensor]:
     return tensors
 
 
+class SeparateExperts:
+    """Experts that have parameters of their own, so that each can be trained and moved by itself.
+
+    A stack would get a gradient of its full size for every expert that is touched.
+    """
+
+    def __init__(self, module: nn.Module, experts: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """
+        Args:
+            module: of `transformers`' experts interface, for how it computes; its own stacks are not used.
+            experts: of each, its row of each stack, by the stack's name.
+        """
+        self.module: Any = module
+        self.experts = experts
+
+    def run(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """[n, D] -> [n, D]: the first ``counts[0]`` rows through the first expert, and so on."""
+        return _compute(self.module, rows, counts, lambda name: [expert[name] for expert in self.experts])
+
+
+class _Rows(Sequence[torch.Tensor]):
+    """Some rows of a stack, and the stack itself, which a kernel may take whole.
+
+    With gradients they come of one `unbind`: that of ``stack[row]`` would be as large as the whole stack, for each row.
+    """
+
+    def __init__(self, stack: torch.Tensor, rows: Sequence[int]) -> None:
+        self.stack, self.rows = stack, rows
+        self._all = stack.unbind() if torch.is_grad_enabled() and stack.requires_grad else stack
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self._all[self.rows[position]]
+
+
+Weights = Callable[[str], Sequence[torch.Tensor]]
+"""For the name of a stack, the row of each expert that is touched."""
+
+
+def _compute(module: Any, rows: torch.Tensor, counts: Sequence[int], weights: Weights) -> torch.Tensor:
+    """[n, D] -> [n, D]: ``counts[0]`` rows through the first of the experts that `weights` gives, and so on."""
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up = weights(up_name)
+    first = up.stack if isinstance(up, _Rows) else up[0]
+    hidden = _grouped_linear(rows.to(first.device, first.dtype), module, up_name, up, weights, counts)
+    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+    out = _grouped_linear(hidden, module, "down_proj", weights("down_proj"), weights, counts)
+    if module.has_post_expert_norm:
+        out = module.post_expert_norm(out)
+    return out.to(rows.device, rows.dtype)
+
+
+def _fits_grouped_kernel(weight: torch.Tensor) -> bool:
+    """Whether torch's own grouped product is the best way through `weight` [E, in, out].
+
+    On GPUs where it has a kernel for it. On the CPU it is a loop over all experts, touched or not; but its backward
+    writes the gradient of the whole stack at once, where any other would gather it from those of single experts.
+    """
+    if any(width * weight.itemsize % 16 for width in weight.shape[1:]):
+        return False
+    if weight.is_cuda:
+        return weight.dtype is torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    return learns and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 def _grouped_linear(
-    rows: torch.Tensor, module: Any, name: str, experts: Sequence[int], counts: Sequence[int]
+    rows: torch.Tensor,
+    module: Any,
+    name: str,
+    matrices: Sequence[torch.Tensor],
+    weights: Weights,
+    counts: Sequence[int],
 ) -> torch.Tensor:
-    """[n, in] -> [n, out] through the weights `module.<name>` of each row's expert.
+    """[n, in] -> [n, out] through the weights `name` of each row's expert.
 
     The bias is added after the product has been rounded, as `transformers` does: fusing them would change bf16 bits.
     """
-    weight: torch.Tensor = getattr(module, name)
-    if not module.is_transposed:
-        weight = weight.transpose(-2, -1)  # [E, in, out]
-    if weight.device.type == "cuda" and weight.dtype is torch.bfloat16:  # the dtype the kernel is made for
-        sizes = torch.zeros(weight.shape[0], dtype=torch.int32)
-        sizes[torch.tensor(experts)] = torch.tensor(counts, dtype=torch.int32)
-        offsets = torch.cumsum(sizes, 0, dtype=torch.int32).to(weight.device)
-        out = torch.nn.functional.grouped_mm(rows, weight, offs=offsets)
+    if isinstance(matrices, _Rows) and _fits_grouped_kernel(matrices.stack):
+        stack = matrices.stack if module.is_transposed else matrices.stack.transpose(-2, -1)  # [E, in, out]
+        sizes = torch.zeros(stack.shape[0], dtype=torch.int32)
+        sizes[torch.tensor(matrices.rows, dtype=torch.int64)] = torch.tensor(counts, dtype=torch.int32)
+        offsets = torch.cumsum(sizes, 0, dtype=torch.int32).to(stack.device)
+        out = torch.nn.functional.grouped_mm(rows, stack, offs=offsets)
+        if out.requires_grad:
+            out.register_hook(torch.Tensor.contiguous)  # its backward refuses a gradient that was expanded, as of a sum
     else:
         parts = rows.split(list(counts))
+        oriented = [matrix if module.is_transposed else matrix.t() for matrix in matrices]  # [in, out]
+        if not oriented:
+            return rows  # none
         if torch.is_grad_enabled():
-            out = torch.cat([part @ weight[expert] for part, expert in zip(parts, experts, strict=True)])
+            out = torch.cat([part @ matrix for part, matrix in zip(parts, oriented, strict=True)])
         else:
             # torch's own grouped product on the CPU is this loop, over all experts instead of those touched.
-            out = rows.new_empty(len(rows), weight.shape[-1])
-            for part, expert, into in zip(parts, experts, out.split(list(counts)), strict=True):
-                torch.mm(part, weight[expert], out=into)
+            out = rows.new_empty(len(rows), oriented[0].shape[-1])
+            for part, matrix, into in zip(parts, oriented, out.split(list(counts)), strict=True):
+                torch.mm(part, matrix, out=into)
     if module.has_bias:
-        bias: torch.Tensor = getattr(module, f"{name}_bias")
-        expert_of_row = torch.tensor(experts, device=bias.device).repeat_interleave(
-            torch.tensor(counts, device=bias.device)
-        )
-        out = out + bias[expert_of_row]
+        bias = weights(f"{name}_bias")
+        repeats = torch.tensor(counts, device=out.device)
+        if isinstance(bias, _Rows):
+            expert_of_row = torch.tensor(bias.rows, device=out.device).repeat_interleave(repeats)
+            out = out + bias.stack[expert_of_row]
+        else:
+            out = out + torch.stack(list(bias)).repeat_interleave(repeats, dim=0)
     return out

@@ -1,0 +1,227 @@
+"""A Mixture-of-Experts layer for anyone's network: a gate, and experts that are here or somewhere else.
+
+`MoELayer` is what `ray_moe.MoELayer` names. Its experts obey the one contract of this package: hidden [T, D], index
+[T, K], weight [T, K] -> [T, D]. They are a module of `transformers`' experts interface, so whatever finds, cuts, loads,
+hosts or trains the experts of a checkpoint does so with these (`models/experts.py`).
+
+Shape legend: T tokens, D model width, F expert width, E experts, K experts per token, N = T*K slots, n slots that go to
+an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ray_moe.errors import InvalidConfig, InvalidRequest
+from ray_moe.ops.dispatch import combine
+from ray_moe.ops.experts import StackedExperts
+from ray_moe.ops.gates.base import Gate, Routing
+from ray_moe.ops.gates.topk import TopKGate
+from ray_moe.types import LayerPath
+
+Handler = Callable[[LayerPath, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Answers for a layer's experts: (path, hidden [T, D], index [T, K], weight [T, K]) -> [T, D]."""
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+    "relu": nn.functional.relu,
+}
+
+
+class Experts(nn.Module):
+    """E feed-forward experts: ``down(act(gate(x)) * up(x))`` if `gated`, else ``down(act(up(x)))``.
+
+    Parameters, as `transformers` names them: `gate_up_proj` [E, 2F, D] (or `up_proj` [E, F, D]), `down_proj` [E, D, F],
+    and with `bias` the same with ``_bias``, [E, 2F] (or [E, F]) and [E, D]. With a handler there are none.
+    """
+
+    is_transposed, is_concatenated, has_post_expert_norm, _is_expert_parallel = False, True, False, False
+    _ray_moe_handler: Handler | None = None
+    _ray_moe_path: LayerPath = ""
+    down_proj: nn.Parameter
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        activation: str | Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+    ) -> None:
+        """
+        Args:
+            hidden_size: D.
+            expert_size: F.
+            num_experts: E.
+            activation: a name of `ACTIVATIONS`, or any function of one tensor.
+            gated: whether the activation is multiplied by a second projection (SwiGLU with "silu").
+            bias: whether the projections have one.
+
+        Raises: `InvalidConfig` for a size below 1 or an unknown activation.
+        """
+        super().__init__()
+        for name, value in {"hidden_size": hidden_size, "expert_size": expert_size, "num_experts": num_experts}.items():
+            if value < 1:
+                raise InvalidConfig(f"{name} is {value}; it must be 1 or more")
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, expert_size
+        self.has_gate, self.has_bias = gated, bias
+        self.act_fn = _activation(activation)
+        width, up = (2 * expert_size, "gate_up_proj") if gated else (expert_size, "up_proj")
+        shapes: dict[str, tuple[int, ...]] = {up: (width, hidden_size), "down_proj": (hidden_size, expert_size)}
+        if bias:
+            shapes |= {f"{up}_bias": (width,), "down_proj_bias": (hidden_size,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights: uniform within ±1/√(what goes in), as `torch.nn.Linear` has them."""
+        for name, parameter in self.named_parameters(recurse=False):
+            bound = (self.intermediate_dim if name.startswith("down") else self.hidden_dim) ** -0.5
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def answer_with(self, handler: Handler, path: LayerPath) -> None:
+        """Let `handler` compute, under the name `path`, and give up the weights that are here."""
+        # Not setattr: a handler that is a module must not become a part of this one.
+        self.__dict__["_ray_moe_handler"] = handler
+        self._ray_moe_path = path
+        self._parameters.clear()
+
+    # Not compiled: which rows meet in a product is different in every batch.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            hidden: [T, D].
+            index: [T, K] integers in 0..E; E means "no expert".
+            weight: [T, K], used in its own dtype.
+
+        Returns: [T, D] in the dtype of `hidden`, differentiable in `hidden`, `weight` and the parameters.
+
+        Raises: `InvalidRequest` for an index that is none; whatever the handler raises.
+        """
+        if self._ray_moe_handler is not None:
+            return self._ray_moe_handler(self._ray_moe_path, hidden, index, weight)
+        slots, top_k = index.reshape(-1), index.shape[-1]
+        counts = self._rows_per_expert(slots)
+        order = slots.argsort(stable=True)[: sum(counts)]  # "no expert" is last
+        touched = [expert for expert, count in enumerate(counts) if count]
+        rows = hidden.new_zeros(len(slots), hidden.shape[-1])
+        if touched:
+            grouped = hidden.index_select(0, order // top_k)
+            out = StackedExperts(self).run(grouped, touched, [counts[expert] for expert in touched])
+            rows = rows.index_copy(0, order, out)
+        return combine(rows, weight)
+
+    def _rows_per_expert(self, slots: torch.Tensor) -> list[int]:
+        """[N] -> the number of slots that go to each of the E experts."""
+        if slots.numel():
+            low, high = (int(end) for end in slots.aminmax())
+            if low < 0 or high > self.num_experts:
+                wrong = low if low < 0 else high
+                raise InvalidRequest(
+                    f"a token is sent to expert {wrong}; there are 0 to {self.num_experts - 1}, and {self.num_experts} "
+                    'for "no expert"'
+                )
+        counts: list[int] = slots.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
+        return counts
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def extra_repr(self) -> str:
+        where = "" if self._ray_moe_handler is None else f", elsewhere as {self._ray_moe_path!r}"
+        return f"{self.num_experts} experts {self.hidden_dim}-{self.intermediate_dim}-{self.hidden_dim}{where}"
+
+
+class MoELayer(nn.Module):
+    """A gate, and the experts that it chooses from. Takes and gives [..., D].
+
+    `routing` is that of the last call, None before the first: what `ray_moe.ops.losses` takes.
+    """
+
+    def __init__(  # noqa: PLR0913  (as many options as there are)
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        gate: Gate | None = None,
+        activation: str | Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        experts: Literal["local"] | Handler = "local",
+        path: LayerPath = "experts",
+        seed: int | None = None,
+    ) -> None:
+        """
+        Args:
+            hidden_size: D.
+            expert_size: F.
+            num_experts: E.
+            top_k: K, of the gate that is made when none is given.
+            gate: a module, hidden [T, D] -> `Routing`; None for a `TopKGate` with normalised weights.
+            activation: "silu", "gelu", "gelu_tanh" or "relu", or any function of one tensor.
+            gated: whether experts multiply the activation by a second projection (SwiGLU with "silu").
+            bias: whether the experts' projections have one.
+            experts: "local", weights of this layer; or who computes them: a `Handler`, through which gradients flow as
+                it lets them. The layer has no weights of experts then.
+            path: what the handler calls these experts.
+            seed: makes the first weights (not those of a gate that was given) the same each time; None to draw them
+                from torch's own generator.
+
+        Raises: `InvalidConfig` for sizes or names that cannot be.
+        """
+        super().__init__()
+        # What a handler answers for needs no memory, not even for a moment.
+        with nullcontext() if isinstance(experts, str) else torch.device("meta"):
+            stack = Experts(hidden_size, expert_size, num_experts, activation=activation, gated=gated, bias=bias)
+        if not isinstance(experts, str):
+            stack.answer_with(experts, path)
+        own_gate = TopKGate(hidden_size, num_experts, top_k) if gate is None else None
+        self.gate: Any = own_gate if gate is None else gate
+        self.experts = stack
+        if seed is not None:
+            device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+            generator = torch.Generator(device).manual_seed(seed)
+            if own_gate is not None:
+                own_gate.reset_parameters(generator)
+            self.experts.reset_parameters(generator)
+        self.routing: Routing | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        routing: Routing = self.gate(tokens)
+        self.routing = routing
+        out: torch.Tensor = self.experts(tokens, routing.index, routing.weight)
+        return out.view(hidden.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has routed nothing yet; besides, torch does not copy tensors that have a history."""
+        return {**self.__dict__, "routing": None}
+
+
+def _activation(activation: str | Activation) -> Activation:
+    if not isinstance(activation, str):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise InvalidConfig(
+            f"unknown activation {activation!r}; give one of {', '.join(ACTIVATIONS)}, or a function of one tensor"
+        )
+    return ACTIVATIONS[activation]
