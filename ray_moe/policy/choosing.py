@@ -80,7 +80,8 @@ def choose(tokens: Floats, before: Bools, hosts: Hosts, goals: Goals) -> Bools:
         there = held[rows]
         mend = mended(load[rows], there, target, hosts)
         pinned = _shelter(load[rows], mend, target, hosts, goals.survive_nodes)
-        mend = mended(load[rows], mend, target, hosts)
+        again = np.flatnonzero(pinned | (num_short(mend, target, hosts) > 0))
+        mend[again] = mended(load[rows[again]], mend[again], target, hosts)
         busy = np.flatnonzero(~idle[rows])
         at = rows[busy]
         mend[busy] = _better(load[at], batches[at], there[busy], mend[busy], pinned[busy], target, hosts, goals)
@@ -137,34 +138,40 @@ def _better(
     if not len(load):
         return mend
     score, time = forecast(mend, batches, hosts.speed)
-    moves, broken = _num_moves(before, mend), num_short(mend, target, hosts)
+    moves, broken = _num_replicas(mend > before), num_short(mend, target, hosts)
+    nothing, full = _num_replicas(before) == 0, _num_replicas(mend) == hosts.slots.sum()
     rank = time.argsort(-1).argsort(-1)
     best: Bools = mend.copy()
     best_score, best_net = score.copy(), np.zeros(len(load))
     few = max(1, num_hosts // 8)
+
+    def price(moves: Ints) -> Floats:
+        least: Floats = max(goals.min_gain, LEAST_GAIN) + goals.cost_per_move / num_hosts * moves.astype(np.float64)
+        return least
+
     for fractions in ((1,), (2, 4)):
         # Whether fewer replicas would do is only asked where all of them already do well.
         tried = np.flatnonzero(best_score >= (GOOD if 2 in fractions else 0.0))
         ways = [(dealt, fraction) for dealt in (0, few, num_hosts) for fraction in fractions]
         rows = np.tile(tried, len(ways))
         dealt, fraction = np.repeat(ways, len(tried), axis=0).T
-        sensible = (dealt == num_hosts) | before[rows].any((-1, -2))  # nothing is there: nothing to keep
-        rows, dealt, fraction = rows[sensible], dealt[sensible], fraction[sensible]
-        dealt = np.where(pinned[rows], 0, dealt)[:, None]
+        sensible = (dealt == num_hosts) | ~nothing[rows]  # nothing is there: nothing to keep
+        dealt = np.where(pinned[rows], 0, dealt)
+        sensible &= (dealt > 0) | ~full[rows]
+        # Balancedness is 1 at most: where not even that would pay without a move, none can.
+        sensible &= score[rows] + price(-moves[rows]) + best_net[rows] < 1.0
+        rows, dealt, fraction = rows[sensible], dealt[sensible, None], fraction[sensible]
         anew = (rank[rows] < dealt) | (rank[rows] >= num_hosts - dealt)
         candidate = _dealt(load[rows], before[rows], mend[rows] & ~anew[:, None, :], fraction, target, hosts)
-        price = max(goals.min_gain, LEAST_GAIN) + goals.cost_per_move / num_hosts * (
-            _num_moves(before[rows], candidate) - moves[rows]
-        )
-        # Balancedness is 1 at most: what could not pay for its moves even then needs no forecast.
-        hopeful = score[rows] + price + best_net[rows] < 1.0
+        cost = price(_num_replicas(candidate > before[rows]) - moves[rows])
+        hopeful = score[rows] + cost + best_net[rows] < 1.0
         hopeful &= (candidate != mend[rows]).any((-1, -2))
         hopeful &= num_short(candidate, target, hosts) <= broken[rows]
-        rows, candidate, price = rows[hopeful], candidate[hopeful], price[hopeful]
+        rows, candidate, cost = rows[hopeful], candidate[hopeful], cost[hopeful]
         if not len(rows):
             continue
         reached, _ = forecast(candidate, batches[rows], hosts.speed)
-        net = reached - score[rows] - price
+        net = reached - score[rows] - cost
         for at in np.argsort(net, kind="stable"):  # the best last
             if net[at] > best_net[rows[at]]:
                 best[rows[at]], best_score[rows[at]], best_net[rows[at]] = candidate[at], reached[at], net[at]
@@ -180,7 +187,6 @@ def _dealt(load: Floats, before: Bools, kept: Bools, fraction: Ints, target: int
     return deal(load, number, kept, before, STAYS, target, hosts)
 
 
-def _num_moves(before: Bools, after: Bools) -> Ints:
-    """[n] replicas that are to be loaded."""
-    moves: Ints = (after & ~before).sum((-1, -2))
-    return moves
+def _num_replicas(held: Bools) -> Ints:
+    """[n] of each placement."""
+    return np.array([np.count_nonzero(one) for one in held], dtype=np.int64)

@@ -92,51 +92,58 @@ def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: float, t
     Returns: [P, E, H] `kept` and what was dealt. Every expert has a host; a further replica for which each host with a
         free slot holds the expert already is left out.
     """
-    held: Bools = kept.copy()
-    have = kept.sum(-1)
-    share = load / number
+    num_placements, num_experts, num_hosts = kept.shape
     placement, expert, host = where(kept)
-    at = placement * kept.shape[-1] + host
-    level = np.zeros((len(held), held.shape[-1]))
-    level += np.bincount(at, share[placement, expert], level.size).reshape(level.shape)
-    free = hosts.slots - kept.sum(1)
-    closed = np.where(free > 0, 0.0, np.inf)
-    island = _islands(kept, have)
+    cell, spot = placement * num_experts + expert, placement * num_hosts + host
+    have = np.bincount(cell, minlength=number.size).reshape(number.shape)
+    free = hosts.slots - np.bincount(spot, minlength=num_placements * num_hosts).reshape(num_placements, num_hosts)
+    share = load / number
+    level = np.where(free > 0, np.bincount(spot, share.ravel()[cell], free.size).reshape(free.shape), np.inf)
+    island = np.tile(np.arange(num_hosts), (num_placements, 1))
+    several = have.ravel()[cell] > 1
+    _join_homes(island, placement[several], expert[several], host[several])
     order = _order(share, number, number - have)
-    # Where each expert must have several homes and slots are just enough, one may not be wasted: a node with as many
-    # free slots as there are experts to come has to get each of them.
-    length, to_come = (order >= 0).sum(-1), _experts_to_come(order)
+    # Those with the most to deal come first: at each step, the ones not yet done are the first so many.
+    longest = np.argsort(-(order >= 0).sum(-1), kind="stable")
+    order, level, free, island = np.ascontiguousarray(order[longest].T), level[longest], free[longest], island[longest]
+    busy, length, to_come = (order >= 0).sum(-1), (order >= 0).sum(0), _experts_to_come(order)
+    cell = longest * num_experts + order
+    part, again = share.ravel()[cell], have.ravel()[cell] > 0
+    again[1:] |= order[1:] == order[:-1]
     on_node = (hosts.node[:, None] == np.arange(hosts.num_nodes)).astype(np.float64)
-    for step, now in enumerate(order.T):
-        rows = np.flatnonzero(now >= 0)
-        expert = now[rows]
-        mine, part = held[rows, expert], share[rows, expert]
-        score = (level[rows] + part[:, None]) / hosts.speed + closed[rows]
-        score -= stays * before[rows, expert]
+    held: Bools = kept.copy()
+    homes, old_homes = held.reshape(-1, num_hosts), before.reshape(-1, num_hosts)
+    first = np.arange(num_placements) * num_hosts
+    for step, now in enumerate(busy.tolist()):
+        at, more = cell[step, :now], np.flatnonzero(again[step, :now])
+        score = (level[:now] + part[step, :now, None]) / hosts.speed
+        np.subtract(score, stays, out=score, where=old_homes.take(at, 0))
         if target > 1:
-            room, others = free[rows] @ on_node, to_come[rows, step, None]
-            tight = np.minimum(room, others).sum(-1) <= length[rows] - step
+            # Where each expert must have several homes and slots are just enough, one may not be wasted: a node with
+            # as many free slots as there are experts to come has to get each of them.
+            room, others = free[:now] @ on_node, to_come[step, :now, None]
+            tight = np.minimum(room, others).sum(-1) <= length[:now] - step
             score += NOT_IN_NEED * (tight[:, None] & (room < others)[:, hosts.node])
-        again = have[rows, expert] > 0
-        if again.any():
-            home = island[rows, mine.argmax(-1)]
-            score += SAME_ISLAND * ((island[rows] == home[:, None]) & again[:, None])
+        if len(more):
+            mine, apart = homes.take(at[more], 0), score.take(more, 0)
+            home = island[more, mine.argmax(-1)]
+            apart += SAME_ISLAND * (island.take(more, 0) == home[:, None])
             for weight, same in ((SAME_NODE, hosts.same_node), (SAME_DOMAIN, hosts.same_domain)):
                 if same is not None:
-                    score += weight * (mine @ same)
-            np.putmask(score, mine, np.inf)
+                    apart += weight * (mine @ same)
+            apart[mine] = np.inf
+            score[more] = apart
         host = score.argmin(-1)
-        placed = np.isfinite(score[np.arange(len(rows)), host])
-        if again.any():
-            joined = again & placed
-            _join(island, rows[joined], home[joined], island[rows, host][joined])
-        if not placed.all():
-            rows, expert, host, part = rows[placed], expert[placed], host[placed], part[placed]
-        held[rows, expert, host] = True
-        have[rows, expert] += 1
-        level[rows, host] += part
-        free[rows, host] -= 1
-        closed[rows, host] = np.where(free[rows, host] > 0, 0.0, np.inf)
+        spot, added = first[:now] + host, part[step, :now]
+        if len(more):
+            placed = np.isfinite(score.ravel()[spot])
+            joined = placed[more]
+            _join(island, more[joined], home[joined], island.ravel()[spot[more[joined]]])
+            at, host, spot, added = at[placed], host[placed], spot[placed], added[placed]
+        homes[at, host] = True
+        level.ravel()[spot] += added
+        free.ravel()[spot] -= 1
+        level.ravel()[spot[free.ravel()[spot] <= 0]] = np.inf
     return held
 
 
@@ -151,28 +158,25 @@ def _order(share: Floats, number: Ints, missing: Ints) -> Ints:
 
 
 def _experts_to_come(order: Ints) -> Ints:
-    """[P, N] how many different experts are dealt from each step on."""
-    first = (order >= 0) & (order != np.roll(order, 1, -1))
-    if order.shape[-1]:
-        first[:, 0] = order[:, 0] >= 0
-    seen = first.cumsum(-1)
-    to_come: Ints = seen[:, -1:] - seen + 1
+    """[N, P] how many different experts are dealt from each step on."""
+    first = order >= 0
+    first[1:] &= order[1:] != order[:-1]
+    seen = first.cumsum(0)
+    to_come: Ints = seen[-1:] - seen + 1
     return to_come
 
 
-def _islands(kept: Bools, have: Ints) -> Ints:
-    """[P, H] a number for each host; the same where experts with several homes among `kept` join hosts."""
-    island = np.tile(np.arange(kept.shape[-1]), (len(kept), 1))
-    placement, expert, host = where(kept & (have > 1)[..., None])
+def _join_homes(island: Ints, placement: Ints, expert: Ints, host: Ints) -> None:
+    """Make one island of the homes of each expert, given the placement, expert and host of each replica, ascending."""
     link = np.flatnonzero((placement[1:] == placement[:-1]) & (expert[1:] == expert[:-1]))
     turn = np.arange(len(link)) - np.searchsorted(placement[link], placement[link])
     for step in range(int(turn.max(initial=-1)) + 1):
         at = link[turn == step]
         rows = placement[at]
         _join(island, rows, island[rows, host[at]], island[rows, host[at + 1]])
-    return island
 
 
 def _join(island: Ints, rows: Ints, into: Ints, other: Ints) -> None:
     """Make one island of two, in each of `rows`."""
-    island[rows] = np.where(island[rows] == other[:, None], into[:, None], island[rows])
+    mine = island.take(rows, 0)
+    island[rows] = np.where(mine == other[:, None], into[:, None], mine)

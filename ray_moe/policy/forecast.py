@@ -27,7 +27,8 @@ NUM_SWEEPS = 8
 
 def where(held: Bools) -> tuple[Ints, Ints, Ints]:
     """Placement, expert and host of each replica, ascending. (`np.nonzero` takes ten times as long.)"""
-    placement, expert, host = np.unravel_index(np.flatnonzero(held), held.shape)
+    cell, host = np.divmod(np.flatnonzero(held), held.shape[-1])
+    placement, expert = np.divmod(cell, held.shape[-2])
     return placement, expert, host
 
 
@@ -51,67 +52,73 @@ def forecast(held: Bools, batches: Floats, speed: Floats) -> tuple[Floats, Float
 
     Returns: [P] balancedness, the mean over batches of mean / max host time; [P, H] mean time of each host.
     """
-    num_placements, _, num_hosts = held.shape
-    number = held.sum(-1)
+    num_placements, num_experts, num_hosts = held.shape
+    num_batches = batches.shape[1]
     placement, expert, host = where(held)
-    share = batches[placement, :, expert] / number[placement, expert, None]  # [R, S]: equal shares to begin with
-    row = placement * num_hosts + host
+    cell, row = placement * num_experts + expert, placement * num_hosts + host
+    # [R, S]: equal shares to begin with
+    share = batches.swapaxes(1, 2).reshape(-1, num_batches).take(cell, 0) / np.bincount(cell)[cell, None]
     cost = 1.0 / speed
     loads = (share * cost[host, None]).T
     # A row for each host of each placement, so that whole rows are taken and put back.
     level = np.stack([np.bincount(row, load, num_placements * num_hosts) for load in loads], 1)
+    # Both ends of each step's links are taken and put back at once: two halves.
     steps = [
-        (here, there, row[here], row[there], cost[host[here], None], cost[host[there], None])
-        for here, there in _links(placement, expert, host)
+        (ends, row[ends], cost[host[ends], None].repeat(num_batches, 1))
+        for ends in map(np.concatenate, _links(cell, placement, host))
     ]
     ideal = batches.sum(-1) / speed.sum()
     for _ in range(NUM_SWEEPS):
-        for here, there, row_here, row_there, cost_here, cost_there in steps:
-            level_here, level_there = level.take(row_here, 0), level.take(row_there, 0)
-            share_here, share_there = share.take(here, 0), share.take(there, 0)
-            move = (level_here - level_there) / (cost_here + cost_there)
-            move = np.minimum(np.maximum(move, -share_there), share_here)
-            share[here] = share_here - move
-            share[there] = share_there + move
-            level[row_here] = level_here - move * cost_here
-            level[row_there] = level_there + move * cost_there
+        for ends, rows, costs in steps:
+            half = len(ends) // 2
+            shares, levels = share.take(ends, 0), level.take(rows, 0)
+            move = (levels[:half] - levels[half:]) / (costs[:half] + costs[half:])
+            move = np.minimum(np.maximum(move, -shares[half:]), shares[:half])
+            shares[:half] -= move
+            shares[half:] += move
+            levels[:half] -= move * costs[:half]
+            levels[half:] += move * costs[half:]
+            share[ends], level[rows] = shares, levels
         steps.reverse()
     level = level.reshape(num_placements, num_hosts, -1)
     score: Floats = (ideal / level.max(1)).mean(-1)
     return score, level.mean(-1)
 
 
-def _links(placement: Ints, expert: Ints, host: Ints) -> list[tuple[Ints, Ints]]:
+def _links(cell: Ints, placement: Ints, host: Ints) -> list[tuple[Ints, Ints]]:
     """Pairs of replicas of one expert that rows can flow between, in steps within which no host is in two pairs.
 
     So each pair sees what those of earlier steps did, as in `split.py`. Replicas 1, 2, 4 ... apart are paired, so that
     one sweep reaches all of an expert's from each.
 
     Args:
-        placement, expert, host: [R] of each replica, ascending.
+        cell: [R] a number for the expert and placement of each replica, ascending.
+        placement, host: [R] likewise.
     """
-    longest = int(np.bincount(placement * (int(expert.max()) + 1) + expert).max())
+    longest = int(np.bincount(cell).max())
     one, other = [], []
     for apart in (1 << power for power in range((longest - 1).bit_length())):
-        same = (placement[apart:] == placement[:-apart]) & (expert[apart:] == expert[:-apart])
-        one.append(np.flatnonzero(same))
+        one.append(np.flatnonzero(cell[apart:] == cell[:-apart]))
         other.append(one[-1] + apart)
     if not one:
         return []
     here, there = np.concatenate(one), np.concatenate(other)
-    order = np.lexsort((here, there - here, expert[here], placement[here]))
+    order = np.argsort(cell[here], kind="stable")
     here, there = here[order], there[order]
     # Each pair, one of each placement at a time, takes the first step that neither of its hosts has taken.
     turn = np.arange(len(here)) - np.searchsorted(placement[here], placement[here])
     by_turn = np.argsort(turn, kind="stable")
+    turn, here, there = turn[by_turn], here[by_turn], there[by_turn]
     at, to = (placement[side] * (int(host.max()) + 1) + host[side] for side in (here, there))
     taken = np.zeros(int(max(at.max(), to.max())) + 1, dtype=np.uint64)
     step = np.empty(len(here), dtype=np.uint64)
-    for pairs in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]):
-        free = ~(taken[at[pairs]] | taken[to[pairs]])
-        step[pairs] = free & (~free + np.uint64(1))  # the lowest bit
-        taken[at[pairs]] |= step[pairs]
-        taken[to[pairs]] |= step[pairs]
+    end = np.cumsum(np.bincount(turn)).tolist()
+    for pairs in map(slice, [0, *end], end):
+        taken_at, taken_to = taken[at[pairs]], taken[to[pairs]]
+        free = ~(taken_at | taken_to)
+        step[pairs] = free & -free  # the lowest bit
+        taken[at[pairs]] = taken_at | step[pairs]
+        taken[to[pairs]] = taken_to | step[pairs]
     # Where a host is in more than 64 pairs, the rest have steps of their own.
     number = np.where(step > 0, np.log2(np.maximum(step, 1).astype(np.float64)), 64 + turn).astype(np.int64)
     order = np.argsort(number, kind="stable")

@@ -77,11 +77,10 @@ def _swap(load: Floats, held: Bools, target: int, hosts: Hosts) -> None:
 def num_short(held: Bools, target: int, hosts: Hosts) -> Ints:
     """[L] what is missing: homes of experts without any first, then replicas and nodes of others."""
     homes = held.sum(-1)
-    nodes = np.minimum(target, hosts.num_nodes) - num_nodes(held, hosts)
-    missing: Ints = (
-        np.maximum(np.maximum(target - homes, nodes), 0).sum(-1)
-        + (homes == 0).sum(-1) * held.shape[-1] * held.shape[-2]
-    )
+    short = np.maximum(target - homes, 0)
+    if hosts.same_node is not None:
+        short = np.maximum(short, min(target, hosts.num_nodes) - num_nodes(held, hosts))
+    missing: Ints = short.sum(-1) + (homes == 0).sum(-1) * held.shape[-1] * held.shape[-2]
     return missing
 
 

@@ -26,6 +26,9 @@ from ray_moe.types import HostId, LayerPath, Placement
 
 __all__ = ["Capacity", "Goals", "plan", "predict", "slots_in_bytes"]
 
+GONE = -1
+"""Number of a host that is not there."""
+
 PREDICTED_ROWS = 2**20
 """Rows of the hottest expert in the batch whose split `predict` measures: so many that whole rows do not matter."""
 
@@ -70,21 +73,18 @@ def plan(
     number_of = {host.host_id: number for number, host in enumerate(hosts)}
     now = {} if current is None else current.hosts_of
     planned: dict[LayerPath, tuple[tuple[HostId, ...], ...]] = {}
-    for num_experts in sorted({len(tokens) for tokens in load.values()}):
+    for num_experts in sorted(set(map(len, load.values()))):
         layers = sorted(layer for layer, tokens in load.items() if len(tokens) == num_experts)
         before = np.zeros((len(layers), num_experts, len(hosts)), dtype=bool)
-        there = [
-            (number * num_experts + expert) * len(hosts) + number_of[name]
-            for number, layer in enumerate(layers)
-            for expert, names in enumerate(now.get(layer, ())[:num_experts])
-            for name in names
-            if name in number_of
-        ]
-        before.flat[np.array(there, dtype=np.int64)] = True
+        for held, layer in zip(before, layers, strict=True):
+            homes = now.get(layer, ())[:num_experts]
+            expert = np.repeat(np.arange(len(homes)), [len(names) for names in homes])
+            host = np.array([number_of.get(name, GONE) for names in homes for name in names], dtype=np.int64)
+            held[expert[host != GONE], host[host != GONE]] = True
         tokens = np.array([load[layer] for layer in layers], dtype=np.float64)
-        held = choose(tokens, before, _as_arrays(hosts, num_experts), goals)
+        chosen = choose(tokens, before, _as_arrays(hosts, num_experts), goals)
         for number, layer in enumerate(layers):
-            planned[layer] = _named(held[number], tokens[number], now.get(layer, ()), hosts)
+            planned[layer] = _named(chosen[number], tokens[number], now.get(layer, ()), hosts)
     return Placement({layer: planned[layer] for layer in load})
 
 
@@ -117,17 +117,17 @@ def _named(
     held: Bools, tokens: Floats, names: Sequence[Sequence[HostId]], hosts: Sequence[Capacity]
 ) -> tuple[tuple[HostId, ...], ...]:
     """[E, H] -> host ids of each expert: those that hold it already in their order, then the least loaded first."""
-    expert, host = np.nonzero(held)
-    time = np.bincount(host, (tokens / held.sum(-1))[expert], len(hosts)) / [one.speed for one in hosts]
+    expert, host = np.divmod(np.flatnonzero(held), len(hosts))
+    number = np.bincount(expert, minlength=len(held))
+    time = np.bincount(host, (tokens / number)[expert], len(hosts)) / [one.speed for one in hosts]
     order = np.lexsort((time[host], expert))
-    homes: list[list[HostId]] = [[] for _ in held]
-    for one, home in zip(expert[order].tolist(), host[order].tolist(), strict=True):
-        homes[one].append(hosts[home].host_id)
-    for mine, old in zip(homes, names, strict=False):
-        if mine != list(old):
-            first = {name: place for place, name in reversed(list(enumerate(old)))}
-            mine.sort(key=lambda name: first.get(name, len(first)))
-    return tuple(map(tuple, homes))
+    ids = [hosts[home].host_id for home in host[order].tolist()]
+    end = np.cumsum(number).tolist()
+    homes = [tuple(ids[i:j]) for i, j in itertools.pairwise([0, *end])]
+    for one, old in enumerate(names[: len(homes)]):
+        if len(homes[one]) > 1 and homes[one] != old:
+            homes[one] = tuple(sorted(homes[one], key=lambda name: old.index(name) if name in old else len(old)))
+    return tuple(homes)
 
 
 def _as_arrays(hosts: Sequence[Capacity], num_experts: int) -> Hosts:
@@ -163,6 +163,7 @@ def _check(load: Mapping[LayerPath, Floats], hosts: Sequence[Capacity]) -> None:
                 f"host {host.host_id!r} has {host.slots} slots and speed {host.speed}; "
                 "slots must be 0 or more, speed finite and above 0"
             )
+    slots = {number: sum(min(host.slots, number) for host in hosts) for number in set(map(len, load.values()))}
     for layer, tokens in load.items():
         if not len(tokens):
             raise InvalidConfig(f"layer {layer!r} has no experts; leave it out")
@@ -172,9 +173,8 @@ def _check(load: Mapping[LayerPath, Floats], hosts: Sequence[Capacity]) -> None:
                 f"the load of expert {bad[0]} of layer {layer!r} is {tokens[bad[0]]}; "
                 "loads must be finite and 0 or more"
             )
-        slots = sum(min(host.slots, len(tokens)) for host in hosts)
-        if slots < len(tokens):
+        if slots[len(tokens)] < len(tokens):
             raise InsufficientResources(
-                f"layer {layer!r} has {len(tokens)} experts, but the hosts have {slots} slots for them; "
+                f"layer {layer!r} has {len(tokens)} experts, but the hosts have {slots[len(tokens)]} slots for them; "
                 "add hosts, or let them hold more bytes"
             )
