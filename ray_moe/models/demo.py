@@ -18,8 +18,7 @@ import shutil
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,44 +26,27 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_moe import __version__
 from ray_moe.errors import InsufficientResources, InvalidConfig
+from ray_moe.models import byte_level
+from ray_moe.models.byte_level import END, ByteModel, library_files, new_model, no_progress_bars
 
-END = 256
-"""The token after each file; tokens 0 to 255 are the bytes themselves."""
-END_TEXT = "<|endoftext|>"
 MIN_CORPUS_BYTES = 1_000_000
 _RECEIPT = "training.json"
 
 
 @dataclass(frozen=True, slots=True)
-class DemoSettings:
+class DemoSettings(ByteModel):
     """Everything that decides what the model becomes; part of the name of its cache."""
 
     train_seconds: float = 115.0
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_experts: int = 8
-    expert_width: int = 128
-    init_std: float = 0.05
-    """At this width and in this time, twice the usual spread of first weights saves a fifth of the loss."""
     window: int = 192
     """S, tokens of a training window."""
     batch: int = 8
     """B, windows of a training step. Small: in two minutes, many steps teach more than smooth ones."""
     learning_rate: float = 4e-3
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +101,7 @@ def demo_model(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
             model, losses, held_out_loss = train(settings, on_progress)
             unfinished = Path(scratch) / path.name
-            with _no_progress_bars():
-                model.save_pretrained(unfinished)
-            byte_tokenizer().save_pretrained(unfinished)
+            byte_level.write(unfinished, model)
             sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
             record = {"held_out_loss": held_out_loss, "losses": losses, "settings": asdict(settings), "files": sizes}
             (unfinished / _RECEIPT).write_text(json.dumps(record, indent=1))
@@ -146,7 +126,7 @@ def _read_receipt(path: Path) -> dict[str, Any] | None:
 def reference_tokens(path: Path, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[int, ...]]:
     """Greedy continuations of each prompt by `transformers` alone, the whole model in this process."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    with _no_progress_bars():
+    with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(path)
     continuations = []
     for prompt in prompts:
@@ -156,47 +136,16 @@ def reference_tokens(path: Path, prompts: Sequence[str], max_new_tokens: int) ->
     return continuations
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """The bars of `transformers` for half a second of work would cut through ours."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-
-
-# --- Tokenizer -----------------------------------------------------------------------------------------------
-def byte_tokenizer() -> Any:
-    """A tokenizer whose token ids are the bytes of UTF-8, so that every text comes back as it was."""
-    # Byte-level tokenizers write byte b as one printable character (GPT-2's table): itself if it is printable and
-    # no blank, else the next one free above 255.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    blanks = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(blanks)}
-    backend = Tokenizer(BPE({letters[byte]: byte for byte in range(256)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(END_TEXT, special=True)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_TEXT, clean_up_tokenization_spaces=False, model_max_length=1024
-    )
-
-
 # --- Training ------------------------------------------------------------------------------------------------
 def corpus(held_out: bool = False) -> torch.Tensor:
     """[bytes] int16: the sources of Python's standard library, in a fixed order; every 20th file is held out."""
-    library = Path(sysconfig.get_path("stdlib"))
-    not_ours = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = sorted(file for file in library.rglob("*.py") if not_ours.isdisjoint(file.relative_to(library).parts))
-    chosen = [file for number, file in enumerate(files) if (number % 20 == 0) == held_out]
+    chosen = [file for number, file in enumerate(library_files()) if (number % 20 == 0) == held_out]
     pieces = [np.append(np.frombuffer(file.read_bytes(), np.uint8).astype(np.int16), np.int16(END)) for file in chosen]
     if not held_out and sum(map(len, pieces)) < MIN_CORPUS_BYTES:
         raise InsufficientResources(
-            f"the demo learns from Python's own library, but {library} has {sum(map(len, pieces))} bytes of sources "
-            f"and {MIN_CORPUS_BYTES} are needed; use a Python that comes with them"
+            f"the demo learns from Python's own library, but {sysconfig.get_path('stdlib')} has "
+            f"{sum(map(len, pieces))} bytes of sources and {MIN_CORPUS_BYTES} are needed; use a Python that comes with "
+            "them"
         )
     return torch.from_numpy(np.concatenate(pieces))
 
@@ -207,7 +156,8 @@ def train(
     """Train a model for `settings.train_seconds`; returns it, the loss over time, and the loss on held-out files."""
     generator = torch.Generator().manual_seed(settings.seed)
     data = corpus()
-    model = _new_model(settings)
+    model = new_model(settings).train()
+    model.set_experts_implementation("eager")  # trains twice as fast as grouped_mm at this size on CPU
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     losses: list[float] = []
     started = time.perf_counter()
@@ -222,34 +172,6 @@ def train(
     curve = [round(float(part.mean()), 4) for part in parts]
     model.set_experts_implementation("grouped_mm")
     return model.eval(), curve, _held_out_loss(model, settings)
-
-
-def _new_model(settings: DemoSettings) -> Any:
-    config = Qwen3MoeConfig(
-        vocab_size=END + 1,
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_heads // 2,
-        head_dim=settings.hidden_size // settings.num_heads,
-        num_experts=settings.num_experts,
-        num_experts_per_tok=2,
-        moe_intermediate_size=settings.expert_width,
-        intermediate_size=settings.expert_width,
-        norm_topk_prob=True,
-        initializer_range=settings.init_std,
-        router_aux_loss_coef=0.01,
-        output_router_logits=False,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=END,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation("eager")  # trains twice as fast as grouped_mm at this size on CPU
-    return model.train()
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, settings: DemoSettings, step: int, elapsed_s: float) -> None:

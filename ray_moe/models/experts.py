@@ -1,7 +1,8 @@
 """The experts modules of a `transformers` model: finding them, taking some of their rows, answering for them.
 
-Works on every module of `transformers`' experts interface (`use_experts_implementation`), whatever the family. Loads
-nothing and knows no Ray: `models/huggingface.py` loads through it, `runtime/` installs its dispatcher with it.
+Works on every module of `transformers`' experts interface (`use_experts_implementation`), whatever the family, and on
+the experts of a `MoELayer`. Loads nothing and knows no Ray: `models/huggingface.py` loads through it, `runtime/`
+installs its dispatcher with it.
 
 Shape legend: T tokens, D model width, K experts per token.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,9 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ray_moe.ops.layer import Handler
+from ray_moe.ops.parts import Axes, cut
+from ray_moe.policy.parts import whole_of
 from ray_moe.types import LayerPath
 
 IMPLEMENTATION = "ray_moe"
@@ -26,9 +31,6 @@ IMPLEMENTATION = "ray_moe"
 
 LOCAL_IMPLEMENTATION = "grouped_mm"
 """What a shard computes with: `transformers`' own default, so that results can be compared bit by bit."""
-
-Handler = Callable[[LayerPath, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Answers for a layer's experts: (path, hidden [T, D], index [T, K], weight [T, K]) -> [T, D]."""
 
 _HANDLER = "_ray_moe_handler"
 _PATH = "_ray_moe_path"
@@ -48,7 +50,8 @@ def install(model: nn.Module, handler: Handler) -> None:
         registry.register(IMPLEMENTATION, _ask_handler)
     modules: dict[LayerPath, Any] = dict(experts_modules(model))
     # A config may be shared with other models, so these modules get their own copy of it (one for all of them).
-    originals = {id(module.config): module.config for module in modules.values()}
+    # (Those of a `MoELayer` have none, and ask their handler by themselves.)
+    originals = {id(module.config): module.config for module in modules.values() if hasattr(module, "config")}
     copies = {number: copy.deepcopy(original) for number, original in originals.items()}
     for config in copies.values():
         config._experts_implementation_internal = IMPLEMENTATION
@@ -56,7 +59,8 @@ def install(model: nn.Module, handler: Handler) -> None:
         # Not setattr: a handler that is a module itself must not become a submodule.
         module.__dict__[_HANDLER] = handler
         module.__dict__[_PATH] = path
-        module.config = copies[id(module.config)]
+        if hasattr(module, "config"):
+            module.config = copies[id(module.config)]
 
 
 def make_shard(experts: nn.Module, ids: Sequence[int]) -> nn.Module:
@@ -78,10 +82,69 @@ def make_shard(experts: nn.Module, ids: Sequence[int]) -> nn.Module:
     shard._buffers = dict(source._buffers)
     shard._modules = {name: copy.deepcopy(child) for name, child in source._modules.items()}
     shard.num_experts = len(rows)
-    # The shard computes by itself, whatever its origin's model does.
-    shard.config = copy.deepcopy(source.config)
-    shard.config._experts_implementation_internal = LOCAL_IMPLEMENTATION
+    if hasattr(source, "config"):
+        # The shard computes by itself, whatever its origin's model does.
+        shard.config = copy.deepcopy(source.config)
+        shard.config._experts_implementation_internal = LOCAL_IMPLEMENTATION
     module: nn.Module = shard
+    return module.requires_grad_(False)
+
+
+def make_parts(
+    load: Callable[[int], nn.Module], num_experts: int, ids: Sequence[int], axes: Axes, num_parts: int
+) -> nn.Module:
+    """A module that holds only the parts `ids` of experts, row r being the r-th smallest (`policy/parts.py`).
+
+    Experts are loaded one after the other, so that there is never more than one of them beside their parts.
+
+    Args:
+        load: gives a module of one expert alone, by its number.
+        num_experts: of the layer.
+        axes: where its matrices are cut.
+    """
+    rows: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for row, number in enumerate(sorted(set(ids))):
+        expert, part = whole_of(number, num_experts)
+        rows[expert].append((row, part))
+    made: Any = None
+    for expert, wanted in rows.items():
+        whole: Any = load(expert)
+        if made is None:
+            made = copy.copy(whole)
+            made._parameters = dict(whole._parameters)
+            made.num_experts = len(set(ids))
+            for name, axis in axes.items():
+                shape = cut(whole._parameters[name], axis, num_parts, 0).shape[1:]
+                stack = whole._parameters[name].new_empty(made.num_experts, *shape)
+                made._parameters[name] = nn.Parameter(stack, requires_grad=False)
+        for name, axis in axes.items():
+            for row, part in wanted:
+                made._parameters[name].data[row] = cut(whole._parameters[name].data[0], axis, num_parts, part)
+    module: nn.Module = made
+    return module
+
+
+def expert_rows(experts: nn.Module, row: int) -> dict[str, torch.Tensor]:
+    """A copy of what one expert of a module is, by parameter."""
+    return {
+        name: parameter.detach()[row].clone()
+        for name, parameter in experts._parameters.items()
+        if parameter is not None and is_per_expert(experts, name)
+    }
+
+
+def without_experts(experts: nn.Module) -> nn.Module:
+    """How a module's experts compute, and none of them: a copy that can be pickled, with what all experts share."""
+    bare: Any = copy.copy(experts)
+    for attached in (_HANDLER, _PATH):
+        bare.__dict__.pop(attached, None)
+    bare._parameters = {
+        name: nn.Parameter(parameter.detach().clone())
+        for name, parameter in experts._parameters.items()
+        if parameter is not None and not is_per_expert(experts, name)
+    }
+    bare._modules = {name: copy.deepcopy(child) for name, child in experts._modules.items()}
+    module: nn.Module = bare
     return module.requires_grad_(False)
 
 
@@ -120,7 +183,7 @@ def moe_block(model: nn.Module, path: LayerPath) -> nn.Module | None:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Whether `use_experts_implementation` has decorated the module's class."""
+    """Whether `use_experts_implementation` has decorated the module's class, or it is that of a `MoELayer`."""
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from ray_moe.errors import InvalidCheckpoint, NotFound, WireError
-from ray_moe.models.checkpoint import CheckpointFiles
-from ray_moe.models.experts import drop_parameters, make_shard
+from ray_moe.errors import InvalidCheckpoint, InvalidRequest, NotFound, WireError
+from ray_moe.models.checkpoint import CheckpointFiles, Reader
+from ray_moe.models.experts import drop_parameters, make_parts, make_shard
 from ray_moe.models.layout import Layout, classify
 from ray_moe.models.lazy import OwnTensor
 from ray_moe.models.loading import fill, fill_experts, finish, return_free_memory
 from ray_moe.models.skeleton import Skeleton, build, read_config
 from ray_moe.models.trial import num_bytes, try_backbone, try_experts
 from ray_moe.ops.experts import ExpertArrays, unpack
+from ray_moe.ops.parts import ExpertParts, axes_of
+from ray_moe.ops.quantization import Int8Experts, Quantization, int8_bytes
 from ray_moe.types import LayerPath, LayerSpec
 
 OnProgress = Callable[[int], None]
@@ -50,6 +52,8 @@ class Checkpoint:
     _layout: Layout
     _shared_bytes: dict[LayerPath, int]
     """What a shard of a layer holds beside its experts."""
+    parts: ExpertParts = field(default_factory=ExpertParts)
+    """How its experts are cut."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while experts are loaded through the skeleton."""
 
@@ -79,6 +83,24 @@ class Checkpoint:
             _shared_bytes=shared_bytes,
         )
 
+    def cut(self, num_parts: int) -> Checkpoint:
+        """The same with each expert cut into `num_parts`, which are its experts then (`ops/parts.py`).
+
+        `layers` counts those, and what is asked for by number are those (`policy/parts.py`). All else is shared.
+
+        Raises:
+            UnsupportedModel: the experts of this family are no sum of parts.
+            InvalidConfig: their width is no multiple of `num_parts`.
+        """
+        if num_parts == self.parts.number:
+            return self
+        axes = {path: axes_of(experts, path, num_parts) for path, experts in self._skeleton.experts.items()}
+        layers = {
+            path: replace(spec, num_experts=num_parts * spec.num_experts, expert_bytes=spec.expert_bytes // num_parts)
+            for path, spec in self.layers.items()
+        }
+        return replace(self, layers=layers, parts=ExpertParts(num_parts, axes))
+
     @property
     def model_type(self) -> str:
         model_type: str = self.config.model_type
@@ -88,6 +110,23 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """What the weights are once loaded."""
         return self._skeleton.dtype
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """What it is on disk."""
+        return self._files
+
+    @property
+    def places(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the whole model, by name: on the meta device, in the shape and dtype it has once loaded."""
+        places: dict[str, torch.Tensor] = self._skeleton.model.state_dict()
+        return places
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Weights that are one and the same under several names: each name -> another one."""
+        tied: dict[str, str] = self._skeleton.model.all_tied_weights_keys
+        return {origin: name for name, origin in tied.items()} | tied
 
     @property
     def max_positions(self) -> int | None:
@@ -115,6 +154,40 @@ class Checkpoint:
             self._shared_bytes[path] + len(ids) * self.layers[path].expert_bytes
             for path, ids in self._checked(plan).items()
         )
+
+    def peak_bytes(self, plan: Mapping[LayerPath, Sequence[int]]) -> int:
+        """The same and what it takes besides for a moment: to cut an expert, the whole of it."""
+        cut = [self.layers[path].expert_bytes * self.parts.number for path in plan] if self.parts.number > 1 else []
+        return self.experts_bytes(plan) + max(cut, default=0)
+
+    def layers_as(self, quantization: Quantization) -> tuple[LayerSpec, ...]:
+        """The layers with the bytes that their experts have when they are held so."""
+        layers = self.layers.values()
+        if quantization == "none":
+            return tuple(layers)
+        return tuple(replace(each, expert_bytes=int8_bytes(self._frame(each.path, [0]))) for each in layers)
+
+    def check_same_architecture(self, other: Checkpoint) -> None:
+        """Whether `other`'s weights can take the place of these: every one has the same name, shape and dtype.
+
+        Raises:
+            InvalidRequest: they cannot; the message says what differs.
+        """
+        for what in ("model_type", "vocab_size", "max_positions", "layers"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                told = f": {theirs}, not {mine}" if what != "layers" else " (number, shape or dtype of the experts)"
+                raise InvalidRequest(f"{other.name} is of another architecture than {self.name}, by its {what}{told}")
+        mine, theirs = (
+            {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in each._skeleton.model.state_dict().items()}
+            for each in (self, other)
+        )
+        if mine != theirs:
+            name = min(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            raise InvalidRequest(
+                f"{other.name} is of another architecture than {self.name}: {name} is {theirs.get(name, 'not there')}, "
+                f"not {mine.get(name, 'not there')}"
+            )
 
     def load_backbone(self, device: str | torch.device = "cpu", on_progress: OnProgress | None = None) -> nn.Module:
         """The model with everything but the routed experts, whose modules have no parameters.
@@ -161,8 +234,7 @@ class Checkpoint:
         for path, ids in self._checked(plan).items():
             # A file is open, and its pages count as this process's memory, no longer than its layer needs it.
             with self._lock, self._files.reader() as reader:
-                layer = self._layout.experts[path]
-                shards[path] = fill_experts(self._skeleton, path, layer, ids, reader, device)
+                shards[path] = self._fill(path, ids, reader, device)
             return_free_memory()
             _tell(on_progress, num_bytes(shards[path]))
         return shards
@@ -178,16 +250,38 @@ class Checkpoint:
             NotFound: the model has no such layer or expert.
             WireError: the copy is not of these experts.
         """
-        checked = self._checked({path: ids})
-        if path not in checked:
-            raise NotFound(f"name at least one expert of {path} to build from a copy")
-        shard = make_shard(self._skeleton.experts[path], checked[path])
+        shard = self._frame(path, ids)
         tensors = {name: tensor.to(device) for name, tensor in unpack(arrays).items()}
         try:
             shard.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:  # names or shapes differ
-            raise WireError(f"this is not a copy of experts {checked[path]} of {path}: {error}") from error
+            raise WireError(f"this is not a copy of experts {sorted(set(ids))} of {path}: {error}") from error
         return shard.requires_grad_(False)
+
+    def int8_experts_from(
+        self, path: LayerPath, ids: Sequence[int], arrays: ExpertArrays, device: str | torch.device = "cpu"
+    ) -> Int8Experts:
+        """The same of experts that the host holds in 8 bits; nothing is quantised anew. Raises: as `experts_from`."""
+        tensors = {name: tensor.to(device) for name, tensor in unpack(arrays).items()}
+        return Int8Experts.from_tensors(self._frame(path, ids), tensors)
+
+    def _frame(self, path: LayerPath, ids: Sequence[int]) -> nn.Module:
+        """How the experts `ids` of a layer compute, on the meta device. Raises: `NotFound`."""
+        checked = self._checked({path: ids})
+        if path not in checked:
+            raise NotFound(f"name at least one expert of {path} to build from a copy")
+        return self._made(path, checked[path], lambda some: make_shard(self._skeleton.experts[path], some))
+
+    def _fill(self, path: LayerPath, ids: Sequence[int], reader: Reader, device: str | torch.device) -> nn.Module:
+        layer = self._layout.experts[path]
+        return self._made(path, ids, lambda some: fill_experts(self._skeleton, path, layer, some, reader, device))
+
+    def _made(self, path: LayerPath, ids: Sequence[int], make: Callable[[Sequence[int]], nn.Module]) -> nn.Module:
+        """What `make` makes of whole experts; where they are cut, of each that `ids` has a part of."""
+        if self.parts.number == 1:
+            return make(ids)
+        num_experts = self.layers[path].num_experts // self.parts.number
+        return make_parts(lambda e: make([e]), num_experts, ids, self.parts.axes[path], self.parts.number)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The checkpoint's tokenizer; None when it has none.

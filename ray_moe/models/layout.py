@@ -1,7 +1,8 @@
 """Which tensor on disk belongs to the backbone, and which to which expert.
 
 A tensor's place in the model is what `transformers`' own renaming rules say, so every layout on disk that it can load
-is understood: one tensor per expert, or all experts in one tensor. Called by `models/huggingface.py`.
+is understood: one tensor per expert, or all experts in one tensor. Called by `models/huggingface.py`, and by
+`models/naming.py` for the way back.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def classify(skeleton: Skeleton, tensors: Mapping[str, TensorHeader]) -> Layout:
         InvalidCheckpoint: a layer has another number of experts on disk than its configuration says.
     """
     modules = skeleton.experts
-    renamed = _Renaming(skeleton)
+    renamed = Renaming(skeleton)
     backbone: dict[str, list[str]] = defaultdict(list)
     experts = {path: LayerTensors() for path in modules}
     routed: dict[tuple[LayerPath, str, str], list[str]] = defaultdict(list)
@@ -81,7 +82,7 @@ def classify(skeleton: Skeleton, tensors: Mapping[str, TensorHeader]) -> Layout:
     return Layout(list(backbone.values()), experts)
 
 
-class _Renaming:
+class Renaming:
     """`transformers`' way from a name on disk to a place in the model."""
 
     def __init__(self, skeleton: Skeleton) -> None:

@@ -82,7 +82,7 @@ class BlankTensor:
         return self._header.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        dtype = _TORCH_DTYPES.get(self._header.dtype)
+        dtype = TORCH_DTYPES.get(self._header.dtype)
         if dtype is None:
             raise InvalidCheckpoint(f"{self._header.file} has a tensor of dtype {self._header.dtype}, unknown here.")
         return torch.empty(self._header.shape, dtype=dtype, device="meta")[index]
@@ -98,7 +98,7 @@ class BlankTensors:
         return BlankTensor(self._headers[name])
 
 
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
