@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from ray_moe.errors import InvalidRequest, WireError
 from ray_moe.types import (
+    CanaryRequest,
     ChaosReport,
     ChaosRequest,
     ClusterEvent,
@@ -21,16 +22,22 @@ from ray_moe.types import (
     GenerateRequest,
     HostAddress,
     HostStatus,
+    LayerPath,
+    MicroBatchReport,
     Placement,
     PlannedMove,
     PlanSummary,
     RouterAddress,
     RouterStatus,
     RoutingTable,
+    SavedState,
     ServiceStatus,
+    StepResult,
     TokenLogprob,
+    TrainingState,
+    VersionStatus,
 )
-from ray_moe.wire.v1 import admin_pb2, inference_pb2
+from ray_moe.wire.v1 import admin_pb2, inference_pb2, training_pb2
 
 M = TypeVar("M", bound=Message)
 V = TypeVar("V")
@@ -84,7 +91,7 @@ def generate_request_from_proto(message: inference_pb2.GenerateRequest) -> Gener
     given |= {"stop": tuple(message.stop), "stop_token_ids": tuple(message.stop_token_ids)}
     if message.HasField("token_ids"):
         given["token_ids"] = tuple(message.token_ids.ids)
-    for name in ("prompt", "max_new_tokens", "top_p", "seed", "repetition_penalty", "logprobs"):
+    for name in ("prompt", "max_new_tokens", "top_p", "seed", "repetition_penalty", "logprobs", "version"):
         if message.HasField(name):
             given[name] = getattr(message, name)
     return GenerateRequest(**given)
@@ -129,6 +136,7 @@ def status_to_proto(status: ServiceStatus) -> admin_pb2.StatusResponse:
             "tokens_per_expert": [admin_pb2.LayerTokens(layer=layer, tokens=counts) for layer, counts in tokens],
             "events": [admin_pb2.ClusterEvent(**_fields(event)) for event in status.events],
             "routers": [inference_pb2.RouterAddress(**_fields(router)) for router in status.routers],
+            "versions": map(version_to_proto, status.versions),
         }
     )
 
@@ -142,7 +150,24 @@ def status_from_proto(message: admin_pb2.StatusResponse) -> ServiceStatus:
         tokens_per_expert={entry.layer: tuple(entry.tokens) for entry in message.tokens_per_expert},
         events=tuple(_value(ClusterEvent, event) for event in message.events),
         routers=tuple(_value(RouterAddress, router) for router in message.routers),
+        versions=tuple(map(version_from_proto, message.versions)),
     )
+
+
+def version_to_proto(version: VersionStatus) -> admin_pb2.VersionStatus:
+    return admin_pb2.VersionStatus(**_fields(version))
+
+
+def version_from_proto(message: admin_pb2.VersionStatus) -> VersionStatus:
+    return _value(VersionStatus, message)
+
+
+def canary_request_from_proto(message: admin_pb2.BeginCanaryRequest, layer: LayerPath) -> CanaryRequest:
+    """Absent fields get the defaults of `CanaryRequest`."""
+    given = {name: getattr(message, name) for name in ("share", "max_drift") if message.HasField(name)}
+    if message.mode:
+        given["mode"] = message.mode
+    return CanaryRequest(layer, message.expert, message.model, **given)
 
 
 def table_to_proto(table: RoutingTable) -> admin_pb2.PlacementResponse:
@@ -158,6 +183,52 @@ def table_from_proto(message: admin_pb2.PlacementResponse) -> RoutingTable:
     hosts_of = {entry.layer: tuple(tuple(hosts.host_ids) for hosts in entry.experts) for entry in message.layers}
     addresses = {address.host_id: _value(HostAddress, address) for address in message.addresses}
     return RoutingTable(message.epoch, Placement(hosts_of), addresses)
+
+
+# --- Training ------------------------------------------------------------------------------------------------
+def micro_batch_report_to_proto(report: MicroBatchReport) -> training_pb2.ForwardBackwardResponse:
+    balancedness = report.balancedness
+    return training_pb2.ForwardBackwardResponse(
+        id=report.micro_id,
+        step=report.step,
+        loss=report.loss,
+        num_tokens=report.num_tokens,
+        layers=[
+            training_pb2.LayerLoad(layer=layer, tokens=tokens, balancedness=balancedness[layer])
+            for layer, tokens in report.tokens_per_expert.items()
+        ],
+    )
+
+
+def micro_batch_report_from_proto(message: training_pb2.ForwardBackwardResponse) -> MicroBatchReport:
+    tokens = {load.layer: tuple(load.tokens) for load in message.layers}
+    return MicroBatchReport(message.id, message.step, message.loss, message.num_tokens, tokens)
+
+
+def step_result_to_proto(result: StepResult) -> training_pb2.OptimStepResponse:
+    return training_pb2.OptimStepResponse(**_fields(result))
+
+
+def step_result_from_proto(message: training_pb2.OptimStepResponse) -> StepResult:
+    return _value(StepResult, message)
+
+
+def saved_state_from_proto(message: training_pb2.SaveStateResponse | training_pb2.LoadStateResponse) -> SavedState:
+    return _value(SavedState, message)
+
+
+def training_state_to_proto(state: TrainingState) -> training_pb2.GetStateResponse:
+    return training_pb2.GetStateResponse(**_fields(state) | {"history": map(step_result_to_proto, state.history)})
+
+
+def training_state_from_proto(message: training_pb2.GetStateResponse) -> TrainingState:
+    return _value(
+        TrainingState,
+        message,
+        micro_batches=tuple(message.micro_batches),
+        history=tuple(map(step_result_from_proto, message.history)),
+        saved_steps=tuple(message.saved_steps),
+    )
 
 
 # --- Changing the cluster ------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ CODES: MappingProxyType[type[RayMoEError], tuple[grpc.StatusCode, int]] = Mappin
         errors.Unavailable: (_Code.UNAVAILABLE, 503),
         errors.DeadlineExceeded: (_Code.DEADLINE_EXCEEDED, 504),
         errors.Cancelled: (_Code.CANCELLED, 499),
+        errors.StepRefused: (_Code.FAILED_PRECONDITION, 409),
+        errors.StepInterrupted: (_Code.UNAVAILABLE, 503),
         errors.HostLost: (_Code.UNAVAILABLE, 503),
         errors.StaleRouting: (_Code.ABORTED, 409),
         errors.ExpertFailed: (_Code.INTERNAL, 500),

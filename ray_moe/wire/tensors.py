@@ -38,6 +38,7 @@ _CARRIERS: Final[dict[torch.dtype, Any]] = {
     torch.float16: np.float16,
     torch.int64: np.int64,
     torch.int32: np.int32,
+    torch.uint8: np.uint8,
     torch.bfloat16: np.int16,
     torch.float8_e4m3fn: np.int8,
     torch.float8_e4m3fnuz: np.int8,

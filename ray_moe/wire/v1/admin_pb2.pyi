@@ -51,6 +51,7 @@ class StatusResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     P_LOSSLESS_FIELD_NUMBER: _builtins.int
     ROUTERS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     model_type: _builtins.str
     """The family, as in the checkpoint's config, e.g. "mixtral"."""
@@ -83,6 +84,10 @@ class StatusResponse(_message.Message):
     def routers(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.RouterAddress]:
         """All there are, the one that answers among them."""
 
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionStatus]:
+        """Of the weights, the oldest first."""
+
     def __init__(
         self,
         *,
@@ -99,14 +104,54 @@ class StatusResponse(_message.Message):
         events: _abc.Iterable[Global___ClusterEvent] | None = ...,
         p_lossless: _builtins.float = ...,
         routers: _abc.Iterable[_inference_pb2.RouterAddress] | None = ...,
+        versions: _abc.Iterable[Global___VersionStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["router", b"router"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changing", b"changing", "epoch", b"epoch", "events", b"events", "hosts", b"hosts", "model", b"model", "model_type", b"model_type", "p_lossless", b"p_lossless", "router", b"router", "routers", b"routers", "state", b"state", "tokens_per_expert", b"tokens_per_expert", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changing", b"changing", "epoch", b"epoch", "events", b"events", "hosts", b"hosts", "model", b"model", "model_type", b"model_type", "p_lossless", b"p_lossless", "router", b"router", "routers", b"routers", "state", b"state", "tokens_per_expert", b"tokens_per_expert", "uptime_s", b"uptime_s", "version", b"version", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class VersionStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """In the order of publishing; 0 is what the service was started with."""
+    model: _builtins.str
+    """The checkpoint: a directory on the service's nodes, or a name on the hub."""
+    state: _builtins.str
+    """"current", "kept" (Rollback can return to it), "canary" (it is tried out), "ending" (until the last request that
+    uses it ends) or "loading".
+    """
+    drift: _builtins.float
+    """Of a canary: the root of the sum of squared differences of its expert's rows from the current one's, over that of
+    the current one's squared rows; and how many rows were compared.
+    """
+    num_rows: _builtins.int
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        model: _builtins.str = ...,
+        state: _builtins.str = ...,
+        drift: _builtins.float = ...,
+        num_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drift", b"drift", "model", b"model", "num_rows", b"num_rows", "number", b"number", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionStatus: _TypeAlias = VersionStatus  # noqa: Y015
 
 @_typing.final
 class ClusterEvent(_message.Message):
@@ -597,6 +642,245 @@ class DrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class PublishRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """A directory that all of the service's nodes can read, and that stays while the version is held, or a name on the hub."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishRequest: _TypeAlias = PublishRequest  # noqa: Y015
+
+@_typing.final
+class PublishResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def version(self) -> Global___VersionStatus: ...
+    def __init__(
+        self,
+        *,
+        version: Global___VersionStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishResponse: _TypeAlias = PublishResponse  # noqa: Y015
+
+@_typing.final
+class RollbackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """One that is held. When absent: the newest before the current one."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___RollbackRequest: _TypeAlias = RollbackRequest  # noqa: Y015
+
+@_typing.final
+class RollbackResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def version(self) -> Global___VersionStatus:
+        """The one that is current now."""
+
+    def __init__(
+        self,
+        *,
+        version: Global___VersionStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackResponse: _TypeAlias = RollbackResponse  # noqa: Y015
+
+@_typing.final
+class BeginCanaryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_PATH_FIELD_NUMBER: _builtins.int
+    LAYER_INDEX_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    MAX_DRIFT_FIELD_NUMBER: _builtins.int
+    layer_path: _builtins.str
+    """Module path of the layer's experts."""
+    layer_index: _builtins.int
+    """The MoE layer by number, from 0."""
+    expert: _builtins.int
+    model: _builtins.str
+    """The checkpoint that has it, as of Publish."""
+    share: _builtins.float
+    """Above 0, at most 1; 0.1 when absent. Of the requests in "traffic", of the expert's rows in "shadow"."""
+    mode: _builtins.str
+    """"shadow" (rows are computed beside the others, and only compared) or "traffic" (requests are answered by it, each
+    from its beginning to its end); "shadow" when empty.
+    """
+    max_drift: _builtins.float
+    """Above 0; 0.1 when absent. It ends by itself above this."""
+    def __init__(
+        self,
+        *,
+        layer_path: _builtins.str = ...,
+        layer_index: _builtins.int = ...,
+        expert: _builtins.int = ...,
+        model: _builtins.str = ...,
+        share: _builtins.float | None = ...,
+        mode: _builtins.str = ...,
+        max_drift: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drift", b"_max_drift", "_share", b"_share", "layer", b"layer", "layer_index", b"layer_index", "layer_path", b"layer_path", "max_drift", b"max_drift", "share", b"share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drift", b"_max_drift", "_share", b"_share", "expert", b"expert", "layer", b"layer", "layer_index", b"layer_index", "layer_path", b"layer_path", "max_drift", b"max_drift", "mode", b"mode", "model", b"model", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_drift: _TypeAlias = _typing.Literal["max_drift"]  # noqa: Y015
+    _WhichOneofArgType__max_drift: _TypeAlias = _typing.Literal["_max_drift", b"_max_drift"]  # noqa: Y015
+    _WhichOneofReturnType__share: _TypeAlias = _typing.Literal["share"]  # noqa: Y015
+    _WhichOneofArgType__share: _TypeAlias = _typing.Literal["_share", b"_share"]  # noqa: Y015
+    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["layer_path", "layer_index"]  # noqa: Y015
+    _WhichOneofArgType_layer: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_drift) -> _WhichOneofReturnType__max_drift | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__share) -> _WhichOneofReturnType__share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_layer) -> _WhichOneofReturnType_layer | None: ...
+
+Global___BeginCanaryRequest: _TypeAlias = BeginCanaryRequest  # noqa: Y015
+
+@_typing.final
+class BeginCanaryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def version(self) -> Global___VersionStatus: ...
+    def __init__(
+        self,
+        *,
+        version: Global___VersionStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginCanaryResponse: _TypeAlias = BeginCanaryResponse  # noqa: Y015
+
+@_typing.final
+class EndCanaryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMOTE_FIELD_NUMBER: _builtins.int
+    promote: _builtins.bool
+    """Else it is let go."""
+    def __init__(
+        self,
+        *,
+        promote: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["promote", b"promote"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndCanaryRequest: _TypeAlias = EndCanaryRequest  # noqa: Y015
+
+@_typing.final
+class EndCanaryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def version(self) -> Global___VersionStatus:
+        """The one that is current now."""
+
+    def __init__(
+        self,
+        *,
+        version: Global___VersionStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndCanaryResponse: _TypeAlias = EndCanaryResponse  # noqa: Y015
+
+@_typing.final
+class ListVersionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListVersionsRequest: _TypeAlias = ListVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListVersionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionStatus]:
+        """The oldest first."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[Global___VersionStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListVersionsResponse: _TypeAlias = ListVersionsResponse  # noqa: Y015
 
 @_typing.final
 class ChaosRequest(_message.Message):

@@ -59,6 +59,31 @@ class AdminStub(object):
                 request_serializer=ray__moe_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=ray__moe_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Publish = channel.unary_unary(
+                '/ray_moe.v1.Admin/Publish',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.PublishRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.PublishResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/ray_moe.v1.Admin/Rollback',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.BeginCanary = channel.unary_unary(
+                '/ray_moe.v1.Admin/BeginCanary',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.BeginCanaryRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.BeginCanaryResponse.FromString,
+                _registered_method=True)
+        self.EndCanary = channel.unary_unary(
+                '/ray_moe.v1.Admin/EndCanary',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.EndCanaryRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.EndCanaryResponse.FromString,
+                _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/ray_moe.v1.Admin/ListVersions',
+                request_serializer=ray__moe_dot_v1_dot_admin__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=ray__moe_dot_v1_dot_admin__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
         self.Chaos = channel.unary_unary(
                 '/ray_moe.v1.Admin/Chaos',
                 request_serializer=ray__moe_dot_v1_dot_admin__pb2.ChaosRequest.SerializeToString,
@@ -107,6 +132,45 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Publish(self, request, context):
+        """Make a checkpoint of the same architecture the version of the weights that new requests are computed with; those
+        under way stay with theirs. Answers when it is. INVALID_ARGUMENT for another architecture, NOT_FOUND and
+        FAILED_PRECONDITION for a checkpoint that is not there or damaged, RESOURCE_EXHAUSTED where it does not fit beside
+        the others, UNAVAILABLE while another one is being published; then all is as before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Make an older version current, which is still held; answers when it is. INVALID_ARGUMENT where there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginCanary(self, request, context):
+        """Try out another version of one expert beside the current one; answers when that has begun. It ends by itself when
+        its rows are too far from the current one's (Status has an event of it). Errors as of Publish.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndCanary(self, request, context):
+        """Make what is tried out the current version, or let it go. INVALID_ARGUMENT where nothing is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVersions(self, request, context):
+        """The versions of the weights that the service has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Chaos(self, request, context):
         """A fault on purpose; answers when it is repaired, with a report. FAILED_PRECONDITION unless the service allows it
         (chaos.enabled).
@@ -142,6 +206,31 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=ray__moe_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=ray__moe_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'Publish': grpc.unary_unary_rpc_method_handler(
+                    servicer.Publish,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.PublishRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.PublishResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.RollbackRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.RollbackResponse.SerializeToString,
+            ),
+            'BeginCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginCanary,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.BeginCanaryRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.BeginCanaryResponse.SerializeToString,
+            ),
+            'EndCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndCanary,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.EndCanaryRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.EndCanaryResponse.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=ray__moe_dot_v1_dot_admin__pb2.ListVersionsRequest.FromString,
+                    response_serializer=ray__moe_dot_v1_dot_admin__pb2.ListVersionsResponse.SerializeToString,
             ),
             'Chaos': grpc.unary_unary_rpc_method_handler(
                     servicer.Chaos,
@@ -284,6 +373,141 @@ class Admin(object):
             '/ray_moe.v1.Admin/Drain',
             ray__moe_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             ray__moe_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Publish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/Publish',
+            ray__moe_dot_v1_dot_admin__pb2.PublishRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.PublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/Rollback',
+            ray__moe_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/BeginCanary',
+            ray__moe_dot_v1_dot_admin__pb2.BeginCanaryRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.BeginCanaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/EndCanary',
+            ray__moe_dot_v1_dot_admin__pb2.EndCanaryRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.EndCanaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ray_moe.v1.Admin/ListVersions',
+            ray__moe_dot_v1_dot_admin__pb2.ListVersionsRequest.SerializeToString,
+            ray__moe_dot_v1_dot_admin__pb2.ListVersionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

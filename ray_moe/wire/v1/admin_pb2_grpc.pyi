@@ -47,6 +47,22 @@ class AdminStub:
     """Let an expert actor, or all on a node, hand over what they hold, and end. Answers at once; Status tells how far it
     is. NOT_FOUND, naming what there is; RESOURCE_EXHAUSTED where the others have no room.
     """
+    Publish: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PublishRequest, _admin_pb2.PublishResponse]
+    """Make a checkpoint of the same architecture the version of the weights that new requests are computed with; those
+    under way stay with theirs. Answers when it is. INVALID_ARGUMENT for another architecture, NOT_FOUND and
+    FAILED_PRECONDITION for a checkpoint that is not there or damaged, RESOURCE_EXHAUSTED where it does not fit beside
+    the others, UNAVAILABLE while another one is being published; then all is as before.
+    """
+    Rollback: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RollbackRequest, _admin_pb2.RollbackResponse]
+    """Make an older version current, which is still held; answers when it is. INVALID_ARGUMENT where there is none."""
+    BeginCanary: _grpc.UnaryUnaryMultiCallable[_admin_pb2.BeginCanaryRequest, _admin_pb2.BeginCanaryResponse]
+    """Try out another version of one expert beside the current one; answers when that has begun. It ends by itself when
+    its rows are too far from the current one's (Status has an event of it). Errors as of Publish.
+    """
+    EndCanary: _grpc.UnaryUnaryMultiCallable[_admin_pb2.EndCanaryRequest, _admin_pb2.EndCanaryResponse]
+    """Make what is tried out the current version, or let it go. INVALID_ARGUMENT where nothing is."""
+    ListVersions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListVersionsRequest, _admin_pb2.ListVersionsResponse]
+    """The versions of the weights that the service has."""
     Chaos: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ChaosRequest, _admin_pb2.ChaosResponse]
     """A fault on purpose; answers when it is repaired, with a report. FAILED_PRECONDITION unless the service allows it
     (chaos.enabled).
@@ -71,6 +87,22 @@ class AdminAsyncStub(AdminStub):
     """Let an expert actor, or all on a node, hand over what they hold, and end. Answers at once; Status tells how far it
     is. NOT_FOUND, naming what there is; RESOURCE_EXHAUSTED where the others have no room.
     """
+    Publish: _aio.UnaryUnaryMultiCallable[_admin_pb2.PublishRequest, _admin_pb2.PublishResponse]  # type: ignore[assignment]
+    """Make a checkpoint of the same architecture the version of the weights that new requests are computed with; those
+    under way stay with theirs. Answers when it is. INVALID_ARGUMENT for another architecture, NOT_FOUND and
+    FAILED_PRECONDITION for a checkpoint that is not there or damaged, RESOURCE_EXHAUSTED where it does not fit beside
+    the others, UNAVAILABLE while another one is being published; then all is as before.
+    """
+    Rollback: _aio.UnaryUnaryMultiCallable[_admin_pb2.RollbackRequest, _admin_pb2.RollbackResponse]  # type: ignore[assignment]
+    """Make an older version current, which is still held; answers when it is. INVALID_ARGUMENT where there is none."""
+    BeginCanary: _aio.UnaryUnaryMultiCallable[_admin_pb2.BeginCanaryRequest, _admin_pb2.BeginCanaryResponse]  # type: ignore[assignment]
+    """Try out another version of one expert beside the current one; answers when that has begun. It ends by itself when
+    its rows are too far from the current one's (Status has an event of it). Errors as of Publish.
+    """
+    EndCanary: _aio.UnaryUnaryMultiCallable[_admin_pb2.EndCanaryRequest, _admin_pb2.EndCanaryResponse]  # type: ignore[assignment]
+    """Make what is tried out the current version, or let it go. INVALID_ARGUMENT where nothing is."""
+    ListVersions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListVersionsRequest, _admin_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """The versions of the weights that the service has."""
     Chaos: _aio.UnaryUnaryMultiCallable[_admin_pb2.ChaosRequest, _admin_pb2.ChaosResponse]  # type: ignore[assignment]
     """A fault on purpose; answers when it is repaired, with a report. FAILED_PRECONDITION unless the service allows it
     (chaos.enabled).
@@ -122,6 +154,52 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         """Let an expert actor, or all on a node, hand over what they hold, and end. Answers at once; Status tells how far it
         is. NOT_FOUND, naming what there is; RESOURCE_EXHAUSTED where the others have no room.
         """
+
+    @_abc_1.abstractmethod
+    def Publish(
+        self,
+        request: _admin_pb2.PublishRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PublishResponse, _abc.Awaitable[_admin_pb2.PublishResponse]]:
+        """Make a checkpoint of the same architecture the version of the weights that new requests are computed with; those
+        under way stay with theirs. Answers when it is. INVALID_ARGUMENT for another architecture, NOT_FOUND and
+        FAILED_PRECONDITION for a checkpoint that is not there or damaged, RESOURCE_EXHAUSTED where it does not fit beside
+        the others, UNAVAILABLE while another one is being published; then all is as before.
+        """
+
+    @_abc_1.abstractmethod
+    def Rollback(
+        self,
+        request: _admin_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RollbackResponse, _abc.Awaitable[_admin_pb2.RollbackResponse]]:
+        """Make an older version current, which is still held; answers when it is. INVALID_ARGUMENT where there is none."""
+
+    @_abc_1.abstractmethod
+    def BeginCanary(
+        self,
+        request: _admin_pb2.BeginCanaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.BeginCanaryResponse, _abc.Awaitable[_admin_pb2.BeginCanaryResponse]]:
+        """Try out another version of one expert beside the current one; answers when that has begun. It ends by itself when
+        its rows are too far from the current one's (Status has an event of it). Errors as of Publish.
+        """
+
+    @_abc_1.abstractmethod
+    def EndCanary(
+        self,
+        request: _admin_pb2.EndCanaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.EndCanaryResponse, _abc.Awaitable[_admin_pb2.EndCanaryResponse]]:
+        """Make what is tried out the current version, or let it go. INVALID_ARGUMENT where nothing is."""
+
+    @_abc_1.abstractmethod
+    def ListVersions(
+        self,
+        request: _admin_pb2.ListVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListVersionsResponse, _abc.Awaitable[_admin_pb2.ListVersionsResponse]]:
+        """The versions of the weights that the service has."""
 
     @_abc_1.abstractmethod
     def Chaos(

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aray_moe/v1/inference.proto\x12\nray_moe.v1\"G\n\x06Tensor\x12 \n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.ray_moe.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"P\n\x07Routing\x12!\n\x05index\x18\x01 \x01(\x0b\x32\x12.ray_moe.v1.Tensor\x12\"\n\x06weight\x18\x02 \x01(\x0b\x32\x12.ray_moe.v1.Tensor\"\xa4\x01\n\x0e\x46orwardRequest\x12\x14\n\nlayer_path\x18\x01 \x01(\tH\x00\x12\x15\n\x0blayer_index\x18\x02 \x01(\x05H\x00\x12\"\n\x06hidden\x18\x03 \x01(\x0b\x32\x12.ray_moe.v1.Tensor\x12$\n\x07routing\x18\x04 \x01(\x0b\x32\x13.ray_moe.v1.Routing\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x07\n\x05layer\"I\n\x0f\x46orwardResponse\x12\"\n\x06hidden\x18\x01 \x01(\x0b\x32\x12.ray_moe.v1.Tensor\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\xbf\x03\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.ray_moe.v1.TokenIdsH\x00\x12\x1b\n\x0emax_new_tokens\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\r\n\x05top_k\x18\x08 \x01(\x05\x12\r\n\x05min_p\x18\t \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x04\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\x03\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x05\x88\x01\x01\x42\x07\n\x05inputB\x11\n\x0f_max_new_tokensB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"\xac\x01\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\x03\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\x03\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.ray_moe.v1.TokenLogprob\"X\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12%\n\x03top\x18\x03 \x03(\x0b\x32\x18.ray_moe.v1.TokenLogprob\"\x14\n\x12ListRoutersRequest\"A\n\x13ListRoutersResponse\x12*\n\x07routers\x18\x01 \x03(\x0b\x32\x19.ray_moe.v1.RouterAddress\"]\n\rRouterAddress\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x02 \x01(\t\x12\x14\n\x0chttp_address\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08*y\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F64\x10\x01\x12\r\n\tDTYPE_F32\x10\x02\x12\r\n\tDTYPE_F16\x10\x03\x12\x0e\n\nDTYPE_BF16\x10\x04\x12\r\n\tDTYPE_I64\x10\x05\x12\r\n\tDTYPE_I32\x10\x06\x32\xb6\x02\n\tInference\x12\x42\n\x07\x46orward\x12\x1a.ray_moe.v1.ForwardRequest\x1a\x1b.ray_moe.v1.ForwardResponse\x12L\n\rForwardStream\x12\x1a.ray_moe.v1.ForwardRequest\x1a\x1b.ray_moe.v1.ForwardResponse(\x01\x30\x01\x12G\n\x08Generate\x12\x1b.ray_moe.v1.GenerateRequest\x1a\x1c.ray_moe.v1.GenerateResponse0\x01\x12N\n\x0bListRouters\x12\x1e.ray_moe.v1.ListRoutersRequest\x1a\x1f.ray_moe.v1.ListRoutersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aray_moe/v1/inference.proto\x12\nray_moe.v1\"G\n\x06Tensor\x12 \n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.ray_moe.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"P\n\x07Routing\x12!\n\x05index\x18\x01 \x01(\x0b\x32\x12.ray_moe.v1.Tensor\x12\"\n\x06weight\x18\x02 \x01(\x0b\x32\x12.ray_moe.v1.Tensor\"\xa4\x01\n\x0e\x46orwardRequest\x12\x14\n\nlayer_path\x18\x01 \x01(\tH\x00\x12\x15\n\x0blayer_index\x18\x02 \x01(\x05H\x00\x12\"\n\x06hidden\x18\x03 \x01(\x0b\x32\x12.ray_moe.v1.Tensor\x12$\n\x07routing\x18\x04 \x01(\x0b\x32\x13.ray_moe.v1.Routing\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x07\n\x05layer\"I\n\x0f\x46orwardResponse\x12\"\n\x06hidden\x18\x01 \x01(\x0b\x32\x12.ray_moe.v1.Tensor\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\xe1\x03\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.ray_moe.v1.TokenIdsH\x00\x12\x1b\n\x0emax_new_tokens\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\r\n\x05top_k\x18\x08 \x01(\x05\x12\r\n\x05min_p\x18\t \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x04\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\x03\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x05\x88\x01\x01\x12\x14\n\x07version\x18\x10 \x01(\x03H\x06\x88\x01\x01\x42\x07\n\x05inputB\x11\n\x0f_max_new_tokensB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\n\n\x08_version\"\xbd\x01\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\x03\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\x03\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.ray_moe.v1.TokenLogprob\x12\x0f\n\x07version\x18\x07 \x01(\x03\"X\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12%\n\x03top\x18\x03 \x03(\x0b\x32\x18.ray_moe.v1.TokenLogprob\"\x14\n\x12ListRoutersRequest\"A\n\x13ListRoutersResponse\x12*\n\x07routers\x18\x01 \x03(\x0b\x32\x19.ray_moe.v1.RouterAddress\"]\n\rRouterAddress\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x02 \x01(\t\x12\x14\n\x0chttp_address\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08*y\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F64\x10\x01\x12\r\n\tDTYPE_F32\x10\x02\x12\r\n\tDTYPE_F16\x10\x03\x12\x0e\n\nDTYPE_BF16\x10\x04\x12\r\n\tDTYPE_I64\x10\x05\x12\r\n\tDTYPE_I32\x10\x06\x32\xb6\x02\n\tInference\x12\x42\n\x07\x46orward\x12\x1a.ray_moe.v1.ForwardRequest\x1a\x1b.ray_moe.v1.ForwardResponse\x12L\n\rForwardStream\x12\x1a.ray_moe.v1.ForwardRequest\x1a\x1b.ray_moe.v1.ForwardResponse(\x01\x30\x01\x12G\n\x08Generate\x12\x1b.ray_moe.v1.GenerateRequest\x1a\x1c.ray_moe.v1.GenerateResponse0\x01\x12N\n\x0bListRouters\x12\x1e.ray_moe.v1.ListRoutersRequest\x1a\x1f.ray_moe.v1.ListRoutersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ray_moe.wire.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1363
-  _globals['_DTYPE']._serialized_end=1484
+  _globals['_DTYPE']._serialized_start=1414
+  _globals['_DTYPE']._serialized_end=1535
   _globals['_TENSOR']._serialized_start=42
   _globals['_TENSOR']._serialized_end=113
   _globals['_ROUTING']._serialized_start=115
@@ -44,17 +44,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=439
   _globals['_TOKENIDS']._serialized_end=462
   _globals['_GENERATEREQUEST']._serialized_start=465
-  _globals['_GENERATEREQUEST']._serialized_end=912
-  _globals['_GENERATERESPONSE']._serialized_start=915
-  _globals['_GENERATERESPONSE']._serialized_end=1087
-  _globals['_TOKENLOGPROB']._serialized_start=1089
-  _globals['_TOKENLOGPROB']._serialized_end=1177
-  _globals['_LISTROUTERSREQUEST']._serialized_start=1179
-  _globals['_LISTROUTERSREQUEST']._serialized_end=1199
-  _globals['_LISTROUTERSRESPONSE']._serialized_start=1201
-  _globals['_LISTROUTERSRESPONSE']._serialized_end=1266
-  _globals['_ROUTERADDRESS']._serialized_start=1268
-  _globals['_ROUTERADDRESS']._serialized_end=1361
-  _globals['_INFERENCE']._serialized_start=1487
-  _globals['_INFERENCE']._serialized_end=1797
+  _globals['_GENERATEREQUEST']._serialized_end=946
+  _globals['_GENERATERESPONSE']._serialized_start=949
+  _globals['_GENERATERESPONSE']._serialized_end=1138
+  _globals['_TOKENLOGPROB']._serialized_start=1140
+  _globals['_TOKENLOGPROB']._serialized_end=1228
+  _globals['_LISTROUTERSREQUEST']._serialized_start=1230
+  _globals['_LISTROUTERSREQUEST']._serialized_end=1250
+  _globals['_LISTROUTERSRESPONSE']._serialized_start=1252
+  _globals['_LISTROUTERSRESPONSE']._serialized_end=1317
+  _globals['_ROUTERADDRESS']._serialized_start=1319
+  _globals['_ROUTERADDRESS']._serialized_end=1412
+  _globals['_INFERENCE']._serialized_start=1538
+  _globals['_INFERENCE']._serialized_end=1848
 # @@protoc_insertion_point(module_scope)
