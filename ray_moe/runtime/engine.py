@@ -1,5 +1,7 @@
 """The model as a router runs it: text and tokens out of a backbone whose experts are elsewhere.
 
+There may be several versions of its weights: a request is computed by one from its beginning to its end.
+
 Generations are computed together, step by step (`generation.py`); single MoE layers beside them, in threads of their
 own. Here requests become streams of that loop, and what it says becomes the answers that callers wait for. Knows
 nothing of Ray or gRPC. Called by the router actor; tested without Ray.
@@ -9,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from ray_moe.runtime.scheduler import Scheduler
 from ray_moe.runtime.stepper import Stepper
 from ray_moe.runtime.stream import Item, Stream
 from ray_moe.runtime.texts import Texts
+from ray_moe.runtime.versions import Users, computing, current
 from ray_moe.runtime.vitals import Vitals
 from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath, LayerSpec
 
@@ -37,6 +41,9 @@ FORWARD_THREADS = 2
 """Layer calls have threads of their own, so that long generations do not starve them."""
 
 Array = npt.NDArray[Any]
+
+Trial = tuple[int, float]
+"""A version, and the share of the requests that it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +75,19 @@ class Engine:
         dispatcher: ExpertDispatcher,
         max_positions: int | None = None,
         limits: EngineLimits = EngineLimits(),
+        version: int = 0,
     ) -> None:
-        """Takes over `model`: its experts modules (without weights) answer through `dispatcher` from now on."""
+        """Takes over `model`, the backbone of the current `version`: its experts modules (without weights) answer
+        through `dispatcher` from now on."""
         self.layers = dict(layers)
         self.vitals = Vitals()
-        self._model: Any = model
+        self.version = version
+        """The current one."""
+        self._models: dict[int, Any] = {version: model}
+        """Backbones by version."""
+        self._open: frozenset[int] = frozenset((version,))
+        self._trial: Trial | None = None
+        self._users = Users()
         self.texts = Texts(tokenizer)
         self._dispatcher = dispatcher
         self._max_positions = max_positions
@@ -82,14 +97,14 @@ class Engine:
         self._idle = asyncio.Event()
         self._closed = False
         self._device = next(model.parameters()).device
-        install(model, dispatcher.forward)
+        install(model, self._ask_experts)
         self.layers_with_gate = frozenset(path for path in self.layers if moe_block(model, path) is not None)
         stepper = Stepper(model)
         self._pool = KVPool(limits.kv_cache_bytes, keeps_prefixes=stepper.packs and limits.reuse_prefixes)
         self._scheduler = Scheduler(
             self._pool, limits.max_concurrent_requests, limits.max_step_tokens, in_chunks=stepper.packs
         )
-        self._loop = GenerationLoop(stepper, self._scheduler, self.vitals)
+        self._loop = GenerationLoop(stepper, self._scheduler, self.vitals, version)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -114,6 +129,59 @@ class Engine:
         """Keys and values: room that sequences have, ended ones included that are kept, and room there is in all."""
         return self._pool.used_tokens * self._pool.bytes_per_token, self._pool.max_bytes
 
+    # --- versions of the weights -----------------------------------------------------------------------------
+    @property
+    def versions(self) -> frozenset[int]:
+        """Those whose backbones are here."""
+        return frozenset(self._models)
+
+    @property
+    def versions_in_use(self) -> frozenset[int]:
+        """Those that requests are computed with at this moment."""
+        return self._users.versions
+
+    def add_version(self, version: int, model: nn.Module) -> None:
+        """Take over `model`, of the same architecture, as the backbone of another version. Nothing uses it yet."""
+        install(model, self._ask_experts)
+        self._loop.add_version(version, Stepper(model))
+        self._models[version] = model
+
+    def share_version(self, version: int, of: int) -> None:
+        """Add a version that has the backbone of another one."""
+        self._loop.share_version(version, of)
+        self._models[version] = self._models[of]
+
+    def use_version(self, version: int, others: Collection[int] = (), trial: Trial | None = None) -> None:
+        """New requests are computed with `version` from now on; those that name one of `others` with that, and some
+        with the one of `trial`."""
+        self._open = frozenset((version, *others, *(() if trial is None else (trial[0],)))) & self.versions
+        self.version, self._trial = version, trial
+
+    def drop_version(self, version: int) -> None:
+        """Free a version's backbone, which no request uses and none may begin to use."""
+        model = self._models.pop(version, None)
+        if model is not None:
+            is_shared = any(other is model for other in self._models.values())
+            self._loop.drop_version(version, (lambda: None) if is_shared else (lambda: _free(model)))
+
+    def _begin(self, version: int | None) -> int:
+        """The version that a request is computed with; `_users.leave` it in the end.
+
+        Raises: `NotFound` for one that is not open to requests.
+        """
+        if version is None:
+            trial = self._trial
+            version = self.version if trial is None or random.random() >= trial[1] else trial[0]
+        if version not in self._open:
+            raise NotFound(f"there is no version {version} of the weights; there are {sorted(self._open)}")
+        self._users.enter(version)
+        return version
+
+    def _ask_experts(
+        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        return self._dispatcher.forward(layer, hidden, index, weight, current.get())
+
     # --- one layer -------------------------------------------------------------------------------------------
     async def forward(self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None) -> Array:
         """One MoE layer: [T, D] -> [T, D].
@@ -128,15 +196,16 @@ class Engine:
         """
         if self._closed:
             raise Unavailable("the service is stopping; retry elsewhere or later")
-        computing = asyncio.get_running_loop().run_in_executor(
-            self._forwards, copy_context().run, self._forward_layer, layer, hidden, routing
-        )
-        self.vitals.opened(computing, waits=False)
+        version = self._begin(None)
+        job = self._forwards.submit(copy_context().run, self._forward_layer, layer, hidden, routing, version)
+        job.add_done_callback(lambda _: self._users.leave(version))  # also when nobody waits for it any more
+        answer = asyncio.wrap_future(job)
+        self.vitals.opened(answer, waits=False)
         try:
             with self.vitals.timed("forward"):
-                return await computing
+                return await answer
         except asyncio.CancelledError:
-            if self._dropped(computing):
+            if self._dropped(answer):
                 raise Unavailable("the service is stopping; retry elsewhere or later") from None
             raise
         except RayMoEError as error:
@@ -144,25 +213,27 @@ class Engine:
                 self.vitals.failed()
             raise
         finally:
-            self.vitals.closed(computing)
+            self.vitals.closed(answer)
 
-    def _dropped(self, computing: asyncio.Future[Array]) -> bool:
+    def _dropped(self, answer: asyncio.Future[Array]) -> bool:
         """Whether a queued job was cancelled by closing (and not left by its caller)."""
-        return self._closed and computing.cancelled()
+        return self._closed and answer.cancelled()
 
-    def _forward_layer(self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None) -> Array:
+    def _forward_layer(
+        self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None, version: int
+    ) -> Array:
         spec = self.layers.get(layer)
         if spec is None:
             raise NotFound(f"no layer {layer!r}; the model has {list(self.layers)}")
-        with torch.inference_mode():
+        with torch.inference_mode(), computing(version):
             tokens = torch.tensor(hidden).to(self._device, getattr(torch, spec.dtype))
             if not len(tokens):
                 out = tokens
             elif routing is not None:
                 index, weight = (torch.tensor(part) for part in routing)
-                out = self._dispatcher.forward(layer, tokens, index.long(), weight.to(self._device))
+                out = self._dispatcher.forward(layer, tokens, index.long(), weight.to(self._device), version)
             else:
-                block = moe_block(self._model, layer)
+                block = moe_block(self._models[version], layer)
                 if block is None:
                     raise NotFound(f"the gate of {layer} cannot be called alone; give index and weight")
                 result = block(tokens.unsqueeze(0))
@@ -189,7 +260,12 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(pieces.put_nowait, item)
 
-        stream = self._make_stream(request, tokens, tell, arrived_s)
+        version = self._begin(request.version)
+        try:
+            stream = self._make_stream(request, tokens, tell, arrived_s, version)
+        except BaseException:
+            self._users.leave(version)
+            raise
         self._streams.add(stream)
         self._idle.clear()
         self._loop.add(stream)
@@ -203,6 +279,7 @@ class Engine:
                     return
         finally:
             self._loop.leave(stream)
+            self._users.leave(version)
             self._streams.discard(stream)
             if not self._streams:
                 self._idle.set()
@@ -220,8 +297,10 @@ class Engine:
         self.vitals.ended("generate", "overloaded")
         return Overloaded(f"{why}; retry later")
 
-    def _make_stream(self, request: GenerateRequest, tokens: tuple[int, ...], tell: Any, arrived_s: float) -> Stream:
-        base = self._model.generation_config
+    def _make_stream(
+        self, request: GenerateRequest, tokens: tuple[int, ...], tell: Any, arrived_s: float, version: int
+    ) -> Stream:
+        base = self._models[version].generation_config
         return Stream(
             request,
             list(tokens),
@@ -231,6 +310,7 @@ class Engine:
             tell,
             None if request.timeout_s is None else arrived_s + request.timeout_s,
             arrived_s,
+            version,
         )
 
     async def _tokenize(self, request: GenerateRequest) -> tuple[int, ...]:
@@ -262,6 +342,12 @@ class Engine:
         self._loop.stop()
         self._forwards.shutdown(wait=False, cancel_futures=True)
         self.texts.close()
+
+
+def _free(model: nn.Module) -> None:
+    """Give the memory of the weights back, whatever else still refers to the model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _as_set(tokens: int | list[int] | None) -> set[int]:

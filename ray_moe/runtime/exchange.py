@@ -23,7 +23,7 @@ from ray_moe.errors import HostLost, StaleRouting, Unavailable
 from ray_moe.ops.dispatch import HostShare, Ints, cut, split_by_host
 from ray_moe.runtime.lines import RECONNECT_EVERY_S, Lines, Peer, Sent
 from ray_moe.runtime.own_experts import OwnExperts
-from ray_moe.runtime.routing import How, LayerRoutes, Reach, Routes, View
+from ray_moe.runtime.routing import How, LayerRoutes, Routes, View
 from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.runtime.statistics import Statistics
 from ray_moe.runtime.tracing import Span, Value, current
@@ -86,6 +86,7 @@ class Exchange:
         top_k: int,
         make: MakeCall,
         how: How,
+        version: int = 0,
     ) -> None:
         """
         Args:
@@ -95,13 +96,14 @@ class Exchange:
             top_k: K.
             make: the call for a share, in an epoch.
             how: who may compute which of the slots.
+            version: which weights compute it, as in the calls that `make` makes.
         """
         self._router = router
         self._layer = layer
+        self._version = version
         self._slots = slots
         self._top_k = top_k
         self._make = make
-        self._reach: Reach = how.reach
         self._in_order = how.in_order
         self._only = how.only
         self._avoid = how.avoid
@@ -125,7 +127,7 @@ class Exchange:
         self._try_again_at_s = 0.0
         self._give_up_at_s = 0.0
         self._wake_at_s = math.inf
-        self._may_hedge = router.settings.hedge and how.reach != "first"
+        self._may_hedge = router.settings.hedge
         self.num_rows = 0
         """Slots that go somewhere; known with the first answer."""
         self._span: Span | None = None
@@ -197,7 +199,7 @@ class Exchange:
         router = self._router
         while True:
             view = self._view = router.routes.view
-            routes = view.routes(self._layer, self._reach, self._avoid)
+            routes = view.routes(self._layer, self._avoid, self._version)
             here: list[HostShare] = []
             unreached: list[Ints] = []
             loads: list[int] = []
@@ -269,7 +271,7 @@ class Exchange:
     def _compute(self, share: HostShare, hedge: _Hedge | None = None, likely: Sequence[int] = ()) -> Sent | None:
         """Compute a share in this process; None when that cannot be. Args: likely: as of `OwnExperts.run`."""
         own = self._router.own
-        if own is None or self._reach != "any":
+        if own is None:
             return None
         num_loads = own.num_lifeboat_loads
         reply = own.run(self._make(share, self._view.table.epoch), likely)
@@ -388,7 +390,7 @@ class Exchange:
     def _note_missing(self, sent: Sent) -> None:
         if sent.peer is not None:
             for expert in sent.share.experts:
-                self._router.routes.add_missing(sent.peer.address.host_id, self._layer, expert)
+                self._router.routes.add_missing(sent.peer.address.host_id, self._layer, expert, self._version)
 
     def _fail_stale(self, sent: Sent) -> None:
         """A host does not hold some of the experts. Which ones is found by asking for each alone."""
@@ -471,7 +473,8 @@ class Exchange:
             return
         view = self._view = router.routes.view
         avoid = self._avoid | {sent.address.host_id}
-        shares = self._shares(view.routes(self._layer, self._reach, avoid), np.sort(sent.share.slot))
+        routes = view.routes(self._layer, avoid, self._version)
+        shares = self._shares(routes, np.sort(sent.share.slot))
         here = [share for share in shares if share.host == view.here]
         away = [(share, router.lines.peer(view.hosts[share.host])) for share in shares if share.host != view.here]
         if any(peer is None for _, peer in away) or not all(self._may_compute(share, is_very_late) for share in here):
@@ -490,9 +493,11 @@ class Exchange:
 
     def _may_compute(self, share: HostShare, may_load: bool) -> bool:
         own = self._router.own
-        if own is None or self._reach != "any":
+        if own is None:
             return False
-        return own.has(self._layer, share.experts) or (may_load and own.may_load(self._layer))
+        return own.has(self._layer, share.experts, self._version) or (
+            may_load and own.may_load(self._layer, self._version)
+        )
 
 
 def _host(sent: Sent) -> HostId:

@@ -1,8 +1,8 @@
 """What a host of experts does with the calls it gets. Runs without Ray, sockets or an event loop.
 
-It holds groups of experts by layer, takes in, copies and lets go of single experts, computes forward calls (several at
-once where they wait for the same layer), and accumulates parameter gradients in backward calls, each call counted once.
-It never steps an optimizer and never decides which experts it should hold. Called by `runtime/host_loop.py`,
+It holds groups of experts by version of the weights and layer, takes in, copies and lets go of single experts, and
+computes calls (several at once where they wait for the same layer). Those of training it hands to the `Trainees`. It
+never decides which experts it should hold. Called by `runtime/host_loop.py`,
 `transport/local.py`, `runtime/own_experts.py`, and the actor around it.
 
 Shape legend: t tokens of a call, n rows (token, expert), D model width.
@@ -12,66 +12,65 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol
 
 import torch
 
 from ray_moe.errors import ExpertFailed, InvalidRequest, NotFound, RayMoEError, StaleRouting, WireError
 from ray_moe.ops.experts import ExpertArrays, ExpertGroup, SeparableGroup, pack
-from ray_moe.transport.base import ExpertCall, ExpertReply
+from ray_moe.transport.base import TRAINING, ExpertCall, ExpertReply
 from ray_moe.types import HostId, LayerPath
 
 Outcome = ExpertReply | RayMoEError
 
 
+class Trainees(Protocol):
+    """The experts that are being trained on a host: `training/trainees.py`."""
+
+    def run(self, call: ExpertCall) -> Outcome: ...
+
+    def flops(self, call: ExpertCall) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """The experts of one layer on this host. Never changed: who is computing goes on with what it began with."""
+    """The experts of one layer, in one version, on this host.
 
-    groups: tuple[ExpertGroup, ...]
-    place: Mapping[int, tuple[int, int]]
-    """Global index -> (number of its group, local number there)."""
+    Never changed: who is computing goes on with what it began with. Versions that have an expert in common may share
+    its group.
+    """
+
+    place: Mapping[int, tuple[ExpertGroup, int]]
+    """Global index -> its group, and its local number there."""
+
+    @property
+    def groups(self) -> tuple[ExpertGroup, ...]:
+        return tuple({id(group): group for group, _ in self.place.values()}.values())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.place.values()))[0].device
 
     def run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """[n, D] -> [n, D] through global `experts`, ``counts[i]`` rows each."""
+        if not experts:
+            return self.groups[0].run(rows, [], [])
         places = [self.place[expert] for expert in experts]
-        first = places[0][0] if places else 0
-        if all(group == first for group, _ in places):
-            return self.groups[first].run(rows, [local for _, local in places], counts)
+        first = places[0][0]
+        if all(group is first for group, _ in places):
+            return first.run(rows, [local for _, local in places], counts)
         parts = rows.split(list(counts))
         outs: list[torch.Tensor] = [rows] * len(places)
-        for number in sorted({group for group, _ in places}):
-            mine = [position for position, (group, _) in enumerate(places) if group == number]
+        for one in {id(group): group for group, _ in places}.values():
+            mine = [position for position, (group, _) in enumerate(places) if group is one]
             sizes = [counts[position] for position in mine]
             merged = torch.cat([parts[position] for position in mine])
-            out = self.groups[number].run(merged, [places[position][1] for position in mine], sizes)
+            out = one.run(merged, [places[position][1] for position in mine], sizes)
             for position, part in zip(mine, out.split(sizes), strict=True):
                 outs[position] = part
         return torch.cat(outs)
-
-    def parameters(self, experts: Sequence[int]) -> list[torch.Tensor]:
-        """Those of the groups that hold `experts`."""
-        numbers = sorted({self.place[expert][0] for expert in experts})
-        return [parameter for number in numbers for parameter in self.groups[number].parameters()]
-
-    def without(self, layer: LayerPath, experts: Sequence[int]) -> _Held | None:
-        """The same but for `experts`, those groups that lose some anew; None when nothing is left."""
-        leaving = set(experts)
-        groups: list[ExpertGroup] = []
-        place: dict[int, tuple[int, int]] = {}
-        for number, group in enumerate(self.groups):
-            local_of = {expert: local for expert, (home, local) in self.place.items() if home == number}
-            staying = sorted(local_of.keys() - leaving)
-            if not staying:
-                continue
-            if len(staying) < len(local_of):
-                group = _separable(layer, group).select([local_of[expert] for expert in staying])  # noqa: PLW2901
-                local_of = {expert: local for local, expert in enumerate(staying)}
-            place.update({expert: (len(groups), local_of[expert]) for expert in staying})
-            groups.append(group)
-        return _Held(tuple(groups), place) if groups else None
 
 
 def _separable(layer: LayerPath, group: ExpertGroup) -> SeparableGroup:
@@ -83,109 +82,160 @@ def _separable(layer: LayerPath, group: ExpertGroup) -> SeparableGroup:
 class ExpertHost:
     """The experts of one host. Thread-safe.
 
-    Experts come and go while calls are computed: a call goes on with what was held when it began. Backward calls and
-    changes take turns, so that no gradient is lost.
+    Experts come and go while calls are computed: a call goes on with what was held when it began.
     """
 
-    def __init__(self, host_id: HostId) -> None:
+    def __init__(self, host_id: HostId, trainees: Trainees | None = None) -> None:
         self.host_id = host_id
+        self.trainees = trainees
+        """Who computes the calls of `TRAINING`."""
         self.num_calls = 0
         self.num_rows = 0
-        self._layers: dict[LayerPath, _Held] = {}
-        self._counted: set[str] = set()
+        self._layers: dict[tuple[int, LayerPath], _Held] = {}
+        """By version."""
         self._counting = threading.Lock()
-        self._changing = threading.RLock()
+        self._changing = threading.Lock()
 
     # --- what is held --------------------------------------------------------------------------------------
-    def hold(self, layer: LayerPath, experts: Sequence[int], group: ExpertGroup) -> None:
-        """Serve `experts` of `layer` too; one that was held already is replaced.
+    def hold(self, layer: LayerPath, experts: Sequence[int], group: ExpertGroup, version: int = 0) -> None:
+        """Serve `experts` of `layer` too; one that was held already in this version is replaced.
 
         Args:
             experts: global indices; the group's local number is the position in the list.
             group: how they are computed.
         """
         with self._changing:
-            before = self._layers.get(layer)
-            kept = None if before is None else before.without(layer, experts)
-            groups = () if kept is None else kept.groups
-            place = {} if kept is None else dict(kept.place)
-            place.update({expert: (len(groups), local) for local, expert in enumerate(experts)})
-            self._layers[layer] = _Held((*groups, group), place)
+            place = self._without(layer, experts, (version,))[version]
+            place.update({expert: (group, local) for local, expert in enumerate(experts)})
+            self._layers[version, layer] = _Held(place)
 
-    def drop(self, layer: LayerPath, experts: Sequence[int]) -> None:
-        """Serve `experts` of `layer` no more, and free their memory once no running batch uses it.
+    def share(self, layer: LayerPath, experts: Collection[int], version: int, of: int) -> None:
+        """Serve `experts`, which are held in the version `of`, in `version` too: they are the same, in one memory."""
+        with self._changing:
+            theirs, mine = self._layers[of, layer].place, self._layers.get((version, layer))
+            place = {} if mine is None else dict(mine.place)
+            self._layers[version, layer] = _Held(place | {expert: theirs[expert] for expert in experts})
+
+    def drop(self, layer: LayerPath, experts: Sequence[int], versions: Collection[int] = (0,)) -> None:
+        """Serve `experts` of `layer` no more in these versions, and free their memory once no running batch uses it.
 
         Experts that are not held are passed over. For a moment a group that loses some of its experts takes its memory
         twice.
         """
         with self._changing:
-            before = self._layers.get(layer)
-            if before is None or before.place.keys().isdisjoint(experts):
-                return
-            kept = before.without(layer, experts)
-            if kept is None:
-                del self._layers[layer]
-            else:
-                self._layers[layer] = kept
+            for version, place in self._without(layer, experts, versions).items():
+                if place:
+                    self._layers[version, layer] = _Held(place)
+                else:
+                    self._layers.pop((version, layer), None)
 
-    def export(self, layer: LayerPath, experts: Sequence[int]) -> ExpertArrays:
+    def _without(
+        self, layer: LayerPath, experts: Collection[int], versions: Collection[int]
+    ) -> dict[int, dict[int, tuple[ExpertGroup, int]]]:
+        """What is left in each version of the layer when `experts` leave `versions`; groups that lose some are new."""
+        leaving = set(experts)
+        every = {version: held.place for (version, path), held in self._layers.items() if path == layer}
+        left = {
+            version: {expert: at for expert, at in every.get(version, {}).items() if expert not in leaving}
+            for version in versions
+        }
+        rest = {version: dict(place) for version, place in every.items()} | left
+        moved: dict[tuple[int, int], tuple[ExpertGroup, int]] = {}
+        for group in {id(group): group for place in every.values() for group, _ in place.values()}.values():
+            used, stays = ({n for p in them.values() for g, n in p.values() if g is group} for them in (every, rest))
+            if stays and len(stays) < len(used):
+                locals_ = sorted(stays)
+                smaller = _separable(layer, group).select(locals_)
+                moved |= {(id(group), local): (smaller, place) for place, local in enumerate(locals_)}
+        changed = {
+            version: {expert: moved.get((id(at[0]), at[1]), at) for expert, at in place.items()}
+            for version, place in rest.items()
+        }
+        for version, place in changed.items():  # others share what has moved
+            if version not in left:
+                self._layers[version, layer] = _Held(place)
+        return {version: changed[version] for version in left}
+
+    def forget(self, version: int) -> None:
+        """Serve nothing of a version any more."""
+        for layer, experts in self.held(version).items():
+            self.drop(layer, experts, (version,))
+
+    def export(self, layer: LayerPath, experts: Sequence[int], version: int = 0) -> ExpertArrays:
         """A copy of what `experts` are, ascending, for a host that will hold them too; computing goes on meanwhile.
 
         Raises: `NotFound` for an expert that is not held.
         """
-        held = self._layers.get(layer)
+        held = self._layers.get((version, layer))
         wanted = sorted(set(experts))
         missing = wanted if held is None else [expert for expert in wanted if expert not in held.place]
         if held is None or missing or not wanted:
-            raise NotFound(f"host {self.host_id} cannot copy experts {missing} of {layer!r}: it does not hold them")
+            raise NotFound(
+                f"host {self.host_id} cannot copy experts {missing} of {layer!r}, version {version}: it does not hold "
+                "them"
+            )
         own: dict[str, list[torch.Tensor]] = {}
         shared: dict[str, torch.Tensor] = {}
         for expert in wanted:
-            number, local = held.place[expert]
-            rows, common = _separable(layer, held.groups[number]).tensors([local])
+            group, local = held.place[expert]
+            rows, common = _separable(layer, group).tensors([local])
             shared.update(common)
             for name, tensor in rows.items():
                 own.setdefault(name, []).append(tensor)
         return pack({name: torch.cat(tensors) for name, tensors in own.items()} | shared)
 
     @property
-    def held(self) -> Mapping[LayerPath, list[int]]:
-        """Ascending global indices of the experts held, by layer."""
-        return {layer: sorted(held.place) for layer, held in list(self._layers.items())}
+    def versions(self) -> list[int]:
+        """Of which anything is held, ascending."""
+        return sorted({version for version, _ in list(self._layers)})
+
+    def held(self, version: int = 0) -> dict[LayerPath, list[int]]:
+        """Ascending global indices of the experts held in a version, by layer."""
+        return {layer: sorted(held.place) for (each, layer), held in list(self._layers.items()) if each == version}
 
     def flops(self, call: ExpertCall) -> int:
-        """Floating-point operations of a forward call (three times that for a backward call); 0 if not held."""
-        held = self._layers.get(call.layer)
-        return 0 if held is None else held.groups[0].flops_per_row * call.num_rows * (1 if call.grad is None else 3)
+        """Floating-point operations of `call`; 0 if not held."""
+        if call.version == TRAINING:
+            return 0 if self.trainees is None else self.trainees.flops(call)
+        held = self._layers.get((call.version, call.layer))
+        return 0 if held is None else held.groups[0].flops_per_row * call.num_rows
 
     def run(self, calls: Sequence[ExpertCall]) -> list[Outcome]:
-        """Compute `calls`; forward calls of one layer are computed together. One outcome per call, in order.
+        """Compute `calls`, those of one layer and version together. One outcome per call, in order.
 
         Outcomes that are errors: `StaleRouting` for an expert that is not held, `WireError` for rows that do not
-        fit the experts, `ExpertFailed` when the computation raised. One call's error never touches another's.
+        fit the experts, `InvalidRequest` for a gradient that is not one of training, `ExpertFailed` when the
+        computation raised. One call's error never touches another's.
         """
         with self._counting:
             self.num_calls += len(calls)
         outcomes: dict[int, Outcome] = {}
-        together: defaultdict[tuple[LayerPath, torch.dtype], list[int]] = defaultdict(list)
+        together: defaultdict[tuple[int, LayerPath, torch.dtype], list[int]] = defaultdict(list)
         for position, call in enumerate(calls):
-            if call.grad is not None:
-                outcomes[position] = self._guarded([call], backward=True)[0]
+            if call.version == TRAINING:
+                outcomes[position] = self._train(call)
+            elif call.grad is not None:
+                outcomes[position] = InvalidRequest(
+                    f"host {self.host_id} has a gradient for version {call.version} of {call.layer!r}, which serves; "
+                    "only weights in training learn"
+                )
             else:
-                together[call.layer, call.hidden.dtype].append(position)
+                together[call.version, call.layer, call.hidden.dtype].append(position)
         for positions in together.values():
             results = self._guarded([calls[position] for position in positions])
             outcomes.update(zip(positions, results, strict=True))
         return [outcomes[position] for position in range(len(calls))]
 
-    def _guarded(self, calls: list[ExpertCall], backward: bool = False) -> list[Outcome]:
+    def _train(self, call: ExpertCall) -> Outcome:
+        if self.trainees is None:
+            return StaleRouting(f"host {self.host_id} trains no experts")
+        return self.trainees.run(call)
+
+    def _guarded(self, calls: list[ExpertCall]) -> list[Outcome]:
         """Compute calls of one layer; when computing them together fails, find the one to blame."""
         try:
-            if not backward:
-                with torch.no_grad():
-                    return self._forward(self._check(calls), calls)
-            with self._changing, torch.enable_grad():
-                return [self._backward(self._check(calls), calls[0])]
+            with torch.no_grad():
+                return self._forward(self._check(calls), calls)
         except RayMoEError as error:
             outcome: RayMoEError = error
         except Exception as error:
@@ -196,16 +246,18 @@ class ExpertHost:
 
     def _check(self, calls: list[ExpertCall]) -> _Held:
         """The layer's experts, if every call asks for held ones with rows that add up."""
-        layer, epoch = calls[0].layer, calls[0].epoch
-        held = self._layers.get(layer)
+        layer, epoch, version = calls[0].layer, calls[0].epoch, calls[0].version
+        held = self._layers.get((version, layer))
         if held is None:
-            raise StaleRouting(f"host {self.host_id} holds no expert of layer {layer!r} (asked in epoch {epoch})")
+            raise StaleRouting(
+                f"host {self.host_id} holds no expert of layer {layer!r}, version {version} (asked in epoch {epoch})"
+            )
         for call in calls:
             missing = [expert for expert in call.experts if expert not in held.place]
             if missing:
                 raise StaleRouting(
-                    f"host {self.host_id} does not hold experts {missing} of layer {layer!r} (asked in epoch {epoch}); "
-                    f"it holds {sorted(held.place)}"
+                    f"host {self.host_id} does not hold experts {missing} of layer {layer!r}, version {version} (asked "
+                    f"in epoch {epoch}); it holds {sorted(held.place)}"
                 )
             given = call.num_tokens if call.token is None else len(call.token)
             if given != call.num_rows or len(call.experts) != len(call.counts):
@@ -213,76 +265,22 @@ class ExpertHost:
         return held
 
     def _rows(self, call: ExpertCall, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens if call.token is None else tokens.index_select(0, call.token)
+        return tokens if call.token is None else tokens.index_select(0, call.token.to(tokens.device))
 
     def _forward(self, held: _Held, calls: list[ExpertCall]) -> list[Outcome]:
-        rows = [self._rows(call, call.tokens()) for call in calls]
+        if held.device.type == "cuda":  # makes its context this thread's, which not every first kernel would do
+            torch.cuda.current_stream(held.device).query()
+        rows = [self._rows(call, call.tokens().to(held.device)) for call in calls]
         with self._counting:
             self.num_rows += sum(call.num_rows for call in calls)
         if len(calls) == 1:
             outs = [held.run(rows[0], calls[0].experts, calls[0].counts)]
         else:
             outs = _run_together(held, calls, rows)
-        return [ExpertReply(_weigh(call, out)) for call, out in zip(calls, outs, strict=True)]
-
-    def _backward(self, held: _Held, call: ExpertCall) -> ExpertReply:
-        """Recompute the rows and push `call.grad` back through them: [t, D], the gradient in each token.
-
-        An expert's gradients take each of its groups of rows once: for what was delivered before, only the reply is
-        computed again.
-        """
-        tokens = call.tokens().detach().requires_grad_(True)
-        rows = self._rows(call, tokens)
-        out = held.run(rows, call.experts, call.counts)
-        names = _names_of_rows(call)
-        fresh = [position for position, name in enumerate(names) if not name or name not in self._counted]
-        parameters = held.parameters(call.experts)
-        grads: Sequence[torch.Tensor | None]
-        if len(fresh) == len(names):
-            grad_tokens, *grads = torch.autograd.grad(out, [tokens, *parameters], call.grad, allow_unused=True)
-        else:
-            grad_tokens = torch.autograd.grad(out, [tokens], call.grad, allow_unused=True)[0]
-            grads = _parameter_grads(held, call, rows.detach(), fresh, parameters) if fresh else []
-        for parameter, grad in zip(parameters, grads, strict=False):
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-        self._counted.update(names[position] for position in fresh)
-        with self._counting:
-            self.num_rows += call.num_rows
-        return ExpertReply(torch.zeros_like(tokens) if grad_tokens is None else grad_tokens)
-
-    def zero_grad(self) -> None:
-        """Forget the accumulated gradients and what was counted in them."""
-        with self._changing:
-            for held in self._layers.values():
-                for parameter in held.parameters(list(held.place)):
-                    parameter.grad = None
-            self._counted.clear()
-
-
-def _parameter_grads(
-    held: _Held, call: ExpertCall, rows: torch.Tensor, fresh: list[int], parameters: list[torch.Tensor]
-) -> list[torch.Tensor | None]:
-    """Gradients of the parameters from only some of the call's groups of rows."""
-    some_rows, some_grads = rows.split(call.counts), cast(torch.Tensor, call.grad).split(call.counts)
-    out = held.run(
-        torch.cat([some_rows[position] for position in fresh]),
-        [call.experts[position] for position in fresh],
-        [call.counts[position] for position in fresh],
-    )
-    into = torch.cat([some_grads[position] for position in fresh])
-    return list(torch.autograd.grad(out, parameters, into, allow_unused=True))
-
-
-def _names_of_rows(call: ExpertCall) -> list[str]:
-    """A name for the rows of each expert in a backward call; empty where the call has no id."""
-    if not call.call_id:
-        return [""] * len(call.experts)
-    base, _, marks = call.call_id.rpartition(":")
-    each = marks.split(",")
-    if not base or len(each) != len(call.experts):
-        raise WireError(f"a call id names the rows of each of {len(call.experts)} experts, not {call.call_id[:80]!r}")
-    return [f"{base}:{call.layer}:{expert}:{mark}" for expert, mark in zip(call.experts, each, strict=True)]
+        replies = [_weigh(call, out).to(call.hidden.device) for call, out in zip(calls, outs, strict=True)]
+        if held.device.type == "cuda":  # now, and not where the rows are sent: an error there is an error of these rows
+            torch.cuda.current_stream(held.device).synchronize()
+        return [ExpertReply(reply) for reply in replies]
 
 
 def _run_together(held: _Held, calls: list[ExpertCall], rows: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -307,8 +305,10 @@ def _weigh(call: ExpertCall, out: torch.Tensor) -> torch.Tensor:
     """Unweighted rows [n, D], or the weighted partial sum of each token [t, D] when the call carries weights."""
     if call.weight is None:
         return out
-    weighted = out * call.weight.unsqueeze(-1)
+    weighted = out * call.weight.to(out.device).unsqueeze(-1)
     if call.token is None:
         return weighted.to(out.dtype)
     sums = weighted.new_zeros(call.num_tokens, out.shape[-1])
+    if out.is_cuda:  # there index_add_ adds in any order, and no two sums would have the same bits
+        return sums.index_put_((call.token.to(out.device),), weighted, accumulate=True).to(out.dtype)
     return sums.index_add_(0, call.token, weighted).to(out.dtype)

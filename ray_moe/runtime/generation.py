@@ -1,4 +1,5 @@
-"""The loop that generates: one thread, one step after the other, all sequences that are due together in each.
+"""The loop that generates: one thread, one step after the other, all sequences that are due together in each, and those
+of each version of the weights by themselves.
 
 Between two steps requests join, leave and are given up on; a step that fails is done again for each of its sequences by
 itself, so that a request that cannot be computed harms no other. Knows nothing of Ray, gRPC and asyncio. Owned by
@@ -18,6 +19,7 @@ from ray_moe.runtime.scheduler import Scheduler, Sequence
 from ray_moe.runtime.stepper import Stepper, Work
 from ray_moe.runtime.stream import Stream
 from ray_moe.runtime.tracing import step, within
+from ray_moe.runtime.versions import computing
 from ray_moe.runtime.vitals import Outcome, Vitals, outcome_of
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,10 @@ logger = logging.getLogger(__name__)
 class GenerationLoop:
     """See the module."""
 
-    def __init__(self, stepper: Stepper, scheduler: Scheduler, vitals: Vitals) -> None:
+    def __init__(self, stepper: Stepper, scheduler: Scheduler, vitals: Vitals, version: int = 0) -> None:
         self.num_generated_tokens = 0
-        self._stepper = stepper
+        self._steppers = {version: stepper}
+        """By version of the weights."""
         self._scheduler = scheduler
         self._vitals = vitals
         self._streams: dict[Sequence, Stream] = {}
@@ -60,6 +63,24 @@ class GenerationLoop:
         stream.is_left = True
         self._post(lambda: self._end(stream))
 
+    def add_version(self, version: int, stepper: Stepper) -> None:
+        """From now on streams may be of `version` too."""
+        self._steppers[version] = stepper
+
+    def share_version(self, version: int, of: int) -> None:
+        """Streams of `version` are computed by the same model as those `of` another one, with other experts."""
+        self._steppers[version] = self._steppers[of]
+
+    def drop_version(self, version: int, then: Callable[[], None]) -> None:
+        """Forget a version, of which there is no stream that was not told to leave; `then` is called after that."""
+
+        def forget() -> None:
+            self._steppers.pop(version, None)
+            self._scheduler.pool.forget(version)
+            then()
+
+        self._post(forget)
+
     def stop(self) -> None:
         """End after the present step. Whoever still listens is told that the service stops."""
         self._is_stopping = True
@@ -88,7 +109,8 @@ class GenerationLoop:
                 self._fail_all(error)
                 continue
             if work:
-                self._step(work)
+                for version in sorted({sequence.version for sequence, _ in work}):
+                    self._step([one for one in work if one[0].version == version])
             else:
                 self._refuse_the_too_large()
         self._wind_up()
@@ -166,6 +188,8 @@ class GenerationLoop:
                 self._end(stream, DeadlineExceeded(f"the time of the request is over; {number} tokens were generated"))
 
     def _step(self, work: Work) -> None:
+        """Compute sequences of one version."""
+        version = work[0][0].version
         for sequence, _ in work:
             stream = self._streams[sequence]
             if not stream.has_begun:
@@ -175,8 +199,8 @@ class GenerationLoop:
                     stream.phases.enter("prefill")
         began_s = time.monotonic()
         try:
-            with self._traced(work):
-                logits = self._stepper.compute(work, self._scheduler.pool)
+            with self._traced(work), computing(version):
+                logits = self._steppers[version].compute(work, self._scheduler.pool)
         except Exception as error:
             self._step_failed(work, error)
             return

@@ -3,7 +3,7 @@
 Small batches are computed in the event loop, because going to a thread and back costs a tenth of their time and more;
 larger ones in a worker thread, so that the loop goes on receiving. What arrives meanwhile forms the next batch. It
 measures how fast and how busy the host is, and can be told to misbehave, for drills. Called by whatever receives calls:
-the gRPC server of an expert actor, or the actor's own method.
+the servers of an expert actor, or the actor's own method.
 """
 
 from __future__ import annotations

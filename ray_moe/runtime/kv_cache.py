@@ -88,6 +88,8 @@ class _Ended:
 
     tokens: np.ndarray
     cache: KVCache
+    version: int
+    """Of the weights that computed it: no other version goes on from it."""
 
 
 @dataclass(slots=True)
@@ -131,21 +133,26 @@ class KVPool:
         self.used_tokens -= cache.capacity
         cache.resize(0)
 
-    def retire(self, cache: KVCache, tokens: Sequence[int]) -> None:
-        """A sequence has ended; `tokens` are all of its."""
+    def retire(self, cache: KVCache, tokens: Sequence[int], version: int = 0) -> None:
+        """A sequence has ended; `tokens` are all of its, `version` the weights that computed it."""
         if not self.keeps_prefixes or cache.length < MIN_REUSED_TOKENS:
             self.free(cache)
             return
         self._num_ended += 1
-        self._ended[self._num_ended] = _Ended(np.array(tokens[: cache.length], dtype=np.int64), cache)
+        self._ended[self._num_ended] = _Ended(np.array(tokens[: cache.length], dtype=np.int64), cache, version)
 
-    def begin(self, tokens: Sequence[int], num_tokens: int) -> KVCache | None:
+    def forget(self, version: int) -> None:
+        """Keep nothing of what was computed by a version of the weights."""
+        for number in [number for number, ended in self._ended.items() if ended.version == version]:
+            self.free(self._ended.pop(number).cache)
+
+    def begin(self, tokens: Sequence[int], num_tokens: int, version: int = 0) -> KVCache | None:
         """A cache with room for `num_tokens` for a sequence that begins with `tokens`; None where there is no room.
 
-        It has the keys and values of the beginning it shares with an ended sequence, but never those of the last of
-        `tokens`: that one has to be computed, or there would be nothing to go on from.
+        It has the keys and values of the beginning it shares with an ended sequence of the same version, but never
+        those of the last of `tokens`: that one has to be computed, or there would be nothing to go on from.
         """
-        number, shared = self._longest_shared(np.array(tokens[:-1], dtype=np.int64))
+        number, shared = self._longest_shared(np.array(tokens[:-1], dtype=np.int64), version)
         if number is not None:
             ended = self._ended[number]
             if shared == len(ended.tokens):  # it goes on where the other has ended: no copy
@@ -163,10 +170,12 @@ class KVPool:
         cache = KVCache()
         return cache if self.grow(cache, num_tokens) else None
 
-    def _longest_shared(self, tokens: np.ndarray) -> tuple[int | None, int]:
+    def _longest_shared(self, tokens: np.ndarray, version: int) -> tuple[int | None, int]:
         """The ended sequence that shares most of its beginning with `tokens`, and how many of them."""
         best: tuple[int | None, int] = (None, MIN_REUSED_TOKENS - 1)
         for number, ended in self._ended.items():
+            if ended.version != version:
+                continue
             length = min(len(tokens), len(ended.tokens))
             differs = np.flatnonzero(tokens[:length] != ended.tokens[:length])
             shared = int(differs[0]) if len(differs) else length

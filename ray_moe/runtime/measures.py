@@ -37,6 +37,8 @@ class Measures:
     kv_used_bytes: int = 0
     """Keys and values that are held, those of ended generations included that are kept for others."""
     kv_max_bytes: int = 0
+    version: int | None = None
+    """Of the weights that new requests are computed with; None while the model is being loaded."""
 
 
 def measure(router: RouterStatus, engine: Engine | None, dispatcher: ExpertDispatcher | None) -> Measures:
@@ -50,6 +52,7 @@ def measure(router: RouterStatus, engine: Engine | None, dispatcher: ExpertDispa
         hedges_won=0 if dispatcher is None else dispatcher.statistics.num_hedges_won,
         kv_used_bytes=used_bytes,
         kv_max_bytes=max_bytes,
+        version=None if engine is None else engine.version,
     )
 
 

@@ -3,28 +3,29 @@
 This is the one dispatch core behind every door. It is given the gate's choice (index and weight) and answers the sum
 of the chosen experts' outputs; a host that dies, hangs, is slow, answers damaged rows or has lost an expert is dealt
 with here and never seen by the model. It decides no placement: the routing table comes from outside, and what is found
-out about hosts is reported outside.
+out about hosts is reported outside. Where experts are cut into parts, it is asked for experts and asks hosts for parts.
 
-Shape legend: T tokens, K experts per token, N = T*K slots, E experts, D model width, n rows of one host.
+Shape legend: T tokens, K experts per token (or parts of them), N = T*K slots, E experts, P parts of all of them, D
+model width, n rows of one host.
 """
 
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
-from ray_moe.errors import ExpertFailed, Unavailable
-from ray_moe.ops.dispatch import HostShare, Ints, combine
+from ray_moe.errors import ExpertFailed, InvalidRequest, Unavailable
+from ray_moe.ops.dispatch import HostShare, Ints, combine, sum_parts
+from ray_moe.policy.parts import parts_of, slots_in_parts
+from ray_moe.runtime.drift import DriftMeter
 from ray_moe.runtime.exchange import Exchange, MakeCall, Router
 from ray_moe.runtime.lines import Lines
 from ray_moe.runtime.own_experts import OwnExperts
 from ray_moe.runtime.reports import Reports
-from ray_moe.runtime.routing import How, Reach, Routes
+from ray_moe.runtime.routing import How, Routes
 from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.runtime.statistics import Statistics
 from ray_moe.transport.base import ExpertCall, Transport
@@ -33,8 +34,7 @@ from ray_moe.types import HostAddress, HostId, LayerPath, RoutingTable
 Sources = list[tuple[Ints, HostAddress | None]]
 """Slots, and the host that computed them; None is the router itself."""
 
-ROWS: dict[Reach, How] = {"any": How("any"), "hosts": How("hosts")}
-SUMS, GRADIENTS = How(in_order=True), How("first", in_order=True)
+ROWS, SUMS = How(), How(in_order=True)
 """A sum is always taken in the same order, so that its bits are the same too."""
 
 
@@ -63,28 +63,24 @@ class ExpertDispatcher:
         self.settings = settings or DispatchSettings()
         self.statistics = Statistics()
         self.own = own
+        self.drift: DriftMeter | None = None
+        """Compares a canary with what it is to replace."""
         self._reports = Reports(on_lost, on_slow, on_corrupt)
         self._routes = Routes(has_lifeboat=own is not None and own.has_lifeboat)
         self._lines = Lines(transport, self._routes, self._reports, self.settings.call_timeout_s)
         self._router = Router(self.settings, self._routes, self._lines, self.statistics, own)
-        self._anchor = torch.zeros((), requires_grad=True)
 
     # --- the routing table ---------------------------------------------------------------------------------
     def update(self, table: RoutingTable) -> None:
         """Route by `table` from the next batch on (and for what is being retried); older tables are ignored."""
-        self.statistics.add_layers({layer: len(experts) for layer, experts in table.placement.hosts_of.items()})
+        parts = {layer: len(hosts) for layer, hosts in table.placement.hosts_of.items()}
+        self.statistics.add_layers({layer: number // self.settings.num_parts for layer, number in parts.items()})
         if not self._routes.update(table):
             return
         self._lines.end_lives()
         if self.own is not None:
-            self.own.disembark(self._has_host)
+            self.own.disembark(self._routes.view.has_host)
             self._router.note_own()
-
-    def _has_host(self, layer: LayerPath, expert: int) -> bool:
-        view = self._routes.view
-        if layer not in view.table.placement.hosts_of:
-            return False
-        return bool(view.routes(layer, "hosts").owner[expert] != view.here)
 
     @property
     def table(self) -> RoutingTable:
@@ -94,16 +90,16 @@ class ExpertDispatcher:
         """Tell of a host whose line broke while nothing was in flight."""
         self._reports.lost(address)
 
-    def rebalance_cache(self, now_s: float) -> None:
+    def rebalance_cache(self, now_s: float, version: int = 0) -> None:
         """Bring the router's cache of experts up to date with the load; reads weights, so not in an event loop."""
         if self.own is not None:
-            self.own.rebalance(self.statistics.tokens_per_expert, now_s)
+            self.own.rebalance(self.tokens_per_part, now_s, version)
             self._router.note_own()
 
-    def clear_own(self) -> None:
-        """Let go of the router's own experts: the weights have changed."""
+    def forget(self, version: int) -> None:
+        """Let go of what the router itself holds of a version that nobody uses any more."""
         if self.own is not None:
-            self.own.clear()
+            self.own.forget(version)
             self._router.note_own()
 
     def close(self) -> None:
@@ -115,6 +111,13 @@ class ExpertDispatcher:
     def tokens_per_expert(self) -> Mapping[LayerPath, Ints]:
         """[E] tokens routed to each expert since the start, by layer."""
         return self.statistics.tokens_per_expert
+
+    @property
+    def tokens_per_part(self) -> Mapping[LayerPath, Ints]:
+        """[P] the same as hosts and placements count experts."""
+        if self.settings.num_parts == 1:
+            return self.tokens_per_expert
+        return {layer: np.tile(tokens, self.settings.num_parts) for layer, tokens in self.tokens_per_expert.items()}
 
     @property
     def num_retried_calls(self) -> int:
@@ -133,7 +136,7 @@ class ExpertDispatcher:
 
     # --- the contract --------------------------------------------------------------------------------------
     def forward(
-        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, version: int = 0
     ) -> torch.Tensor:
         """The weighted sum of each token's experts.
 
@@ -142,94 +145,92 @@ class ExpertDispatcher:
             hidden: [T, D].
             index: [T, K] integers in 0..E; E means "no expert".
             weight: [T, K], used in its own dtype.
+            version: which weights compute it.
 
-        Returns: [T, D] in the dtype and on the device of `hidden`. With gradients enabled it is differentiable in
-        `hidden` and `weight`, and backward accumulates the experts' gradients on their hosts.
+        Returns: [T, D] in the dtype and on the device of `hidden`.
 
-        Raises: `Unavailable` when rows found no living host within `recovery_timeout_s`; `ExpertFailed`.
+        Raises: `Unavailable` when rows found no living host within `recovery_timeout_s`; `ExpertFailed`;
+        `InvalidRequest` when a gradient is wanted: what serves does not learn (see `training/dispatcher.py`).
         """
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            raise InvalidRequest(
+                f"the experts of {layer} serve and give no gradients; call the model under torch.no_grad(), or train it"
+            )
         slots = index.detach().cpu().numpy().astype(np.int64, copy=False).reshape(-1)
         self.statistics.add_tokens(layer, slots)
-        if torch.is_grad_enabled():
-            anchor = self._anchor.to(hidden.device)
-            return combine(_RemoteRows.apply(hidden, anchor, self, layer, slots), weight)  # type: ignore[no-untyped-call]
-        tokens = hidden if hidden.device.type == "cpu" else hidden.cpu()
+        if self.drift is not None:
+            self.drift.see(layer, hidden, slots, version)
+        if self.settings.num_parts > 1:
+            slots = slots_in_parts(slots, self._num_experts(layer), self.settings.num_parts)
         if self.settings.combine == "host":
-            out = self._partial_sums(layer, tokens, slots, weight.cpu())
+            out = self._partial_sums(layer, hidden, slots, weight.cpu(), version)
             if not self.settings.check_finite or _is_finite(out):
-                return out.to(hidden.device)
+                return out
             # Whose rows are at fault cannot be seen in a sum: let them all come unweighted.
-        rows, sources = self._rows(layer, tokens, slots, "any")
-        if not self.settings.check_finite:
-            return combine(rows.to(hidden.device), weight)
-        if hidden.device.type != "cpu":
-            return combine(self._checked(layer, tokens, slots, rows, sources).to(hidden.device), weight)
-        out = combine(rows, weight)
-        if _is_finite(out):  # a K-th of the numbers that the rows have
+        rows, sources = self._rows(layer, hidden, slots, version)
+        out = combine(sum_parts(rows, self.settings.num_parts), weight)
+        if not self.settings.check_finite or _is_finite(out):  # a K-th of the numbers that the rows have
             return out
-        return combine(self._checked(layer, tokens, slots, rows, sources), weight)
+        checked = self._checked(layer, hidden, slots, rows, sources, version)
+        return combine(sum_parts(checked, self.settings.num_parts), weight)
 
-    def _rows(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, reach: Reach) -> tuple[torch.Tensor, Sources]:
+    def _num_experts(self, layer: LayerPath) -> int:
+        """E. Raises: `NotFound` for a layer that the table does not have."""
+        num_parts = len(self._routes.view.routes(layer).owner) - 1
+        return num_parts // self.settings.num_parts
+
+    def _rows(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, version: int) -> tuple[torch.Tensor, Sources]:
         """[T, D], [N] -> [N, D] unweighted outputs by slot, zeros where a slot goes nowhere; and who computed them."""
         rows: torch.Tensor | None = None
         sources: Sources = []
-        exchange = self._exchange(layer, hidden, slots, how=ROWS[reach])
+        exchange = self._exchange(layer, hidden, slots, how=ROWS, version=version)
         for share, reply, address in exchange.answers():
             if rows is None:
                 every = exchange.num_rows == len(slots)
-                rows = (torch.empty if every else torch.zeros)(len(slots), reply.shape[-1], dtype=hidden.dtype)
-            rows.index_copy_(0, torch.from_numpy(share.slot), reply)
+                make = torch.empty if every else torch.zeros
+                rows = make(len(slots), reply.shape[-1], dtype=hidden.dtype, device=hidden.device)
+            rows.index_copy_(0, torch.from_numpy(share.slot).to(rows.device), reply.to(rows.device))
             sources.append((share.slot, address))
         return hidden.new_zeros(len(slots), hidden.shape[-1]) if rows is None else rows, sources
 
     def _exchange(
-        self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, make: MakeCall | None = None, how: How = SUMS
+        self,
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        slots: Ints,
+        make: MakeCall | None = None,
+        how: How = SUMS,
+        version: int = 0,
     ) -> Exchange:
-        make = make or (lambda share, epoch: _call(layer, epoch, hidden, share))
-        return Exchange(self._router, layer, slots, len(slots) // max(len(hidden), 1), make, how)
+        make = make or (lambda share, epoch: _call(layer, epoch, hidden, share, version))
+        return Exchange(self._router, layer, slots, len(slots) // max(len(hidden), 1), make, how, version)
 
-    def _partial_sums(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, weight: torch.Tensor) -> torch.Tensor:
+    def _partial_sums(
+        self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, weight: torch.Tensor, version: int
+    ) -> torch.Tensor:
         """[T, D] with the hosts combining: one row per token and host comes back."""
         flat_weight = weight.reshape(-1)
-        sums = torch.zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, weight.dtype))
+        if self.settings.num_parts > 1:
+            flat_weight = flat_weight.repeat_interleave(self.settings.num_parts)
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        sums = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
 
         def make(share: HostShare, epoch: int) -> ExpertCall:
-            call = _call(layer, epoch, hidden, share)
+            call = _call(layer, epoch, hidden, share, version)
             call.weight = flat_weight[torch.from_numpy(share.slot)]
             return call
 
-        for share, reply, _ in self._exchange(layer, hidden, slots, make).answers():
+        for share, reply, _ in self._exchange(layer, hidden, slots, make, version=version).answers():
             _add(sums, share, reply)
         return sums.to(hidden.dtype)
 
-    def backward_rows(
-        self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, grad: torch.Tensor, call_id: str
-    ) -> torch.Tensor:
-        """Push gradients back through the rows: `grad` [N, D] -> [T, D], the gradient in `hidden`.
-
-        The hosts recompute the rows from `hidden` and add to their experts' gradients, each call counted once. All rows
-        of an expert go to its first host, and are never sent to two.
-        """
-        sums = torch.zeros_like(hidden)
-
-        def make(share: HostShare, epoch: int) -> ExpertCall:
-            call = _call(layer, epoch, hidden, share)
-            call.grad = grad.index_select(0, torch.from_numpy(share.slot))
-            # Each expert's rows in this call are named by the first of them: the same in every attempt (see `cut`).
-            firsts = np.cumsum([0, *share.counts[:-1]])
-            call.call_id = f"{call_id}:{','.join(map(str, share.slot[firsts].tolist()))}"
-            return call
-
-        for share, reply, _ in self._exchange(layer, hidden, slots, make, GRADIENTS).answers():
-            _add(sums, share, reply)
-        return sums
+    def rows_of(self, layer: LayerPath, expert: int, hidden: torch.Tensor, version: int) -> torch.Tensor:
+        """[t, D] -> [t, D] through one expert, counted nowhere. Without gradients."""
+        num_parts = self.settings.num_parts
+        slots = np.tile(parts_of(expert, self._num_experts(layer), num_parts), len(hidden))
+        return sum_parts(self._rows(layer, hidden, slots, version)[0], num_parts)
 
     # --- damage --------------------------------------------------------------------------------------------
-    def checked_rows(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints) -> torch.Tensor:
-        """[T, D], [N] -> [N, D] from hosts alone, for a batch with gradients."""
-        rows, sources = self._rows(layer, hidden, slots, "hosts")
-        return self._checked(layer, hidden, slots, rows, sources, "hosts") if self.settings.check_finite else rows
-
     def _checked(
         self,
         layer: LayerPath,
@@ -237,7 +238,7 @@ class ExpertDispatcher:
         slots: Ints,
         rows: torch.Tensor,
         sources: Sources,
-        reach: Reach = "any",
+        version: int,
     ) -> torch.Tensor:
         """[N, D] rows, of which those that a host damaged have been computed elsewhere.
 
@@ -248,11 +249,11 @@ class ExpertDispatcher:
             return rows
         top_k = len(slots) // len(hidden)
         is_bad = ~rows.isfinite().all(1) & hidden.isfinite().all(1).repeat_interleave(top_k)
-        bad = is_bad.numpy()
+        bad = is_bad.cpu().numpy()
         for slot, address in sources:
             mine = np.sort(slot[bad[slot]])
             if address is not None and len(mine):
-                self._ask_another(layer, hidden, slots, rows, mine, address, reach)
+                self._ask_another(layer, hidden, slots, rows, mine, address, version)
         return rows
 
     def _ask_another(
@@ -263,23 +264,23 @@ class ExpertDispatcher:
         rows: torch.Tensor,
         suspect: Ints,
         address: HostAddress,
-        reach: Reach,
+        version: int,
     ) -> None:
         """Compute the slots in `suspect` without the host at `address`; what comes back as numbers goes into `rows`."""
         view, avoid = self._routes.view, frozenset((address.host_id,))
-        if reach == "hosts" or self.own is None or not self.own.has_lifeboat:
+        if self.own is None or not self.own.has_lifeboat:
             others = {expert for expert in np.unique(slots[suspect]).tolist() if view.is_named(layer, (expert,), avoid)}
             suspect = suspect[np.isin(slots[suspect], list(others))]
         if not len(suspect):
             return
         is_damaged = False
         try:
-            how = How(reach, only=suspect, avoid=avoid)
-            for share, reply, _ in self._exchange(layer, hidden, slots, how=how).answers():
-                is_good = reply.isfinite().all(1)
+            how = How(only=suspect, avoid=avoid)
+            for share, reply, _ in self._exchange(layer, hidden, slots, how=how, version=version).answers():
+                is_good = reply.isfinite().all(1).to(rows.device)
                 if bool(is_good.any()):
                     is_damaged = True
-                    rows[torch.from_numpy(share.slot)[is_good]] = reply[is_good]
+                    rows[torch.from_numpy(share.slot).to(rows.device)[is_good]] = reply.to(rows.device)[is_good]
         except (Unavailable, ExpertFailed):  # no second opinion: the first is what there is
             return
         finally:
@@ -287,7 +288,7 @@ class ExpertDispatcher:
                 self._reports.corrupt(address)
 
 
-def _call(layer: LayerPath, epoch: int, hidden: torch.Tensor, share: HostShare) -> ExpertCall:
+def _call(layer: LayerPath, epoch: int, hidden: torch.Tensor, share: HostShare, version: int) -> ExpertCall:
     return ExpertCall(
         layer=layer,
         epoch=epoch,
@@ -296,48 +297,21 @@ def _call(layer: LayerPath, epoch: int, hidden: torch.Tensor, share: HostShare) 
         token=None if share.token is None else torch.from_numpy(share.token),
         experts=share.experts,
         counts=share.counts,
+        version=version,
     )
 
 
 def _add(sums: torch.Tensor, share: HostShare, reply: torch.Tensor) -> None:
     """Add [t, D], one row for each token of a share, to [T, D]."""
     if share.gather is None:
-        sums += reply
+        sums += reply.to(sums.device)
     else:
-        sums.index_add_(0, torch.from_numpy(share.gather), reply.to(sums.dtype))
+        sums.index_add_(0, torch.from_numpy(share.gather).to(sums.device), reply.to(sums.device, sums.dtype))
 
 
 def _is_finite(numbers: torch.Tensor) -> bool:
     """Whether there is neither NaN nor infinity, by one sum; in rare cases numbers so large that their sum is none."""
-    if numbers.dtype in (torch.float32, torch.float64):  # numpy starts sooner, and half of decoding is starting
+    if numbers.is_cpu and numbers.dtype in (torch.float32, torch.float64):
+        # numpy starts sooner, and half of decoding is starting
         return math.isfinite(np.add.reduce(numbers.numpy(), axis=None))
     return math.isfinite(numbers.sum(dtype=torch.float32 if numbers.dtype is torch.float16 else None).item())
-
-
-class _RemoteRows(torch.autograd.Function):
-    """[T, D] -> [N, D] through the remote experts, differentiable in the tokens.
-
-    Gathering the weights and summing stay ordinary autograd, so the gate's gradients come for free. The `anchor`
-    requires a gradient so that backward runs (and the experts learn) even when the tokens need none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        anchor: torch.Tensor,
-        dispatcher: ExpertDispatcher,
-        layer: LayerPath,
-        slots: Ints,
-    ) -> torch.Tensor:
-        tokens = hidden.detach().cpu()
-        ctx.dispatcher, ctx.layer, ctx.slots, ctx.call_id = dispatcher, layer, slots, uuid.uuid4().hex
-        ctx.save_for_backward(tokens)
-        return dispatcher.checked_rows(layer, tokens, slots).to(hidden.device)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (tokens,) = ctx.saved_tensors
-        into = ctx.dispatcher.backward_rows(ctx.layer, tokens, ctx.slots, grad.detach().cpu(), ctx.call_id)
-        return into.to(grad.device), None, None, None, None

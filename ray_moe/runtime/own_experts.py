@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
@@ -28,10 +28,16 @@ from ray_moe.types import LayerPath
 
 logger = logging.getLogger(__name__)
 
-Load = Callable[[LayerPath, Sequence[int]], ExpertGroup]
-"""Reads experts (ascending) of a layer into a group: local number r is the r-th of them."""
+Load = Callable[[LayerPath, Sequence[int], int], ExpertGroup]
+"""Reads experts (ascending) of a layer, in a version of the weights, into a group: local number r is the r-th."""
 
-Key = tuple[LayerPath, int]
+Split = Callable[[LayerPath, Sequence[int], int], Iterable[Sequence[int]]]
+"""Which of some experts can be read into one group."""
+
+Place = tuple[int, LayerPath]
+"""A version of the weights, and a layer in it."""
+
+Key = tuple[Place, int]
 
 TENURE = 1.25
 """An expert leaves the cache only for one that is this much hotter: loading costs more than a little heat gains."""
@@ -60,6 +66,7 @@ class OwnExperts:
         cache_bytes: int = 0,
         lifeboat_bytes: int = 0,
         half_life_s: float = 30.0,
+        split: Split = lambda layer, experts, version: [experts],
     ) -> None:
         """
         Args:
@@ -69,21 +76,23 @@ class OwnExperts:
             lifeboat_bytes: budget for experts that no host has; 0 is no lifeboat. The experts of the batch that is
                 running may exceed it.
             half_life_s: after which a token counts half in an expert's heat.
+            split: which experts are not read in one go.
         """
         self.cache_bytes = cache_bytes
         self.lifeboat_bytes = lifeboat_bytes
         self.num_lifeboat_loads = 0
         """Experts that were taken aboard."""
         self._load = load
+        self._split = split
         self._expert_bytes = expert_bytes
         self._half_life_s = half_life_s
         self._host = ExpertHost("router")
         self._lock = threading.RLock()
         self._entries: dict[Key, _Entry] = {}
         self._loading: dict[Key, Future[None]] = {}
-        self._failed_s: dict[LayerPath, float] = {}
-        self._version = 0
-        """Counts `clear`s: what was being read then is not kept."""
+        self._failed_s: dict[Place, float] = {}
+        self._num_forgets = 0
+        """What was being read at a `forget` is not kept."""
         self._batch = 0
         self._reading = threading.Lock()
         self._rebalancing = threading.Lock()
@@ -99,19 +108,19 @@ class OwnExperts:
         return self.lifeboat_bytes > 0
 
     @property
-    def cached(self) -> dict[LayerPath, frozenset[int]]:
-        """Experts of the cache, by layer."""
+    def cached(self) -> dict[Place, frozenset[int]]:
+        """Experts of the cache, by version and layer."""
         return self._held(is_cached=True)
 
     @property
-    def aboard(self) -> dict[LayerPath, frozenset[int]]:
-        """Experts in the lifeboat, by layer."""
+    def aboard(self) -> dict[Place, frozenset[int]]:
+        """Experts in the lifeboat, by version and layer."""
         return self._held(is_cached=False)
 
-    def _held(self, is_cached: bool) -> dict[LayerPath, frozenset[int]]:
+    def _held(self, is_cached: bool) -> dict[Place, frozenset[int]]:
         with self._lock:
             keys = sorted(key for key, entry in self._entries.items() if entry.is_cached == is_cached)
-        return {layer: frozenset(e for _, e in group) for layer, group in groupby(keys, key=lambda key: key[0])}
+        return {place: frozenset(e for _, e in group) for place, group in groupby(keys, key=lambda key: key[0])}
 
     @property
     def held_bytes(self) -> int:
@@ -123,15 +132,15 @@ class OwnExperts:
         """(token, expert) rows computed here."""
         return self._host.num_rows
 
-    def has(self, layer: LayerPath, experts: Collection[int]) -> bool:
+    def has(self, layer: LayerPath, experts: Collection[int], version: int = 0) -> bool:
         """Whether all of them are here now."""
         with self._lock:
-            return all((layer, expert) in self._entries for expert in experts)
+            return all(((version, layer), expert) in self._entries for expert in experts)
 
-    def may_load(self, layer: LayerPath) -> bool:
+    def may_load(self, layer: LayerPath, version: int = 0) -> bool:
         """Whether the lifeboat can be tried for an expert of the layer."""
         with self._lock:
-            failed_s = self._failed_s.get(layer)
+            failed_s = self._failed_s.get((version, layer))
         return self.has_lifeboat and (failed_s is None or time.monotonic() - failed_s >= RETRY_EVERY_S)
 
     # --- computing -----------------------------------------------------------------------------------------
@@ -144,7 +153,7 @@ class OwnExperts:
 
         Raises: `ExpertFailed`, `WireError`, as a host does.
         """
-        while self._embark(call.layer, call.experts, likely):
+        while self._embark((call.version, call.layer), call.experts, likely):
             outcome = self._host.run([call])[0]
             if isinstance(outcome, StaleRouting):
                 continue  # thrown out by another batch between the two lines above
@@ -154,65 +163,67 @@ class OwnExperts:
             return outcome
         return None
 
-    def _embark(self, layer: LayerPath, experts: Sequence[int], likely: Sequence[int]) -> bool:
+    def _embark(self, place: Place, experts: Sequence[int], likely: Sequence[int]) -> bool:
         """Have `experts` here; each is read once, however many batches wait for it."""
+        version, layer = place
         with self._lock:
             self._batch += 1
             for expert in experts:
-                entry = self._entries.get((layer, expert))
+                entry = self._entries.get((place, expert))
                 if entry is not None:
                     entry.used = self._batch
-            missing = [expert for expert in experts if (layer, expert) not in self._entries]
+            missing = [expert for expert in experts if (place, expert) not in self._entries]
             if not missing:
                 return True
-            if not self.may_load(layer):
+            if not self.may_load(layer, version):
                 return False
-            others = [self._loading[layer, expert] for expert in missing if (layer, expert) in self._loading]
-            mine = [expert for expert in missing if (layer, expert) not in self._loading]
+            others = [self._loading[place, expert] for expert in missing if (place, expert) in self._loading]
+            mine = [expert for expert in missing if (place, expert) not in self._loading]
             if mine:
-                mine = sorted({*mine, *self._fitting(layer, likely, len(mine))})
+                mine = sorted({*mine, *self._fitting(place, likely, len(mine))})
             done: Future[None] = Future()
-            self._loading.update({(layer, expert): done for expert in mine})
+            self._loading.update({(place, expert): done for expert in mine})
         if mine:
             try:
-                is_kept = self._take(layer, mine, is_cached=False)
+                is_kept = self._take(place, mine, is_cached=False)
             finally:
                 with self._lock:
                     for expert in mine:
-                        del self._loading[layer, expert]
+                        del self._loading[place, expert]
                 done.set_result(None)
             if not is_kept:
                 return False
         for other in others:
             other.result()
-        return self.has(layer, experts)
+        return self.has(layer, experts, version)
 
-    def _fitting(self, layer: LayerPath, experts: Sequence[int], num_others: int) -> list[int]:
+    def _fitting(self, place: Place, experts: Sequence[int], num_others: int) -> list[int]:
         """Those of `experts` that are not here nor on their way, as many as fit beside `num_others` of the layer."""
-        absent = [e for e in experts if (layer, e) not in self._entries and (layer, e) not in self._loading]
+        absent = [e for e in experts if (place, e) not in self._entries and (place, e) not in self._loading]
         keys = [*(key for key, entry in self._entries.items() if not entry.is_cached), *self._loading]
-        free_bytes = self.lifeboat_bytes - sum(self._expert_bytes[aboard] for aboard, _ in keys)
-        number = free_bytes // max(1, self._expert_bytes[layer]) - num_others
+        free_bytes = self.lifeboat_bytes - sum(self._expert_bytes[aboard] for (_, aboard), _ in keys)
+        number = free_bytes // max(1, self._expert_bytes[place[1]]) - num_others
         return absent[: max(0, number)]
 
-    def _take(self, layer: LayerPath, experts: Sequence[int], is_cached: bool) -> bool:
+    def _take(self, place: Place, experts: Sequence[int], is_cached: bool) -> bool:
         """Read `experts` and hold them; false when they could not be read, or are out of date already."""
-        version = self._version
+        num_forgets, (version, layer) = self._num_forgets, place
         try:
             with self._reading:  # side by side, readers would only take the interpreter from each other
-                group = self._load(layer, experts)
+                groups = [(part, self._load(layer, part, version)) for part in self._split(layer, experts, version)]
         except Exception as error:  # whatever reading files or allocating memory raises: the rows can still wait
             logger.warning("experts %s of %s could not be read by the router: %s", list(experts), layer, error)
             with self._lock:
-                self._failed_s[layer] = time.monotonic()
+                self._failed_s[place] = time.monotonic()
             return False
         with self._lock:
-            if version != self._version:
+            if num_forgets != self._num_forgets:
                 return False
-            self._host.hold(layer, experts, group)
+            for part, group in groups:
+                self._host.hold(layer, part, group, version)
             for expert in experts:
-                self._entries[layer, expert] = _Entry(self._expert_bytes[layer], is_cached, self._batch)
-            self._failed_s.pop(layer, None)
+                self._entries[place, expert] = _Entry(self._expert_bytes[layer], is_cached, self._batch)
+            self._failed_s.pop(place, None)
             if not is_cached:
                 self.num_lifeboat_loads += len(experts)
         return True
@@ -236,43 +247,49 @@ class OwnExperts:
     def disembark(self, is_elsewhere: Callable[[LayerPath, int], bool]) -> None:
         """Let go of the lifeboat's experts that a host has again."""
         with self._lock:
-            self._drop([key for key, entry in self._entries.items() if not entry.is_cached and is_elsewhere(*key)])
+            self._drop(
+                [
+                    ((version, layer), expert)
+                    for ((version, layer), expert), entry in self._entries.items()
+                    if not entry.is_cached and is_elsewhere(layer, expert)
+                ]
+            )
 
-    def clear(self) -> None:
-        """Let go of everything: the weights have changed."""
+    def forget(self, version: int) -> None:
+        """Let go of a version of the weights, which nobody uses any more."""
         with self._lock:
-            self._version += 1
-            self._drop(list(self._entries))
+            self._num_forgets += 1
+            self._drop([key for key in self._entries if key[0][0] == version])
 
     def _drop(self, keys: Sequence[Key]) -> None:
-        for layer, group in groupby(sorted(keys), key=lambda key: key[0]):
+        for place, group in groupby(sorted(keys), key=lambda key: key[0]):
+            version, layer = place
             experts = [expert for _, expert in group]
-            self._host.drop(layer, experts)
+            self._host.drop(layer, experts, (version,))
             for expert in experts:
-                del self._entries[layer, expert]
+                del self._entries[place, expert]
 
     # --- the cache -----------------------------------------------------------------------------------------
-    def rebalance(self, tokens_per_expert: Mapping[LayerPath, Ints], now_s: float) -> None:
+    def rebalance(self, tokens_per_expert: Mapping[LayerPath, Ints], now_s: float, version: int = 0) -> None:
         """Bring what became hot into the cache, and let go of what cooled. Reads files; one at a time.
 
         Args:
             tokens_per_expert: [E] tokens routed to each expert since the start, by layer.
             now_s: any clock that goes on.
+            version: of the weights that are cached; those of others leave.
         """
         if not self.cache_bytes or not self._rebalancing.acquire(blocking=False):
             return
         try:
             self._feel(tokens_per_expert, now_s)
-            chosen = self._hottest()
+            chosen = self._hottest(version)
             with self._lock:
                 self._drop([k for k, entry in self._entries.items() if entry.is_cached and k not in chosen])
                 for key in chosen & self._entries.keys():
                     self._entries[key].is_cached = True  # from the lifeboat, perhaps
                 wanted = sorted(chosen - self._entries.keys() - self._loading.keys())
-            for layer, group in groupby(wanted, key=lambda key: key[0]):
-                # One by one: an expert that cools leaves without its neighbours being copied.
-                for _, expert in group:
-                    self._take(layer, [expert], is_cached=True)
+            for place, expert in wanted:  # one by one: one that cools leaves without its neighbours being copied
+                self._take(place, [expert], is_cached=True)
         finally:
             self._rebalancing.release()
 
@@ -286,7 +303,7 @@ class OwnExperts:
             self._heat[layer] = self._heat.get(layer, np.zeros(len(now))) * kept + (now - self._counted.get(layer, 0))
             self._counted[layer] = now
 
-    def _hottest(self) -> set[Key]:
+    def _hottest(self, version: int) -> set[Key]:
         """What the cache should hold: most tokens for its bytes, those it holds already at an advantage."""
         with self._lock:
             held = {key for key, entry in self._entries.items() if entry.is_cached}
@@ -294,12 +311,12 @@ class OwnExperts:
         for layer, heat in self._heat.items():
             num_bytes = self._expert_bytes.get(layer, 0)
             for expert in np.flatnonzero(heat > 0).tolist() if num_bytes else ():
-                value = float(heat[expert]) / num_bytes * (TENURE if (layer, expert) in held else 1.0)
+                value = float(heat[expert]) / num_bytes * (TENURE if ((version, layer), expert) in held else 1.0)
                 ranked.append((-value, layer, expert))
         chosen: set[Key] = set()
         left_bytes = self.cache_bytes
         for _, layer, expert in sorted(ranked):
             if self._expert_bytes[layer] <= left_bytes:
                 left_bytes -= self._expert_bytes[layer]
-                chosen.add((layer, expert))
+                chosen.add(((version, layer), expert))
         return chosen

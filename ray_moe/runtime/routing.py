@@ -13,24 +13,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ray_moe.errors import NotFound
-from ray_moe.ops.dispatch import FEW_SLOTS, NOWHERE, Ints, spread
+from ray_moe.ops.dispatch import NOWHERE, Ints, spread
 from ray_moe.policy.split import Replicas, choose_replicas, split_tokens
 from ray_moe.types import HostId, LayerPath, Placement, RoutingTable
 
 Floats = npt.NDArray[np.float64]
 
-Reach = Literal["any", "hosts", "first"]
-"""Who may compute rows. ``any``: hosts, and the router's own copies. ``hosts``: hosts only. ``first``: each expert's
-first host and no other, in reach or not, so that gradients are summed in one place."""
-
 FADING = 0.9
 """What is left, after each batch, of the turns that a host has had."""
+
+FEW_ROWS = 16
+"""Rows of an expert up to which its weights take longer to read than to use: a batch where no expert has more is dealt
+by what each host must read, and no expert is split."""
 
 Load = Callable[[Sequence[HostId]], tuple[Floats, Floats]]
 """Tells, for the hosts named, the rows and the experts that they are at for this router."""
@@ -40,7 +39,6 @@ Load = Callable[[Sequence[HostId]], tuple[Floats, Floats]]
 class How:
     """Who may compute which of a batch's slots, and how the answers come."""
 
-    reach: Reach = "any"
     in_order: bool = False
     """Whether the answers come in the order of the shares, so that a sum over them is always the same."""
     only: Ints | None = None
@@ -64,8 +62,8 @@ class LayerRoutes:
     speed_in_all: float
     """Of the hosts that hold an expert of this layer, added up."""
     turns: Floats
-    """[H + 1] fading count of the rows sent to each host: where all else is equal, replicas take turns. The one thing
-    here that changes, and a lost update does no harm."""
+    """[H + 1] fading sum of the parts of each batch that a host got: where all else is equal, replicas take turns. The
+    one thing here that changes, and a lost update does no harm."""
 
     def hosts_of(self, index: Ints, load: Load) -> Ints | None:
         """[m] expert of each slot (E is the sentinel) -> [m] host number of each; None where `owner` says it all."""
@@ -74,21 +72,18 @@ class LayerRoutes:
             return None
         rows, experts = load(self.hosts)
         num_experts = len(self.owner) - 1
-        if len(index) <= FEW_SLOTS:
-            wanted = index.tolist()
-            touched = sorted({expert for expert in wanted if expert < num_experts})
-            # At most 32 slots a batch, so the turns of a host add up to less than 320 and stay below one expert.
-            chosen = choose_replicas(
-                np.array(touched, dtype=np.int64), replicas, self.speed, experts + self.turns * 1e-3
-            )
-            homes = dict(zip(touched, replicas.host[chosen].tolist(), strict=True))
-            of_slot = [homes.get(expert, NOWHERE) for expert in wanted]
-            self.turns[:] *= FADING
-            for home in of_slot:
-                self.turns[home] += 1.0
-            return np.array(of_slot, dtype=np.int64)
         count = np.bincount(index, minlength=num_experts + 1)[:num_experts]
-        return spread(index, replicas.host, split_tokens(count, replicas, self.speed, rows))
+        if count.max(initial=0) > FEW_ROWS:
+            return spread(index, replicas.host, split_tokens(count, replicas, self.speed, rows))
+        touched = count.nonzero()[0]
+        # The turns of a host add up to less than 1 / (1 - FADING), so these stay below one expert.
+        chosen = choose_replicas(touched, replicas, self.speed, experts + self.turns * 0.05)
+        home = np.full(num_experts + 1, NOWHERE)
+        home[touched] = replicas.host[chosen]
+        self.turns[:] *= FADING
+        self.turns[:] += np.bincount(home[touched], count[touched] / max(1, len(index)), len(self.turns))
+        of_slot: Ints = home[index]
+        return of_slot
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,16 +97,16 @@ class View:
     """Hosts that owe an answer for longer than usual: used where there is nobody else."""
     hung: frozenset[HostId] = frozenset()
     """Of those, the ones so late that the lifeboat is the better way."""
-    missing: frozenset[tuple[HostId, LayerPath, int]] = frozenset()
-    """Replicas that the table names and the host did not have."""
-    cached: Mapping[LayerPath, frozenset[int]] = field(default_factory=dict)
-    """Experts that the router computes itself whoever else holds them."""
-    aboard: Mapping[LayerPath, frozenset[int]] = field(default_factory=dict)
-    """Experts in the router's lifeboat."""
+    missing: frozenset[tuple[HostId, tuple[int, LayerPath], int]] = frozenset()
+    """Replicas that the table names and the host did not have, by version of the weights and layer."""
+    cached: Mapping[tuple[int, LayerPath], frozenset[int]] = field(default_factory=dict)
+    """Experts, by version of the weights and layer, that the router computes itself whoever else holds them."""
+    aboard: Mapping[tuple[int, LayerPath], frozenset[int]] = field(default_factory=dict)
+    """Experts in the router's lifeboat, likewise."""
     has_lifeboat: bool = False
     hosts: tuple[HostId, ...] = field(init=False)
     """Those with an address; their numbers are their places."""
-    _made: dict[tuple[LayerPath, Reach], LayerRoutes] = field(init=False, repr=False, default_factory=dict)
+    _made: dict[tuple[LayerPath, int], LayerRoutes] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hosts", tuple(self.table.addresses))
@@ -121,31 +116,39 @@ class View:
         """H, the number of the router's own process: the way of last resort."""
         return len(self.hosts)
 
-    def routes(self, layer: LayerPath, reach: Reach, avoid: frozenset[HostId] = frozenset()) -> LayerRoutes:
+    def routes(self, layer: LayerPath, avoid: frozenset[HostId] = frozenset(), version: int = 0) -> LayerRoutes:
         """Where the experts of `layer` are computed, leaving out the hosts in `avoid`; made when first asked for.
+
+        All versions of an expert are on the same hosts; what the router holds itself may be of one.
 
         Raises: `NotFound` for a layer that the table does not have.
         """
         if avoid:
-            return self._make(layer, reach, avoid)
-        made = self._made.get((layer, reach))
+            return self._make(layer, avoid, version)
+        made = self._made.get((layer, version))
         if made is None:
-            made = self._made[layer, reach] = self._make(layer, reach, avoid)
+            made = self._made[layer, version] = self._make(layer, avoid, version)
         return made
+
+    def has_host(self, layer: LayerPath, expert: int) -> bool:
+        """Whether a host in reach holds the expert, late or not, in every version."""
+        placed = self.table.placement.hosts_of.get(layer, ())
+        lacking = {host for host, (_, path), number in self.missing if (path, number) == (layer, expert)}
+        return expert < len(placed) and not lacking.issuperset(self._reachable(placed[expert]))
 
     def is_named(self, layer: LayerPath, experts: Iterable[int], avoid: frozenset[HostId]) -> bool:
         """Whether the table names a host for each of `experts`, in reach or not, that is not in `avoid`."""
         placed = self.table.placement.hosts_of.get(layer, ())
         return all(expert < len(placed) and not avoid.issuperset(placed[expert]) for expert in experts)
 
-    def _make(self, layer: LayerPath, reach: Reach, avoid: frozenset[HostId]) -> LayerRoutes:
+    def _make(self, layer: LayerPath, avoid: frozenset[HostId], version: int) -> LayerRoutes:
         placed = self.table.placement.hosts_of.get(layer)
         if placed is None:
             known = sorted(self.table.placement.hosts_of)
             raise NotFound(f"no layer {layer!r} in the routing table; it has {known}")
         number = {host: place for place, host in enumerate(self.hosts)}
         homes = [
-            [number[host] for host in self._homes(layer, expert, hosts, reach, avoid)] or [self.here]
+            [number[host] for host in self._homes((version, layer), expert, hosts, avoid)] or [self.here]
             for expert, hosts in enumerate(placed)
         ]
         has_choice = any(len(each) > 1 for each in homes)
@@ -162,24 +165,24 @@ class View:
         )
 
     def _homes(
-        self, layer: LayerPath, expert: int, hosts: Sequence[HostId], reach: Reach, avoid: frozenset[HostId]
+        self,
+        place: tuple[int, LayerPath],
+        expert: int,
+        hosts: Sequence[HostId],
+        avoid: frozenset[HostId],
     ) -> list[HostId]:
         """The hosts that may compute the expert; empty for the router itself."""
-        there = [host for host in hosts if host in self.table.addresses]
-        if reach == "first":
-            return there[:1]
-        if reach == "any" and expert in self.cached.get(layer, ()):
+        if expert in self.cached.get(place, ()):
             return []
-        live = [
-            host
-            for host in there
-            if host not in self.out and host not in avoid and (host, layer, expert) not in self.missing
-        ]
+        live = [host for host in self._reachable(hosts, avoid) if (host, place, expert) not in self.missing]
         prompt = [host for host in live if host not in self.late]
-        if prompt or reach == "hosts":
-            return prompt or live
-        is_aboard = expert in self.aboard.get(layer, ())
+        if prompt:
+            return prompt
+        is_aboard = expert in self.aboard.get(place, ())
         return [] if is_aboard or (self.has_lifeboat and self.hung.issuperset(live)) else live
+
+    def _reachable(self, hosts: Sequence[HostId], avoid: frozenset[HostId] = frozenset()) -> list[HostId]:
+        return [host for host in hosts if host in self.table.addresses and host not in self.out and host not in avoid]
 
 
 class Routes:
@@ -234,19 +237,23 @@ class Routes:
             if (late, hung) != (view.late, view.hung):
                 self._show(replace(view, late=late, hung=hung))
 
-    def add_missing(self, host_id: HostId, layer: LayerPath, expert: int) -> None:
+    def add_missing(self, host_id: HostId, layer: LayerPath, expert: int, version: int = 0) -> None:
         """The host does not hold the expert, whatever the table says."""
         with self._changed:
-            self._show(replace(self.view, missing=self.view.missing | {(host_id, layer, expert)}))
+            self._show(replace(self.view, missing=self.view.missing | {(host_id, (version, layer), expert)}))
 
     def forget_missing(self, layer: LayerPath) -> None:
         """Ask again for what was missing of a layer: by now it may be there."""
         with self._changed:
-            kept = frozenset(entry for entry in self.view.missing if entry[1] != layer)
+            kept = frozenset(entry for entry in self.view.missing if entry[1][1] != layer)
             if kept != self.view.missing:
                 self._show(replace(self.view, missing=kept))
 
-    def set_own(self, cached: Mapping[LayerPath, frozenset[int]], aboard: Mapping[LayerPath, frozenset[int]]) -> None:
+    def set_own(
+        self,
+        cached: Mapping[tuple[int, LayerPath], frozenset[int]],
+        aboard: Mapping[tuple[int, LayerPath], frozenset[int]],
+    ) -> None:
         """The router holds these experts itself from now on."""
         with self._changed:
             if (cached, aboard) != (self.view.cached, self.view.aboard):

@@ -32,6 +32,8 @@ class Sequence:
     """It ends at this length at the latest."""
     caller: str = ""
     """Callers take turns."""
+    version: int = 0
+    """Of the weights that compute it, from its beginning to its end."""
     num_computed: int = 0
     cache: KVCache | None = None
     """None while it waits."""
@@ -97,7 +99,7 @@ class Scheduler:
             self.running.remove(sequence)
             if sequence.cache is not None:
                 if keep:
-                    self.pool.retire(sequence.cache, sequence.tokens)
+                    self.pool.retire(sequence.cache, sequence.tokens, sequence.version)
                 else:
                     self.pool.free(sequence.cache)
         else:
@@ -149,7 +151,7 @@ class Scheduler:
         number = min(sequence.max_tokens, len(sequence.tokens) + FIRST_ROOM_TOKENS)
         if self.running and not self.pool.bytes_per_token:
             return False  # what tokens take is not known before the first is through
-        cache = self.pool.begin(sequence.tokens, number)
+        cache = self.pool.begin(sequence.tokens, number, sequence.version)
         if cache is None:
             return False
         self._waiting[sequence.caller].popleft()

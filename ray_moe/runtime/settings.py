@@ -25,5 +25,7 @@ class DispatchSettings:
     """A call is overdue after this many times what its host needs as a rule."""
     hedge_min_s: float = 0.05
     """But not before so long: what is faster than this is not worth computing twice."""
+    num_parts: int = 1
+    """Parts that each expert is cut into (`policy/parts.py`): hosts and tables know these."""
     check_finite: bool = True
     """Whether NaN and infinity in the experts' outputs, of tokens without, are computed again elsewhere."""

@@ -24,7 +24,7 @@ Item = GenerateChunk | BaseException
 class Stream:
     """Of one request."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (all that is known of a request)
         self,
         request: GenerateRequest,
         tokens: list[int],
@@ -34,6 +34,7 @@ class Stream:
         tell: Callable[[Item], None],
         deadline_s: float | None,
         arrived_s: float | None = None,
+        version: int = 0,
     ) -> None:
         """Args:
         tokens: of the prompt.
@@ -41,8 +42,9 @@ class Stream:
         tell: takes what there is to say to whoever waits, from any thread.
         deadline_s: monotonic.
         arrived_s: when the request came, monotonic; None: now.
+        version: of the weights that compute it.
         """
-        self.sequence = Sequence(tokens, len(tokens) + request.max_new_tokens, request.caller)
+        self.sequence = Sequence(tokens, len(tokens) + request.max_new_tokens, request.caller, version)
         self.sampler = Sampler(request, repetition_penalty)
         self.tell = tell
         self.deadline_s = deadline_s
@@ -83,7 +85,9 @@ class Stream:
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.logprobs is not None and logits is not None:
             logprobs = (logprob_of(token, logits, request.logprobs),)
-        return GenerateChunk((token,), text, reason, sequence.num_prompt, sequence.num_cached, logprobs)
+        return GenerateChunk(
+            (token,), text, reason, sequence.num_prompt, sequence.num_cached, logprobs, sequence.version
+        )
 
 
 class StopTexts:

@@ -82,7 +82,7 @@ async def test_an_end_token_ends_it(make_engine, saved):
     engine = make_engine()
     prompt = (5, 9, 33)
     free = [t for c in await collect(engine, token_ids=prompt, max_new_tokens=6, ignore_eos=True) for t in c.token_ids]
-    engine._model.generation_config.eos_token_id = [free[3]]
+    engine._models[0].generation_config.eos_token_id = [free[3]]
     chunks = await collect(engine, token_ids=prompt, max_new_tokens=6)
     assert [t for chunk in chunks for t in chunk.token_ids] == free[: free.index(free[3]) + 1]
     assert chunks[-1].finish_reason == "stop"

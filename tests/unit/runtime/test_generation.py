@@ -254,10 +254,10 @@ def test_what_fails_between_two_steps_is_told_and_the_loop_goes_on(setting, monk
     bad, good = Listener([10], max_new_tokens=3), Listener([20], max_new_tokens=3)
     begin = KVPool.begin
 
-    def begin_or_fail(pool, tokens, num_tokens):
+    def begin_or_fail(pool, tokens, num_tokens, version):
         if tokens == [10]:
             raise torch.OutOfMemoryError("no room on the device")
-        return begin(pool, tokens, num_tokens)
+        return begin(pool, tokens, num_tokens, version)
 
     monkeypatch.setattr(KVPool, "begin", begin_or_fail)
     made.add(bad)

@@ -22,7 +22,7 @@ class Store:
         self.loads: Counter[int] = Counter()
         self.fails = False
 
-    def __call__(self, layer, experts):
+    def __call__(self, layer, experts, version=0):
         self.loads.update(experts)
         if self.fails:
             raise InvalidCheckpoint("the disk is gone")
@@ -39,11 +39,11 @@ def call(*experts, width=8):
 
 
 def aboard(experts):
-    return sorted(experts.aboard.get(LAYER, ()))
+    return sorted(experts.aboard.get((0, LAYER), ()))
 
 
 def cached(experts):
-    return sorted(experts.cached.get(LAYER, ()))
+    return sorted(experts.cached.get((0, LAYER), ()))
 
 
 def test_the_lifeboat_takes_aboard_what_a_batch_needs_and_computes_it():
@@ -89,7 +89,7 @@ def test_concurrent_batches_read_an_expert_once():
     store = Store()
     entered, may_go = threading.Event(), threading.Event()
 
-    def slow(layer, experts):
+    def slow(layer, experts, version):
         group = store(layer, experts)
         entered.set()
         assert may_go.wait(10)
@@ -124,13 +124,13 @@ def test_an_expert_that_raises_is_not_a_missing_one():
         own(Store(), lifeboat=6).run(call(1, width=7))
 
 
-def test_what_is_read_while_everything_is_let_go_is_not_kept():
+def test_what_is_read_while_its_version_is_let_go_is_not_kept():
     store = Store()
 
-    def load(layer, experts):
+    def load(layer, experts, version):
         if store.loads[experts[0]] == 0:
             group = store(layer, experts)
-            made.clear()
+            made.forget(0)
             return group
         return store(layer, experts)
 
@@ -138,7 +138,7 @@ def test_what_is_read_while_everything_is_let_go_is_not_kept():
     assert made.run(call(1)) is None
     assert made.held_bytes == 0
     assert made.run(call(1)) is not None
-    made.clear()
+    made.forget(0)
     assert made.held_bytes == 0
     assert store.loads == {1: 2}
 
@@ -200,4 +200,4 @@ def test_the_layer_with_the_smaller_experts_comes_first():
     experts = OwnExperts(Store(), {"big": 4 * BYTES, LAYER: BYTES}, cache_bytes=4 * BYTES)
     experts.rebalance({"big": np.array([30, 0]), **counts(10, 10, 10, 0, 0, 0)}, 0.0)
     assert cached(experts) == [0, 1, 2]
-    assert "big" not in experts.cached
+    assert (0, "big") not in experts.cached
