@@ -1,4 +1,4 @@
-"""Every expert its own actor: Mixture-of-Experts models served on Ray, one expert at a time.
+"""Every expert its own actor: Mixture-of-Experts models served and trained on Ray, one expert at a time.
 
 The root is lazy: importing it costs nothing, and the client can be used without Ray and torch.
 """
@@ -8,15 +8,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_moe.client.aio import AsyncClient
     from ray_moe.client.sync import Client
+    from ray_moe.ops.layer import MoELayer
+    from ray_moe.service.network import remote_trainer
+    from ray_moe.service.training import train
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = ["AsyncClient", "Client", "MoELayer", "__version__", "remote_trainer", "train"]
 
-_LAZY = {"Client": "ray_moe.client.sync", "AsyncClient": "ray_moe.client.aio"}
+_LAZY = {
+    "Client": "ray_moe.client.sync",
+    "AsyncClient": "ray_moe.client.aio",
+    "MoELayer": "ray_moe.ops.layer",
+    "remote_trainer": "ray_moe.service.network",
+    "train": "ray_moe.service.training",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the client when it is first named (PEP 562)."""
+    """Import what is asked for when it is first named (PEP 562)."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

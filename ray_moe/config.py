@@ -6,113 +6,33 @@ Every setting has a description, a unit where it has one, and a range. Where the
 
 from __future__ import annotations
 
-import os
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-BYTE_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+from ray_moe.config_train import TrainConfig, check_adapters
+from ray_moe.config_types import (
+    Bytes,
+    Count,
+    Devices,
+    File,
+    Number,
+    Seconds,
+    Section,
+    check_address,
+    check_custom_resources,
+    check_device,
+    check_endpoint,
+    check_label_selector,
+)
 
-
-# --- Types of settings ---------------------------------------------------------------------------------------
-def _parse_bytes(value: object) -> object:
-    if not isinstance(value, str) or value.strip().isdecimal():
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.strip().lower())
-    if match is None or match[2] not in BYTE_UNITS:
-        raise ValueError("should be a number of bytes, or a size such as 64KiB, 256MiB or 2GiB")
-    return int(float(match[1]) * BYTE_UNITS[match[2]])
-
-
-def _whole_above_one(value: float) -> float:
-    if value > 1 and value != int(value):
-        raise ValueError("should be a whole number, or at most 1: Ray shares out one device, never one and a half")
-    return value
-
-
-def _address(value: str) -> str:
-    if value in ("local", "auto") or re.fullmatch(r"(ray://)?[^\s:/]+:\d{1,5}", value):
-        return value
-    raise ValueError("should be 'local', 'auto' or the HOST:PORT of a running cluster")
-
-
-def _device(value: str) -> str:
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        return value
-    raise ValueError("should be 'auto', 'cpu', 'cuda' or 'cuda:N'")
-
-
-def _absolute(file: str) -> str:
-    """Actors have another working directory than whoever wrote this."""
-    return os.path.abspath(os.path.expanduser(file)) if file else ""
-
-
-_RESERVED = {
-    "CPU": "set experts.num_cpus",
-    "GPU": "set experts.num_gpus",
-    "memory": "the service checks memory itself",
-    "object_store_memory": "set ray.object_store_bytes",
-}
-
-
-def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
-    for name in resources:
-        if name in _RESERVED or not name:
-            raise ValueError(f"should name custom resources, not {name!r}: {_RESERVED.get(name, 'it is empty')}")
-    return resources
-
-
-def _endpoint(value: str) -> str:
-    if value and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
-        raise ValueError("should be the http(s) address of an OTLP collector, such as http://localhost:4318")
-    return value
-
-
-_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
-
-
-def _label_selector(selector: dict[str, str]) -> dict[str, str]:
-    """Ray's rules (those of Kubernetes), which Ray itself applies only when an actor is made."""
-    for key, wanted in selector.items():
-        prefix, _, name = key.rpartition("/")
-        parts = prefix.split(".") if "/" in key else []
-        if len(prefix) > 253 or not all(re.fullmatch(_LABEL, part) for part in (*parts, name)):
-            raise ValueError(
-                f"should have labels as keys, not {key!r}: up to 63 letters, digits, '-', '_' and '.', the first and "
-                "the last a letter or digit, such as market-type or ray.io/node-group"
-            )
-        if wanted and not re.fullmatch(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))", wanted):
-            raise ValueError(f"has {wanted!r} for {key}; should be a label's value, !value, in(a,b) or !in(a,b)")
-    return selector
-
-
-def _not_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false")
-    return value
-
-
-_Number = BeforeValidator(_not_bool)
-Count = Annotated[int, Field(ge=1), _Number]
-Bytes = Annotated[int, BeforeValidator(_parse_bytes), _Number]
-Seconds = Annotated[float, Field(gt=0), _Number]
-File = Annotated[str, AfterValidator(_absolute)]
-Devices = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one), _Number]
 TraceDetail = Literal["requests", "steps", "experts"]
-
-
-# --- The tree ------------------------------------------------------------------------------------------------
-class Section(BaseModel):
-    """A part of the tree: immutable, and a key it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RayConfig(Section):
     """The cluster."""
 
-    address: Annotated[str, AfterValidator(_address)] = "local"
+    address: Annotated[str, AfterValidator(check_address)] = "local"
     """`local` starts a Ray on this machine, `auto` joins the one that runs here, HOST:PORT joins that one."""
     num_cpus: Count | None = None
     """CPUs a local Ray may give out; all there are when not set."""
@@ -132,29 +52,45 @@ class ExpertsConfig(Section):
     cluster can hold."""
     experts_per_actor: Count | None = None
     """Expert indices that share an actor (each over all layers); instead of `num_actors`."""
+    tensor: Count = 1
+    """Parts that each expert is cut into along its width, on different actors where there are as many (tensor
+    parallelism): for experts that are too large for one. Actors, placements and plans count parts as experts. Any
+    checkpoint goes on with another number."""
     num_cpus: Devices = 1
     """CPUs that Ray reserves for each actor; fractions up to 1 are allowed."""
     num_gpus: Devices = 0
     """GPUs that Ray reserves for each actor; fractions up to 1 are allowed."""
-    resources: Annotated[dict[str, Annotated[Devices, Field(gt=0)]], AfterValidator(_custom_resources)] = {}
+    resources: Annotated[dict[str, Annotated[Devices, Field(gt=0)]], AfterValidator(check_custom_resources)] = {}  # noqa: RUF012
     """Custom Ray resources that each actor takes, e.g. `{expert_slot: 1}`; fractions up to 1 are allowed."""
-    label_selector: Annotated[dict[str, str], AfterValidator(_label_selector)] = {}
+    label_selector: Annotated[dict[str, str], AfterValidator(check_label_selector)] = {}  # noqa: RUF012
     """Labels of the nodes that may hold experts, e.g. `{market-type: spot}`; also `!spot`, `in(a,b)`, `!in(a,b)`."""
-    num_threads: Annotated[int, Field(ge=1, le=1024), _Number] = 1
+    num_threads: Annotated[int, Field(ge=1, le=1024), Number] = 1
     """Threads each actor computes with."""
-    spare_slots: Annotated[int, Field(ge=0), _Number] = 1
+    spare_slots: Annotated[int, Field(ge=0), Number] = 1
     """Experts of each layer that an actor may hold beyond its equal share: room for replicas of the hot ones, for those
     of a lost actor, and for moving."""
     max_bytes: Annotated[Bytes, Field(ge=1)] | None = None
     """Expert weights that each actor may hold, instead of `spare_slots`."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """Where the experts that an actor holds are while they are not among its hottest: `disk` reads one from the
+    checkpoint's files when a call needs it, `cpu` copies it from pinned memory to the actor's GPU. Answers stay the
+    same; a call that needs others than the hottest waits for them, one after the other. A checkpoint must stay where it
+    is as long as it is served. Experts that are trained are not affected (`train.optimizer.offload`)."""
+    resident_bytes: Annotated[Bytes, Field(ge=1)] = 2 * 2**30
+    """With `offload`: size of the hottest experts, which each actor keeps in the memory that it computes in, its GPU's
+    if it has one. Besides there is one expert at a time, the one that computes."""
     copy_from: Literal["node", "any", "none"] = "node"
     """Where an actor gets the weights of a replica: from an actor of its node that has them, from any that has them, or
     always from the checkpoint, which is also the way out when the others fail."""
-    standby_actors: Annotated[int, Field(ge=0), _Number] = 0
+    quantization: Literal["none", "int8"] = "none"
+    """`int8` holds experts that serve in 8 bits, a scale for each output channel: a fourth of the bytes of float32 and
+    half of those of bfloat16. Each is dequantised when it computes, so steps take longer, and answers are not those of
+    the checkpoint to the bit. Experts that are trained are not affected."""
+    standby_actors: Annotated[int, Field(ge=0), Number] = 0
     """Running actors without experts that take over from a lost one in tens of milliseconds."""
     standby_preload: bool = False
     """Whether a standby actor reads all experts into memory beforehand, and so takes over without loading."""
-    max_restarts: Annotated[int, Field(ge=-1), _Number] = -1
+    max_restarts: Annotated[int, Field(ge=-1), Number] = -1
     """How often Ray may restart each actor; -1 is without limit."""
     start_timeout_s: Seconds = 300
     """Seconds in which all actors must have started and loaded their experts."""
@@ -165,6 +101,14 @@ class ExpertsConfig(Section):
             raise ValueError("num_actors and experts_per_actor are both set; set one of them")
         return self
 
+    @model_validator(mode="after")
+    def _somewhere_to_offload_to(self) -> ExpertsConfig:
+        if self.offload == "cpu" and not self.num_gpus:
+            raise ValueError("offload: cpu is for actors on GPUs; set num_gpus, or offload: disk")
+        if self.offload == "disk" and self.max_bytes is not None:
+            raise ValueError("with offload: disk memory has resident_bytes of experts, so leave max_bytes out")
+        return self
+
 
 class RouterConfig(Section):
     """The actors that hold the rest of the model, each all of it, and answer the clients."""
@@ -173,19 +117,19 @@ class RouterConfig(Section):
     """Routers. Clients are told of all, and go to another one when theirs is gone."""
     max_actors: Count | None = None
     """Under Ray Serve the number of routers follows the requests, from `num_actors` up to this many, when it is set."""
-    target_requests: Annotated[float, Field(gt=0), _Number] = 32
+    target_requests: Annotated[float, Field(gt=0), Number] = 32
     """And so that each has about this many requests."""
     num_cpus: Devices = 1
     """CPUs that Ray reserves for each."""
     num_gpus: Devices = 0
     """GPUs that Ray reserves for each."""
-    num_threads: Annotated[int, Field(ge=1, le=1024), _Number] = 1
+    num_threads: Annotated[int, Field(ge=1, le=1024), Number] = 1
     """Threads each computes with."""
-    device: Annotated[str, AfterValidator(_device)] = "auto"
+    device: Annotated[str, AfterValidator(check_device)] = "auto"
     """`auto` is a GPU when one is reserved (`num_gpus`), else the CPU."""
     max_concurrent_requests: Count = 64
     """Generations computed together; further ones wait."""
-    max_queued_requests: Annotated[int, Field(ge=0), _Number] = 256
+    max_queued_requests: Annotated[int, Field(ge=0), Number] = 256
     """Generations that may wait; further ones are refused as overloaded."""
     max_queued_tokens: Count = 2**20
     """Tokens that the prompts of those may have, all together."""
@@ -221,7 +165,7 @@ class DispatchConfig(Section):
     one weighted sum for each token instead of one row for each expert (less traffic)."""
     hedge: bool = True
     """Whether rows that an actor is unusually slow to answer are also sent to another one; the first answer counts."""
-    hedge_factor: Annotated[float, Field(ge=1), _Number] = 4
+    hedge_factor: Annotated[float, Field(ge=1), Number] = 4
     """Unusually slow is this many times what the actor's own history makes likely."""
     hedge_min_s: Seconds = 0.05
     """And at least this many seconds."""
@@ -238,13 +182,13 @@ class BalanceConfig(Section):
     """Seconds between two looks at the load."""
     half_life_s: Seconds = 5
     """After this many seconds the load of the past counts half."""
-    min_gain: Annotated[float, Field(ge=0, le=1), _Number] = 0.02
+    min_gain: Annotated[float, Field(ge=0, le=1), Number] = 0.02
     """Balancedness (mean load of an actor / highest, 1 is perfect) that a change must bring to a layer."""
-    cost_per_move: Annotated[float, Field(ge=0, le=1), _Number] = 0.008
+    cost_per_move: Annotated[float, Field(ge=0, le=1), Number] = 0.008
     """And this much more for each replica it copies, divided by the number of actors: they load side by side."""
     min_replicas: Count = 1
     """Replicas that every expert has, where there is room."""
-    survive_nodes: Annotated[int, Field(ge=0), _Number] = 0
+    survive_nodes: Annotated[int, Field(ge=0), Number] = 0
     """Place replicas so that all experts most likely survive the loss of so many nodes, whichever; then balance."""
     domain_label: str = ""
     """Label of the nodes that names their failure domain, over which replicas are spread: ray.io/availability-zone."""
@@ -259,19 +203,19 @@ class ScalingConfig(Section):
 
     enabled: bool = False
     """Whether the number of actors follows the load by itself; `ray-moe resize` changes it on request in any case."""
-    min_actors: Annotated[int, Field(ge=0), _Number] = 1
+    min_actors: Annotated[int, Field(ge=0), Number] = 1
     """Fewest."""
     max_actors: Count = 8
     """Most."""
-    target_utilisation: Annotated[float, Field(gt=0, le=1), _Number] = 0.6
+    target_utilisation: Annotated[float, Field(gt=0, le=1), Number] = 0.6
     """Share of the time that actors should be computing."""
     max_queue_age_s: Seconds = 1
     """A request that waits longer for its turn calls for more actors."""
-    up_after_s: Annotated[float, Field(ge=0), _Number] = 3
+    up_after_s: Annotated[float, Field(ge=0), Number] = 3
     """Seconds that more must have been wanted."""
-    down_after_s: Annotated[float, Field(ge=0), _Number] = 60
+    down_after_s: Annotated[float, Field(ge=0), Number] = 60
     """Seconds that fewer must have been wanted."""
-    cool_down_s: Annotated[float, Field(ge=0), _Number] = 15
+    cool_down_s: Annotated[float, Field(ge=0), Number] = 15
     """Seconds without a change after each change."""
     zero_after_s: Seconds | None = None
     """After so many seconds without a request no actor is kept; the router's lifeboat answers the next one, and actors
@@ -286,6 +230,16 @@ class ScalingConfig(Section):
         return self
 
 
+class VersionsConfig(Section):
+    """Versions of the weights: a running service is given others by `ray-moe publish`."""
+
+    keep: Count = 2
+    """Versions that are held at the same time: the current one and those before it, which `ray-moe rollback` returns
+    to. Actors and routers need memory for each of them, and for one more while one is being published."""
+    load_timeout_s: Seconds = 300
+    """Seconds in which all actors and routers must have loaded a version, or it is not published."""
+
+
 class ChaosConfig(Section):
     """Faults on purpose, with `ray-moe chaos`."""
 
@@ -294,14 +248,18 @@ class ChaosConfig(Section):
 
 
 class TransportConfig(Section):
-    """How tokens travel between the router and the expert actors."""
+    """How tokens travel between the routers and the expert actors."""
 
     kind: Literal["auto", "grpc", "object_store"] = "auto"
-    """`auto` is gRPC, and Ray's object store where an actor's port cannot be reached."""
+    """`auto` is a Unix socket to actors on the router's own node, gRPC to all others, and Ray's object store where an
+    actor's port cannot be reached. `grpc` is gRPC to all of them."""
     shared_memory: bool = True
     """Whether payloads between processes of one node go through shared memory."""
     arena_bytes: Annotated[Bytes, Field(ge=2**20)] = 256 * 2**20
     """Shared memory for each router-actor pair, 1 MiB or more; what does not fit travels inline."""
+    gpu_arena_bytes: Annotated[Bytes, Field(ge=0)] = 256 * 2**20
+    """Memory of the GPU for each pair that computes on it, where hidden states then stay; 0 for none. It is taken at
+    once. What does not fit goes by way of the CPU."""
     inline_bytes: Annotated[Bytes, Field(ge=0)] = 64 * 2**10
     """Payloads below this size travel inside the message even on one node."""
     chunk_bytes: Annotated[Bytes, Field(ge=4096, le=2**30)] = 2**20
@@ -309,9 +267,10 @@ class TransportConfig(Section):
     connect_timeout_s: Seconds = 5
     """Seconds in which a connection to an actor must stand."""
     ping_interval_s: Seconds = 10
-    """Seconds of silence after which the peer is asked whether it is still there."""
+    """Seconds of silence after which the peer is asked whether it is still there, or, at a Unix socket, the kernel
+    whether it has been stopped."""
     ping_timeout_s: Seconds = 5
-    """Seconds in which it must answer, or it counts as lost."""
+    """Seconds in which it must answer, or go on, or it counts as lost."""
     tls: bool = False
     """Encrypt what goes from node to node, with certificates of both ends: made at each start by an authority of the
     service's own, unless there are files. What stays on a node (Unix sockets, shared memory) stays as it is. What Ray
@@ -341,10 +300,10 @@ class ServerConfig(Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every interface. Others than this machine's own need `keys_file` and
     `tls_cert_file`."""
-    port: Annotated[int, Field(ge=0, le=65535), _Number] = 8476
+    port: Annotated[int, Field(ge=0, le=65535), Number] = 8476
     """TCP port for gRPC; 0 takes a free one. Of several routers, the second takes two more, the third four, and so on,
     for HTTP as well."""
-    http_port: Annotated[int, Field(ge=0, le=65535), _Number] | None = 8477
+    http_port: Annotated[int, Field(ge=0, le=65535), Number] | None = 8477
     """TCP port for HTTP, which speaks OpenAI's interface; 0 takes a free one, null opens none."""
     keys_file: File = ""
     """File of API keys (`ray-moe keys`), followed when it changes; empty lets everybody on this machine in."""
@@ -363,15 +322,15 @@ class ServerConfig(Section):
     """Size of all requests that are held at the same time; further ones are refused as overloaded, though one alone
     never is. Computing takes a few times as much memory."""
     max_forward_tokens: Count = 131_072
-    """Tokens that one Forward call may bring."""
+    """Tokens that one Forward call may bring, or one micro-batch of training."""
     max_prompt_bytes: Annotated[Bytes, Field(ge=1)] = 2**20
     """Size of a prompt given as text, in UTF-8; a longer one is refused before it is split into tokens."""
-    read_timeout_s: Annotated[float, Field(gt=0, le=86_400), _Number] = 60
+    read_timeout_s: Annotated[float, Field(gt=0, le=86_400), Number] = 60
     """Seconds in which an HTTP request must have come, from its first byte; then the client is hung up on."""
-    max_metric_experts: Annotated[int, Field(ge=0, le=100_000), _Number] = 32
+    max_metric_experts: Annotated[int, Field(ge=0, le=100_000), Number] = 32
     """Experts, the hottest of all layers, that have a series of their own in `GET /metrics`; the others of each layer
     are one series together."""
-    grace_s: Annotated[float, Field(ge=0), _Number] = 5
+    grace_s: Annotated[float, Field(ge=0), Number] = 5
     """Seconds that requests in flight may go on when the service stops."""
 
     @property
@@ -410,10 +369,10 @@ class LogsConfig(Section):
 class TracingConfig(Section):
     """Traces of requests, from the front door to the experts, by OpenTelemetry (`pip install 'ray-moe[otel]'`)."""
 
-    endpoint: Annotated[str, AfterValidator(_endpoint)] = ""
+    endpoint: Annotated[str, AfterValidator(check_endpoint)] = ""
     """OTLP collector to send spans to over HTTP, such as http://localhost:4318; empty: nothing is traced. Headers that
     it wants are taken from the nodes' environment (OTEL_EXPORTER_OTLP_HEADERS)."""
-    sample_ratio: Annotated[float, Field(ge=0, le=1), _Number] = 0.01
+    sample_ratio: Annotated[float, Field(ge=0, le=1), Number] = 0.01
     """Share of the requests that are traced, where the client does not say so itself in `traceparent`."""
     detail: TraceDetail = "experts"
     """`requests`: each request with its queue, prefill and decode; `steps`: also each step of the model; `experts`:
@@ -436,11 +395,13 @@ class Config(Section):
     dispatch: DispatchConfig = DispatchConfig()
     balance: BalanceConfig = BalanceConfig()
     scaling: ScalingConfig = ScalingConfig()
+    versions: VersionsConfig = VersionsConfig()
     chaos: ChaosConfig = ChaosConfig()
     transport: TransportConfig = TransportConfig()
     server: ServerConfig = ServerConfig()
     logs: LogsConfig = LogsConfig()
     tracing: TracingConfig = TracingConfig()
+    train: TrainConfig = TrainConfig()
 
     @property
     def served_name(self) -> str:
@@ -451,4 +412,9 @@ class Config(Section):
     def _sleep_needs_a_lifeboat(self) -> Config:
         if self.scaling.zero_after_s is not None and not self.router.lifeboat_bytes:
             raise ValueError("scaling.zero_after_s needs router.lifeboat_bytes: nobody else could answer while asleep")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_of_whole_experts(self) -> Config:
+        check_adapters(self.train, self.train.parallel.tensor or self.experts.tensor)
         return self

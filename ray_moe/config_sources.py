@@ -15,7 +15,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from ray_moe.config import BYTE_UNITS, Config, Section
+from ray_moe.config import Config
+from ray_moe.config_types import BYTE_UNITS, Section
 from ray_moe.errors import InvalidConfig
 
 ENV_PREFIX = "RAY_MOE__"
@@ -96,12 +97,15 @@ def _build(given: Mapping[Key, Setting]) -> Config:
 def show_config(loaded: LoadedConfig) -> str:
     """The tree in force as YAML that can be loaded again, with the source of each given value as a comment."""
     lines: list[str] = []
+    within: Key = ()
     for key in _keys(Config):
         value: Any = loaded.config
         for name in key:
             value = getattr(value, name)
-        if len(key) > 1 and not any(line.startswith(f"{key[0]}:") for line in lines):
-            lines.append(f"{key[0]}:")
+        for depth, name in enumerate(key[:-1]):
+            if key[: depth + 1] != within[: depth + 1]:
+                lines.append(f"{'  ' * depth}{name}:")
+        within = key[:-1]
         if key[-1].endswith("_bytes") and value is not None:
             value = _format_bytes(value)
         text = yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True).strip()[1:-1]
@@ -193,7 +197,7 @@ def _section(key: Key) -> type[Section] | None:
 
 def _field(key: Key) -> Any:
     section = _section(key[:-1])
-    return None if section is None else section.model_fields.get(key[-1])
+    return None if section is None or not key else section.model_fields.get(key[-1])
 
 
 def _field_is_mapping(key: Key) -> bool:
@@ -228,9 +232,9 @@ def _explain(error: ValidationError, given: Mapping[Key, Setting]) -> str:
         key = next((location[:depth] for depth in (2, 1) if _field(location[:depth]) is not None), location)
         said = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         setting = given.get(key)
-        if setting is None or _section(key) is not None:  # a contradiction between settings of one section
+        if setting is None or _section(key) is not None:  # a contradiction between settings of one section, or of all
             sources = sorted({given[k].source for k in given if k[: len(key)] == key})
-            lines.append(f"{'.'.join(key)}: {said} ({', '.join(sources)})")
+            lines.append(f"{'.'.join(key) or 'settings'}: {said} ({', '.join(sources)})")
             continue
         meaning = " ".join((_field(key).description or "").split())
         lines.append(f"{'.'.join(location)} = {problem['input']!r} ({setting.source}): {said}. It is: {meaning}")

@@ -82,6 +82,15 @@ class Cancelled(RayMoEError):
     """The caller went away, or asked to stop."""
 
 
+# --- Training -----------------------------------------------------------------------------------------------
+class StepRefused(RayMoEError):
+    """A training step that must not be made (NaN, made already, out of order): nothing has changed; see the message."""
+
+
+class StepInterrupted(Unavailable):
+    """A training step lost a host or a worker on the way: it is repeated from the last snapshot."""
+
+
 # --- Between router and host (retried inside the dispatcher; never reach a client as they are) --------------
 class HostLost(Unavailable):
     """The stream to an expert host broke, or the host stopped answering: send the rows elsewhere."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 HostId = str
 """Name of a host, e.g. ``expert-3``. It outlives the process: a restarted actor keeps its host id."""
 
@@ -46,14 +49,15 @@ class HostAddress:
     tcp: str
     """``ip:port``, reachable from other nodes."""
     unix: str
-    """gRPC target of the abstract Unix socket (``unix-abstract:NAME``), for peers on the same node."""
+    """Name of the abstract Unix socket, for peers on the same node; empty where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Which host holds which experts: ``hosts_of[layer][expert]`` lists the hosts of its replicas, best first.
 
-    A host stands at most once in a list. An empty list is an expert that nobody holds.
+    A host stands at most once in a list. An empty list is an expert that nobody holds. Where experts are cut into parts
+    (`experts.tensor`) each part stands here as an expert would (`policy/parts.py`).
     """
 
     hosts_of: Mapping[LayerPath, tuple[tuple[HostId, ...], ...]]
@@ -107,7 +111,7 @@ class HostStatus:
     loaded_bytes: int = 0
     """Of those, loaded so far."""
     num_experts: int = 0
-    """(layer, expert) pairs it is to hold."""
+    """(layer, expert) pairs it is to hold; parts of experts, where these are cut (`experts.tensor`)."""
     num_calls: int = 0
     num_rows: int = 0
     """(token, expert) rows computed in this life."""
@@ -172,6 +176,41 @@ class ClusterEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionStatus:
+    """A version of the weights of a running service."""
+
+    number: int
+    """In the order of publishing; 0 is what the service was started with."""
+    model: str
+    """The checkpoint: a directory, or a name on the hub."""
+    state: str
+    """``current`` (new requests are computed with it), ``kept`` (it can be rolled back to), ``canary`` (it is tried
+    out), ``ending`` (until the last request that uses it ends) or ``loading``."""
+    drift: float = 0.0
+    """Of a canary: how far the rows of its expert are from those of the current one, as the root of the sum of squared
+    differences over that of squared rows."""
+    num_rows: int = 0
+    """Rows that were compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryRequest:
+    """Another version of one expert is to be tried out."""
+
+    layer: LayerPath
+    expert: int
+    model: str
+    """The checkpoint that has it: a directory, or a name on the hub."""
+    share: float = 0.1
+    """Of the requests (``traffic``), or of the expert's rows (``shadow``)."""
+    mode: str = "shadow"
+    """``shadow``: its rows are computed beside the others, and only compared. ``traffic``: requests are answered by
+    it, each from its beginning to its end; their rows are compared as well."""
+    max_drift: float = 0.1
+    """Above this, after a few dozen rows, it is cancelled by itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceStatus:
     """Everything `ray-moe status` shows."""
 
@@ -195,6 +234,8 @@ class ServiceStatus:
     """Chance that every expert survives the loss of `balance.survive_nodes` nodes (of one, where that is 0)."""
     routers: tuple[RouterAddress, ...] = ()
     """All there are, the one that answers among them."""
+    versions: tuple[VersionStatus, ...] = ()
+    """Of the weights, the oldest first."""
 
 
 # --- Changing the cluster ------------------------------------------------------------------------------------
@@ -263,6 +304,96 @@ class ChaosReport:
     lifeboat_loads: int
 
 
+# --- Training ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """Some sequences of a step. Letters in shapes: B sequences, S tokens."""
+
+    micro_id: str
+    """Of the client's own; what has come under an id counts once."""
+    input_ids: NDArray[np.int64]
+    """[B, S]"""
+    labels: NDArray[np.int64]
+    """[B, S] the token that belongs at each position, -100 where it does not count."""
+    weight: float = 1.0
+    """Of its loss in the mean over the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchReport:
+    """What came of a micro-batch, which is now in the open step."""
+
+    micro_id: str
+    step: int
+    """It is in."""
+    loss: float
+    """Mean over the labels that count."""
+    num_tokens: int
+    tokens_per_expert: dict[LayerPath, tuple[int, ...]]
+    """Rows of each expert in this micro-batch."""
+
+    @property
+    def balancedness(self) -> dict[LayerPath, float]:
+        """Mean / highest number of rows of an expert in this micro-batch, by layer; 1 is perfect."""
+        return {
+            layer: sum(tokens) / len(tokens) / max(tokens) if any(tokens) else 1.0
+            for layer, tokens in self.tokens_per_expert.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """How a step is to be made."""
+
+    op_id: str
+    """Of the client's own; what was made under an id is not made again."""
+    step: int | None = None
+    """The step to be made; None is whichever is next."""
+    lr: float | None = None
+    """Learning rate; None is that of the configuration."""
+    clip_norm: float | None = None
+    """Largest global norm of the gradient, infinity for none; None is that of the configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A step of training that was made."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Weighted mean over its micro-batches."""
+    grad_norm: float
+    """Global norm over backbone and experts, before clipping."""
+    lr: float
+    num_micro_batches: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A checkpoint of training."""
+
+    step: int
+    folder: str
+    """On the service's nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """How far training is."""
+
+    run_id: str
+    step: int
+    """The last one that was made; 0 for none."""
+    micro_batches: tuple[str, ...] = ()
+    """Ids of what is in the open step."""
+    history: tuple[StepResult, ...] = ()
+    """The last steps that were made, the oldest first, as far as the trainer remembers them."""
+    saved_steps: tuple[int, ...] = ()
+    """Of which there is a checkpoint, the oldest first."""
+
+
 # --- Generation ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
@@ -299,6 +430,8 @@ class GenerateRequest:
     """Seconds after which nobody waits for it any more."""
     caller: str = ""
     """Whom it is for: callers take turns."""
+    version: int | None = None
+    """Of the weights that are to compute it; None: the current one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,3 +459,5 @@ class GenerateChunk:
     """Tokens of the prompt that did not have to be computed: another one had begun with them."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of `token_ids`, if they were asked for."""
+    version: int = 0
+    """Of the weights that computed it, the same in all pieces."""

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from ray._private.label_utils import validate_label_selector
 
-from ray_moe.config import Config, Section
+from ray_moe.config import Config
 from ray_moe.config_sources import load_config, show_config
+from ray_moe.config_types import Section
 from ray_moe.errors import InvalidConfig
 
 
@@ -185,6 +186,10 @@ def test_unknown_keys_from_elsewhere_name_their_source(tmp_path: Path) -> None:
         ("experts: {label_selector: {a: '!!b'}}", "has '!!b' for a; should be"),
         ("experts: {label_selector: {a: in()}}", "has 'in()' for a; should be"),
         ("experts: {resources: 1}", "experts.resources = 1 (c.yaml): should be a valid dictionary"),
+        ("experts: {offload: cpu}", "experts: offload: cpu is for actors on GPUs; set num_gpus, or offload: disk"),
+        ("experts: {offload: disk, max_bytes: 1}", "memory has resident_bytes of experts, so leave max_bytes out"),
+        ("experts: {offload: tape}", "experts.offload = 'tape' (c.yaml): should be 'none', 'cpu' or 'disk'"),
+        ("train: {optimizer: {offload: tape}}", "should be 'none', 'cpu' or 'disk'"),
         ("ray: {address: somewhere}", "should be 'local', 'auto' or the HOST:PORT of a running cluster"),
         ("router: {device: tpu}", "should be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         ("model: 3", "model = 3 (c.yaml): should be a valid string. It is: Directory of a Hugging Face checkpoint"),
@@ -199,6 +204,15 @@ def test_a_wrong_value_is_named_with_what_was_expected(tmp_path: Path, text: str
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("text", "means"), [("true", "cpu"), ("false", "none"), ("cpu", "cpu"), ("disk", "disk"), ("none", "none")]
+)
+def test_offloading_the_optimizer_was_a_truth_value_once(tmp_path: Path, text: str, means: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"train: {{optimizer: {{offload: {text}}}}}")
+    assert load_config(tmp_path / "c.yaml").config.train.optimizer.offload == means
+    assert load_config(flags=[("train.optimizer.offload", text, "--set")]).config.train.optimizer.offload == means
+
+
 def test_every_wrong_value_is_told_at_once(tmp_path: Path) -> None:
     assert len(refusal(tmp_path, "server: {port: -1, grace_s: -1}").splitlines()) == 2
 
@@ -207,6 +221,15 @@ def test_a_contradiction_names_both_sources(tmp_path: Path) -> None:
     message = refusal(tmp_path, "experts: {num_actors: 2}", {"RAY_MOE__EXPERTS__EXPERTS_PER_ACTOR": "2"})
     assert "num_actors and experts_per_actor are both set" in message
     assert "c.yaml, environment variable RAY_MOE__EXPERTS__EXPERTS_PER_ACTOR" in message.replace(f"{tmp_path}/", "")
+
+
+def test_adapters_are_of_whole_experts(tmp_path: Path) -> None:
+    for cut, parallel in (("experts: {tensor: 2}, ", ""), ("", "parallel: {tensor: 2}, ")):
+        message = refusal(tmp_path, f"{{{cut}train: {{{parallel}lora: {{experts: true}}}}}}")
+        assert "experts are in 2 parts, each of which would learn an adapter of its own" in message
+    file = tmp_path / "c.yaml"
+    file.write_text("{experts: {tensor: 2}, train: {parallel: {tensor: 1}, lora: {experts: true}}}")
+    assert load_config(file).config.train.lora is not None
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
