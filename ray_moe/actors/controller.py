@@ -19,16 +19,20 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from ray_moe.actors import logs, nodes
+from ray_moe.actors.expert import Copies
 from ray_moe.actors.hosts import Actor, by_number, host_status, started
+from ray_moe.actors.publisher import Publisher
 from ray_moe.actors.routers import FAILED_S, RETRY_S, Routers
-from ray_moe.actors.spec import ClusterStatus, HostReport, RouterReport, ServiceSpec, cluster_settings
+from ray_moe.actors.spec import ClusterStatus, HostReport, RouterReport, RouterVersions, ServiceSpec, cluster_settings
 from ray_moe.errors import InvalidRequest, NotFound, RayMoEError
 from ray_moe.policy import events as ev
 from ray_moe.policy import planner
 from ray_moe.policy.cluster_state import ClusterState
 from ray_moe.policy.summary import summarise
 from ray_moe.policy.survival import p_lossless
+from ray_moe.policy.versions import Live, Versions
 from ray_moe.types import (
+    CanaryRequest,
     ChaosRequest,
     ClusterEvent,
     HostAddress,
@@ -36,6 +40,7 @@ from ray_moe.types import (
     PlanSummary,
     RouterAddress,
     RoutingTable,
+    VersionStatus,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,6 +49,8 @@ CHECK_TIMEOUT_S = 2.0
 """A host that a router could not reach and that does not describe itself within this is hung, and put down."""
 REPORT_EVERY_S = 0.5
 """How often memory, progress and counts of the hosts are read while somebody looks at the status."""
+NUM_TOLD = 1000
+"""Reports of training that are remembered for whoever asks."""
 NUM_EVENTS = 200
 """Events that are remembered for whoever asks."""
 
@@ -61,6 +68,11 @@ class Controller:
         self._published = asyncio.Event()
         self._events: deque[ClusterEvent] = deque(maxlen=NUM_EVENTS)
         self._routers = Routers(self._launcher, self._look_whether_ready, self._note_failure)
+        self._publisher = Publisher(
+            spec, self._launcher, self._routers, self._actors, lambda: self._state, self._announce, self._spawn
+        )
+        self._num_told = 0
+        self._told: deque[Any] = deque(maxlen=NUM_TOLD)
         self._failure: RayMoEError | None = None
         self._was_ready = False
         self._stopping = False
@@ -77,6 +89,7 @@ class Controller:
             if self._started or self._stopping:
                 return
             if ray.get_runtime_context().was_current_actor_reconstructed:
+                await self._publisher.recover()
                 await self._recover()
             self._started = True
             for host_id in list(self._state.hosts):
@@ -97,6 +110,19 @@ class Controller:
                 await asyncio.wait_for(published.wait(), max(0.0, end_s - time.monotonic()))
         return self._state.table
 
+    async def addresses(self) -> dict[HostId, HostAddress]:
+        """Where the expert actors are that live and are to stay: those that training can use."""
+        await self.start()
+        return {
+            host.host_id: actor.report.address
+            for host in by_number(self._state.hosts.values())
+            if host.phase == "up"
+            and not host.draining
+            and (actor := self._actors.get(host.host_id)) is not None
+            and actor.report is not None
+            and actor.report.address is not None
+        }
+
     async def host_lost(self, address: HostAddress) -> None:
         """A router's report that it cannot reach a host. Reports about ended lives are ignored."""
         await self.start()
@@ -106,12 +132,15 @@ class Controller:
         self._handle(ev.HostLost(host.host_id, address.incarnation))
         self._spawn(self._examine(actor, address))
 
-    async def host_slow(self, address: HostAddress) -> None:
-        """A router's report that a host keeps missing its deadlines: one that hangs is put down."""
+    async def host_slow(self, address: HostAddress, longest_s: float | None = None) -> None:
+        """A report that a host keeps missing its deadlines: one that hangs is put down.
+
+        Args: longest_s: that it may be at one batch; None is what routers wait for.
+        """
         await self.start()
         actor = self._actors.get(address.host_id)
         if actor is not None:
-            self._spawn(self._examine(actor, address))
+            self._spawn(self._examine(actor, address, longest_s))
 
     async def host_corrupt(self, address: HostAddress) -> None:
         """A router's report that a host answered nonsense where another did not: it is put down, and starts anew."""
@@ -125,8 +154,20 @@ class Controller:
         """What a router counts and feels; in return it hears where all of them are."""
         await self.start()
         self._routers.heard(report)
+        self._publisher.heard()
         self._handle(ev.LoadReported(report.counts, report.epoch))
         return self._routers.addresses
+
+    async def versions_after(self, revision: int, timeout_s: float) -> Versions:
+        """The versions of the weights, as soon as they are newer than `revision`, or the present ones later."""
+        await self.start()
+        return await self._publisher.versions_after(revision, timeout_s)
+
+    async def router_has(self, router_id: str, versions: RouterVersions) -> None:
+        """A router has done what the versions ask of it."""
+        await self.start()
+        self._routers.has(router_id, versions)
+        self._publisher.heard()
 
     async def router_left(self, router_id: str) -> None:
         """A router that Ray Serve keeps has ended as it should."""
@@ -150,12 +191,13 @@ class Controller:
         await asyncio.gather(*(self._refresh(host_id) for host_id in list(self._actors)))
         failure, state = self._failure, self._state
         change = state.resize.reason if state.resize else state.transaction.reason if state.transaction else ""
+        change = change or self._publisher.change
         nodes_of = {host.host_id: host.node for host in state.hosts.values() if host.phase == "up"}
         return ClusterStatus(
             state=self._state_name(),
             epoch=state.table.epoch,
             hosts=tuple(
-                host_status(self._spec, state, host, self._actors.get(host.host_id))
+                host_status(self._spec, state, host, self._actors.get(host.host_id), self._publisher.live)
                 for host in by_number(state.hosts.values())
             ),
             routers=self._routers.addresses,
@@ -164,7 +206,33 @@ class Controller:
             p_lossless=p_lossless(state.table.placement, nodes_of, max(1, self._settings.goals.survive_nodes)),
             failure="" if failure is None else failure.message,
             failure_class="" if failure is None else type(failure).__name__,
+            versions=self._publisher.statuses,
         )
+
+    async def publish(self, model: str) -> VersionStatus:
+        """Make a checkpoint the current version of the weights; see `Publisher.publish`."""
+        await self.start()
+        return await self._publisher.publish(model)
+
+    async def roll_back(self, to: int | None) -> VersionStatus:
+        """Make an older version current; see `Publisher.roll_back`."""
+        await self.start()
+        return await self._publisher.roll_back(to)
+
+    async def begin_canary(self, request: CanaryRequest) -> VersionStatus:
+        """Try out another version of an expert; see `Publisher.begin_canary`."""
+        await self.start()
+        return await self._publisher.begin_canary(request)
+
+    async def end_canary(self, promote: bool) -> VersionStatus:
+        """Make what is tried out the current version, or let it go; see `Publisher.end_canary`."""
+        await self.start()
+        return await self._publisher.end_canary(promote)
+
+    async def versions(self) -> tuple[VersionStatus, ...]:
+        """Of the weights, the oldest first."""
+        await self.start()
+        return self._publisher.statuses
 
     async def plan(self, dry_run: bool) -> PlanSummary:
         """A better placement for the present load; unless `dry_run`, it is also carried out, beside the requests.
@@ -233,6 +301,23 @@ class Controller:
             else:
                 await handle.disturb.remote(request.kind, request.duration_s, request.factor, request.seed)
 
+    # --- told and asked by training --------------------------------------------------------------------------
+    async def training_told(self, progress: Any) -> None:
+        """How far a run of training is (`training.loop.Progress`)."""
+        self._num_told += 1
+        self._told.append(progress)
+        if progress.event:
+            self._events.append(ClusterEvent(time.time(), "training", progress.event))
+
+    async def training(self, after: int) -> tuple[int, list[Any]]:
+        """How often something was told, and what was after the first `after` times (of the last `NUM_TOLD`)."""
+        missed = min(self._num_told - after, len(self._told))
+        return self._num_told, list(self._told)[len(self._told) - missed :] if missed > 0 else []
+
+    async def spec(self) -> ServiceSpec:
+        """What a process needs to know that joins the service later."""
+        return self._spec
+
     # --- events and instructions -----------------------------------------------------------------------------
     def _handle(self, event: ev.Event) -> None:
         """Tell the state of `event`, and set about what it answers."""
@@ -269,19 +354,20 @@ class Controller:
                 self._published.set()
                 self._published = asyncio.Event()
             case ev.Announce(kind, text):
-                logger.info("%s: %s", kind, text)
-                self._events.append(ClusterEvent(time.time(), kind, text))
+                self._announce(kind, text)
+
+    def _announce(self, kind: str, text: str) -> None:
+        logger.info("%s: %s", kind, text)
+        self._events.append(ClusterEvent(time.time(), kind, text))
 
     async def _load(self, order: ev.LoadReplicas) -> None:
         handle = self._actors[order.host_id].handle
-        copies = {}
-        for donor, experts in order.donors.items():
-            giver = self._actors.get(donor)
-            if giver is not None and giver.handle is not None:
-                copies[donor] = (experts, [giver.handle.export.remote(experts)])
         who = (order.op_id, order.host_id, order.incarnation)
+        versions: Live = {}
         try:
-            await handle.load.remote(order.experts, copies)
+            while versions != self._publisher.live:  # another may be published meanwhile
+                versions = self._publisher.live
+                await handle.load.remote(order.experts, self._copies(order, versions), versions)
         except RayTaskError as error:
             self._note_failure(f"{order.host_id} cannot hold its experts", error)
             self._handle(ev.ReplicasFailed(*who, reason=_reason(error)))
@@ -289,6 +375,14 @@ class Controller:
             return  # it has died; its keeper knows
         else:
             self._handle(ev.ReplicasLoaded(*who))
+
+    def _copies(self, order: ev.LoadReplicas, versions: Live) -> Copies:
+        copies = {}
+        for donor, experts in order.donors.items():
+            giver = self._actors.get(donor)
+            if giver is not None and giver.handle is not None:
+                copies[donor] = (experts, [giver.handle.export.remote(experts, versions)])
+        return copies
 
     async def _drop(self, order: ev.DropReplicas) -> None:
         with contextlib.suppress(RayError):  # dead: then it holds nothing, and its keeper knows
@@ -337,8 +431,8 @@ class Controller:
             try:
                 actor.handle = await self._launcher.start_host.remote(host_id, actor.ended)
                 actor.ended = False
-                report = actor.report = await actor.handle.start.remote()
-                self._handle(started(report))
+                report = actor.report = await actor.handle.start.remote(self._publisher.live)
+                self._host_started(report, actor)
                 await actor.handle.until_lost.remote()
             except ActorUnavailableError:  # Ray restarts it
                 self._handle(ev.HostLost(host_id, ""))
@@ -372,7 +466,7 @@ class Controller:
             with contextlib.suppress(RayError, asyncio.TimeoutError):
                 await asyncio.wait_for(handle.stop.remote(), self._spec.config.server.grace_s + CHECK_TIMEOUT_S)
 
-    async def _examine(self, actor: Actor, address: HostAddress) -> None:
+    async def _examine(self, actor: Actor, address: HostAddress, longest_s: float | None = None) -> None:
         """Is a host that a router could not reach alive after all? A hung one is put down, and so restarted."""
         handle = actor.handle
         try:
@@ -383,12 +477,16 @@ class Controller:
             return
         except RayError:
             return  # its keeper knows
-        if report.busy_s > self._spec.config.router.expert_call_timeout_s:
+        if report.busy_s > (longest_s or self._spec.config.router.expert_call_timeout_s):
             logger.error("%s has been at one batch for %.0f s: it is put down", address.host_id, report.busy_s)
             ray.kill(handle, no_restart=False)
             return
         if report.incarnation == address.incarnation:
-            self._handle(started(report))
+            self._host_started(report, actor)
+
+    def _host_started(self, report: HostReport, actor: Actor) -> None:
+        self._publisher.tidy(report, actor.handle)
+        self._handle(started(report, self._publisher.live))
 
     def _note_failure(self, what: str, error: RayError) -> None:
         """Before the service was ever ready this is the end; afterwards it is tried again."""
@@ -419,13 +517,14 @@ class Controller:
         }
         for host_id, report in reports.items():
             self._actors[host_id].report = report
+            self._publisher.tidy(report, self._actors[host_id].handle)
         empty = [host_id for host_id in host_ids if host_id in reports and not any(reports[host_id].held.values())]
         spare = [*self._spec.standbys] if self._settings.preload_standbys else []
         spare += sorted(empty, key=lambda host_id: host_id not in self._spec.standbys)
         standbys = [host_id for host_id in dict.fromkeys(spare) if host_id in host_ids][: len(self._spec.standbys)]
         self._state = ClusterState.recovered(
             self._settings,
-            [started(report) for report in reports.values()],
+            [started(report, self._publisher.live) for report in reports.values()],
             [host_id for host_id in host_ids if host_id not in standbys],
             standbys,
             self._spec.placement,

@@ -15,7 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_moe.actors import logs
 from ray_moe.actors.expert import ExpertActor
 from ray_moe.actors.router import Router
-from ray_moe.actors.spec import NAMESPACE, ServiceSpec
+from ray_moe.actors.spec import NAMESPACE, TRAINER, ServiceSpec
+from ray_moe.actors.trainer import TrainerActor
+from ray_moe.policy.versions import Versions
 from ray_moe.types import HostId
 
 
@@ -39,6 +41,7 @@ class Launcher:
         self._spec = spec
         self._started: dict[str, Any] = {}
         self._num_restarts = 0
+        self._versions: Versions | None = None
 
     async def start_host(self, host_id: HostId, replace: bool = False) -> Any:
         """The handle of the expert actor `host_id`; with `replace`, of another one after it died for good."""
@@ -65,12 +68,20 @@ class Launcher:
 
     async def hosts(self) -> list[HostId]:
         """The expert actors that were started and not stopped."""
-        return [role for role in self._started if role not in self._spec.routers]
+        return [role for role in self._started if role not in (*self._spec.routers, TRAINER)]
 
     async def count_restart(self) -> int:
         """The controller has been restarted; how many times by now, which it cannot know itself."""
         self._num_restarts += 1
         return self._num_restarts
+
+    async def keep_versions(self, versions: Versions) -> None:
+        """Remember the versions of the weights, which the controller would forget when it dies."""
+        self._versions = versions
+
+    async def kept_versions(self) -> Versions | None:
+        """What was last remembered; None for nothing."""
+        return self._versions
 
     async def start_router(self, router_id: str, replace: bool = False) -> Any:
         """The handle of a router; with `replace`, of another one after it died for good."""
@@ -88,6 +99,20 @@ class Launcher:
             scheduling_strategy=where,
             max_restarts=-1,
             runtime_env={"env_vars": worker_env(router.num_threads)},
+        )
+
+    async def start_trainer(self, replace: bool = False) -> Any:
+        """The handle of the actor that trains; with `replace`, of another one after it died for good."""
+        train = self._spec.config.train
+        return self._start(
+            TRAINER,
+            replace,
+            TrainerActor,
+            (self._spec,),
+            num_cpus=train.num_cpus,
+            num_gpus=train.num_gpus,
+            max_restarts=-1,
+            runtime_env={"env_vars": worker_env(train.num_threads)},
         )
 
     def _start(self, role: str, replace: bool, actor_class: type, arguments: tuple[Any, ...], **options: Any) -> Any:

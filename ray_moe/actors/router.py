@@ -22,12 +22,22 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_moe.actors.chaos import run_chaos
 from ray_moe.actors.process import made_to_stay, set_up
-from ray_moe.actors.spec import ClusterStatus, FrontDoor, RouterReport, ServiceSpec, transport_settings
+from ray_moe.actors.router_weights import RouterWeights
+from ray_moe.actors.spec import (
+    ClusterStatus,
+    FrontDoor,
+    RouterReport,
+    RouterVersions,
+    ServiceSpec,
+)
 from ray_moe.actors.tracing import close_tracer, make_tracer
-from ray_moe.errors import InsufficientResources, InvalidConfig, RayMoEError, Unavailable
+from ray_moe.actors.trainer import Trainings
+from ray_moe.errors import InvalidConfig, RayMoEError, Unavailable
 from ray_moe.policy.load import TokenCounts
+from ray_moe.policy.versions import Versions, Weights
 from ray_moe.runtime.measures import Measures, measure, router_status
 from ray_moe.types import (
+    CanaryRequest,
     ChaosReport,
     ChaosRequest,
     GenerateChunk,
@@ -41,14 +51,12 @@ from ray_moe.types import (
     RouterStatus,
     RoutingTable,
     ServiceStatus,
+    VersionStatus,
 )
 
 if TYPE_CHECKING:
-    from ray_moe.models.huggingface import Checkpoint
-    from ray_moe.ops.experts import ExpertGroup
     from ray_moe.runtime.engine import Engine
     from ray_moe.runtime.moe_layer import ExpertDispatcher
-    from ray_moe.runtime.own_experts import OwnExperts
     from ray_moe.runtime.tracing import Tracer
     from ray_moe.transport.base import Transport
     from ray_moe.transport.partition import PartitionedTransport
@@ -57,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 10.0
 """How long one question for the next routing table stays open."""
+AGAIN_S = 1.0
+"""Pause before a version that could not be loaded is tried again."""
 PORT_EVERY_S = 0.1
 """How often it is looked whether the configured port has become free."""
 ALONE_S = 30.0
@@ -80,9 +90,16 @@ class Router:
         self._address = RouterAddress(router_id, "")
         self._others: tuple[RouterAddress, ...] = ()
         self._engine: Engine | None = None
+        """None while it does not answer."""
+        self._loaded: Engine | None = None
+        """The same, also while it ends what it has begun."""
         self._dispatcher: ExpertDispatcher | None = None
         self._partition: PartitionedTransport | None = None
-        self._checkpoint: Checkpoint | None = None
+        self._weights = RouterWeights(router_id, spec)
+        self._versions: Versions | None = None
+        """As it has adopted them."""
+        self._failed: tuple[int, RayMoEError] | None = None
+        """A version that it cannot load, and why."""
         self._table_arrived = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._incarnation = uuid.uuid4().hex[:12]
@@ -91,6 +108,7 @@ class Router:
         self._controlled_s = time.monotonic()
         """When the controller was last there."""
         self._controller_handle: Any = None
+        self.training = Trainings(spec, self.publish, self.versions)
         self._tracer: Tracer | None = None
         with made_to_stay():
             set_up(spec.config.logs, router_id, spec.config.router.num_threads)
@@ -118,11 +136,17 @@ class Router:
                     asyncio.create_task(self._follow(dispatcher)),
                     asyncio.create_task(self._tell(dispatcher)),
                 ]
+            versions = await self._versions_after(0)
             with made_to_stay():
-                engine = await asyncio.to_thread(self._load, dispatcher)
+                engine = await asyncio.to_thread(self._weights.load, dispatcher, versions)
             await self._table_arrived.wait()
-            self._engine = engine
+            while (newest := await self._versions_after(0)).revision > versions.revision:  # loading takes its time
+                versions = newest
+                await asyncio.to_thread(self._weights.load_missing, engine, versions)
+            self._use(engine, dispatcher, versions)
+            self._engine, self._loaded, self._versions = engine, engine, versions
             self._address = replace(self._address, ready=True)
+            self._tasks.append(asyncio.create_task(self._follow_versions(engine, dispatcher)))
             return self._address
 
     async def _open_door(self, before: RouterAddress | None) -> None:
@@ -165,28 +189,10 @@ class Router:
         return self._controller_handle
 
     def _make_transport(self) -> Transport:
-        from ray_moe.transport.auto import AutoTransport
-        from ray_moe.transport.grpc_client import GrpcTransport
-        from ray_moe.transport.object_store import ObjectStoreTransport
+        from ray_moe.actors.lines import make_transport
         from ray_moe.transport.partition import PartitionedTransport
 
-        config = self._spec.config.transport
-        settings = transport_settings(config)
-        node_id = ray.get_runtime_context().get_node_id()
-        grpc = GrpcTransport(
-            self._spec.token,
-            node_id=node_id,
-            settings=settings,
-            certificate=self._spec.certificate,
-            on_lost=self._line_lost,
-        )
-        object_store = ObjectStoreTransport(
-            lambda address: self._spec.find(address.host_id),
-            settings=settings,
-            on_lost=self._line_lost,
-        )
-        kinds: dict[str, Transport] = {"grpc": grpc, "object_store": object_store}
-        chosen = kinds.get(config.kind) or AutoTransport(grpc, object_store)
+        chosen = make_transport(self._spec, self._weights.device, self._line_lost)
         if not self._spec.config.chaos.enabled:
             return chosen
         self._partition = PartitionedTransport(chosen)
@@ -204,6 +210,7 @@ class Router:
             hedge=config.dispatch.hedge,
             hedge_factor=config.dispatch.hedge_factor,
             hedge_min_s=config.dispatch.hedge_min_s,
+            num_parts=config.experts.tensor,
             check_finite=config.dispatch.check_finite,
         )
         loop = asyncio.get_running_loop()
@@ -217,26 +224,7 @@ class Router:
             on_lost=tell("lost"),
             on_slow=tell("slow"),
             on_corrupt=tell("corrupt"),
-            own=self._make_own_experts(),
-        )
-
-    def _make_own_experts(self) -> OwnExperts | None:
-        from ray_moe.ops.experts import StackedExperts
-        from ray_moe.runtime.own_experts import OwnExperts
-
-        router = self._spec.config.router
-        if not router.expert_cache_bytes and not router.lifeboat_bytes:
-            return None
-
-        def load(layer: LayerPath, experts: Sequence[int]) -> ExpertGroup:
-            modules = self._ready_checkpoint().load_experts({layer: experts}, device=self._device)
-            return StackedExperts(modules[layer])
-
-        return OwnExperts(
-            load,
-            {layer.path: layer.expert_bytes for layer in self._spec.layers},
-            cache_bytes=router.expert_cache_bytes,
-            lifeboat_bytes=router.lifeboat_bytes,
+            own=self._weights.make_own_experts(),
         )
 
     def _line_lost(self, address: HostAddress) -> None:
@@ -272,13 +260,14 @@ class Router:
             await asyncio.sleep(every_s)
             vitals = None if self._engine is None else self._engine.vitals
             self._num_reports += 1
-            tokens = {layer: tuple(counts.tolist()) for layer, counts in dispatcher.tokens_per_expert.items()}
+            tokens = {layer: tuple(counts.tolist()) for layer, counts in dispatcher.tokens_per_part.items()}
             report = RouterReport(
                 router=self._address,
                 counts=TokenCounts(self.router_id, self._incarnation, self._num_reports, tokens),
                 epoch=dispatcher.table.epoch,
                 queue_age_s=0.0 if vitals is None else vitals.queue_age_s,
                 idle_s=0.0 if vitals is None else vitals.idle_s,
+                versions=self._what_it_has(),
             )
             try:
                 self._others = await asyncio.wait_for(self._controller().report.remote(report), POLL_TIMEOUT_S)
@@ -286,41 +275,82 @@ class Router:
                 logger.warning("the controller does not take reports now: %s", error)
             else:
                 self._controlled_s = time.monotonic()
-            await asyncio.to_thread(dispatcher.rebalance_cache, time.monotonic())
+            version = 0 if self._engine is None else self._engine.version
+            await asyncio.to_thread(dispatcher.rebalance_cache, time.monotonic(), version)
 
-    @property
-    def _device(self) -> str:
-        router = self._spec.config.router
-        return ("cuda" if router.num_gpus else "cpu") if router.device == "auto" else router.device
+    # --- versions of the weights -----------------------------------------------------------------------------
+    async def _versions_after(self, revision: int) -> Versions:
+        """The versions, as soon as the controller has others than those of `revision`."""
+        while True:
+            try:
+                versions: Versions = await self._controller().versions_after.remote(revision, POLL_TIMEOUT_S)
+            except (RayError, ValueError) as error:  # it is being restarted, or failed
+                logger.warning("the controller does not tell the versions: %s", error)
+                await asyncio.sleep(0.1)
+                continue
+            if versions.revision > revision:
+                return versions
 
-    def _load(self, dispatcher: ExpertDispatcher) -> Engine:
-        import torch
+    async def _follow_versions(self, engine: Engine, dispatcher: ExpertDispatcher) -> None:
+        """Have the versions that the controller wants, and use those that it says."""
+        while True:
+            await self._tell_versions()
+            versions = await self._versions_after(0 if self._versions is None else self._versions.revision)
+            self._failed = None
+            for number, weights in versions.wanted.items():
+                if number not in engine.versions:
+                    await self._try_to_load(engine, number, weights)
+            if engine.versions.issuperset(versions.live):
+                await self._adopt(engine, dispatcher, versions)
+            else:
+                await asyncio.sleep(AGAIN_S)  # it stays with what it has
 
-        from ray_moe.models.huggingface import Checkpoint
-        from ray_moe.runtime.engine import Engine, EngineLimits
+    async def _try_to_load(self, engine: Engine, number: int, weights: Weights) -> None:
+        try:
+            await asyncio.to_thread(self._weights.load_version, engine, number, weights)
+        except Exception as error:  # whatever reading files or allocating memory raises
+            logger.warning("version %d (%s) cannot be loaded: %s", number, weights, error)
+            failure = error if isinstance(error, RayMoEError) else RayMoEError(f"{weights}: {error}")
+            self._failed = (number, failure)
 
-        config, device = self._spec.config.router, self._device
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise InsufficientResources(
-                f"router.device is {device}, but torch sees no GPU in the router's process; install a torch built for "
-                "this GPU, or set router.device=cpu and router.num_gpus=0"
-            )
-        checkpoint = self._checkpoint = Checkpoint.open(self._spec.config.model)
-        return Engine(
-            checkpoint.load_backbone(device=device),
-            checkpoint.load_tokenizer(),
-            checkpoint.layers,
-            dispatcher,
-            max_positions=checkpoint.max_positions,
-            limits=EngineLimits(
-                max_concurrent_requests=config.max_concurrent_requests,
-                max_queued_requests=config.max_queued_requests,
-                max_queued_tokens=config.max_queued_tokens,
-                max_step_tokens=config.max_step_tokens,
-                kv_cache_bytes=config.kv_cache_bytes,
-                reuse_prefixes=config.reuse_prefixes,
-            ),
-        )
+    async def _adopt(self, engine: Engine, dispatcher: ExpertDispatcher, versions: Versions) -> None:
+        self._use(engine, dispatcher, versions)
+        for number in engine.versions - versions.wanted.keys():
+            engine.drop_version(number)
+            await asyncio.to_thread(dispatcher.forget, number)
+            self._weights.forget(number)
+        self._versions = versions
+
+    def _use(self, engine: Engine, dispatcher: ExpertDispatcher, versions: Versions) -> None:
+        """Compute new requests with the current version, and try out what is to be tried out."""
+        from ray_moe.runtime.drift import DriftMeter
+
+        canary, meter = versions.trial, dispatcher.drift
+        if meter is not None and meter.canary != canary:
+            dispatcher.drift = None
+            meter.close()
+        if canary is None:
+            engine.use_version(versions.current, versions.open)
+            return
+        if dispatcher.drift is None:
+            dispatcher.drift = DriftMeter(dispatcher.rows_of, canary, versions.current)
+        share = canary.request.share if canary.request.mode == "traffic" else 0.0
+        engine.use_version(versions.current, versions.open, (canary.number, share))
+
+    def _what_it_has(self) -> RouterVersions | None:
+        engine, versions = self._loaded, self._versions
+        if engine is None or versions is None:
+            return None
+        failed, failure = self._failed or (None, None)
+        meter = None if self._dispatcher is None else self._dispatcher.drift
+        drift = None if meter is None else meter.drift
+        return RouterVersions(versions.revision, engine.versions, engine.versions_in_use, failed, failure, drift)
+
+    async def _tell_versions(self) -> None:
+        has = self._what_it_has()
+        if has is not None:
+            with contextlib.suppress(RayError, ValueError):  # the next report says it too
+                await self._controller().router_has.remote(self.router_id, has)
 
     async def until_lost(self) -> None:
         """Never returns while the process lives."""
@@ -364,11 +394,11 @@ class Router:
 
     @property
     def vocab_size(self) -> int:
-        return self._ready_checkpoint().vocab_size
+        return self._weights.checkpoint.vocab_size
 
     @property
     def max_positions(self) -> int | None:
-        return self._ready_checkpoint().max_positions
+        return self._weights.checkpoint.max_positions
 
     @property
     def model_name(self) -> str:
@@ -386,11 +416,6 @@ class Router:
 
     def token_text(self, token_id: int) -> str:
         return self._ready_engine().texts.token_text(token_id)
-
-    def _ready_checkpoint(self) -> Checkpoint:
-        if self._checkpoint is None:
-            raise Unavailable("the service is starting; retry later")
-        return self._checkpoint
 
     async def forward(self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None) -> Array:
         return await self._ready_engine().forward(layer, hidden, routing)
@@ -432,11 +457,11 @@ class Router:
             events=cluster.events,
             p_lossless=cluster.p_lossless,
             routers=await self.routers(),
+            versions=cluster.versions,
         )
 
     def _router_status(self) -> RouterStatus:
-        backbone_bytes = 0 if self._checkpoint is None else self._checkpoint.backbone_bytes
-        return router_status(self.router_id, backbone_bytes, self._engine, self._dispatcher)
+        return router_status(self.router_id, self._weights.backbone_bytes, self._engine, self._dispatcher)
 
     # --- wishes of people, which the controller carries out --------------------------------------------------
     async def plan(self, dry_run: bool) -> PlanSummary:
@@ -450,6 +475,30 @@ class Router:
         host_ids: tuple[HostId, ...] = await self._ask(lambda controller: controller.drain.remote(target, replace))
         return host_ids
 
+    async def publish(self, model: str) -> VersionStatus:
+        await asyncio.to_thread(self._weights.check, model, is_whole=True)
+        timeout_s = self._spec.config.versions.load_timeout_s + CONTROL_TIMEOUT_S
+        version: VersionStatus = await self._ask(lambda controller: controller.publish.remote(model), timeout_s)
+        return version
+
+    async def begin_canary(self, request: CanaryRequest) -> VersionStatus:
+        await asyncio.to_thread(self._weights.check, request.model, is_whole=False)
+        timeout_s = self._spec.config.versions.load_timeout_s + CONTROL_TIMEOUT_S
+        version: VersionStatus = await self._ask(lambda controller: controller.begin_canary.remote(request), timeout_s)
+        return version
+
+    async def end_canary(self, promote: bool) -> VersionStatus:
+        version: VersionStatus = await self._ask(lambda controller: controller.end_canary.remote(promote))
+        return version
+
+    async def roll_back(self, to: int | None) -> VersionStatus:
+        version: VersionStatus = await self._ask(lambda controller: controller.roll_back.remote(to))
+        return version
+
+    async def versions(self) -> tuple[VersionStatus, ...]:
+        versions: tuple[VersionStatus, ...] = await self._ask(lambda controller: controller.versions.remote())
+        return versions
+
     async def chaos(self, request: ChaosRequest) -> ChaosReport:
         if not self._spec.config.chaos.enabled:
             raise InvalidConfig("this service may not be hurt: start it with chaos.enabled=true to allow it")
@@ -457,10 +506,10 @@ class Router:
             raise Unavailable("the service is starting; retry later")
         return await run_chaos(request, self, self._partition, self._ready_engine().vitals, self._ask)
 
-    async def _ask(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
+    async def _ask(self, ask: Callable[[Any], Awaitable[Any]], timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
         """What the controller answers. Raises its own errors, and `Unavailable` when it does not answer."""
         try:
-            return await asyncio.wait_for(ask(self._controller()), CONTROL_TIMEOUT_S)
+            return await asyncio.wait_for(ask(self._controller()), timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, RayMoEError):
                 raise error.cause from None

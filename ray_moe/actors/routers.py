@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from ray_moe.actors.spec import RouterReport
+from ray_moe.actors.spec import RouterReport, RouterVersions
 from ray_moe.policy.scaling import Signals
 from ray_moe.types import RouterAddress
 
@@ -32,6 +32,7 @@ class _Router:
     handle: Any = None
     """Of one that is kept here."""
     report: RouterReport | None = None
+    versions: RouterVersions | None = None
     heard_s: float = 0.0
 
 
@@ -55,8 +56,15 @@ class Routers:
         """Take a router's report in."""
         router = self._routers.setdefault(report.router.router_id, _Router(report.router))
         router.report, router.heard_s = report, time.monotonic()
+        router.versions = report.versions
         if router.handle is None:
             router.address = report.router
+
+    def has(self, router_id: str, versions: RouterVersions) -> None:
+        """Take in which versions of the weights a router has."""
+        router = self._routers.get(router_id)
+        if router is not None:
+            router.versions = versions
 
     def left(self, router_id: str) -> None:
         """A router that is not kept here has ended as it should."""
@@ -81,6 +89,31 @@ class Routers:
             return None
         return Signals(utilisation, max(report.queue_age_s for report in felt), min(report.idle_s for report in felt))
 
+    # --- versions of the weights -----------------------------------------------------------------------------
+    @property
+    def versions(self) -> list[RouterVersions]:
+        """Of all that have told, those that are ending included."""
+        self._forget_silent()
+        return [router.versions for router in self._routers.values() if router.versions is not None]
+
+    def check_loaded(self, version: int) -> None:
+        """Raises what a router says why it cannot load `version`."""
+        for told in self.versions:
+            if told.failure is not None and told.failed == version:
+                raise told.failure
+
+    def have_loaded(self, version: int) -> bool:
+        """Whether all that answer requests have. Those that start load what there is before they do."""
+        return all(told is not None and version in told.loaded for told in self._ready_versions())
+
+    def have_adopted(self, revision: int) -> bool:
+        """Whether all that answer requests know this revision of the versions."""
+        return all(told is not None and told.revision >= revision for told in self._ready_versions())
+
+    def _ready_versions(self) -> list[RouterVersions | None]:
+        self._forget_silent()
+        return [router.versions for router in self._routers.values() if router.address.ready]
+
     def _forget_silent(self) -> None:
         now_s = time.monotonic()
         for router_id, router in list(self._routers.items()):
@@ -100,9 +133,9 @@ class Routers:
                 self._on_ready()
                 await router.handle.until_lost.remote()
             except ActorUnavailableError:  # Ray restarts it
-                router.address = replace(router.address, ready=False)
+                router.address, router.versions = replace(router.address, ready=False), None
             except RayError as error:  # for good, or it cannot start
-                router.address = replace(router.address, ready=False)
+                router.address, router.versions = replace(router.address, ready=False), None
                 ended = not isinstance(error, RayTaskError)
                 self._on_failure(f"{router_id} cannot start", error)
                 await asyncio.sleep(FAILED_S)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ray_moe.config import Config, ServerConfig, TransportConfig
+from ray_moe.errors import RayMoEError
 from ray_moe.policy.events import Experts
 from ray_moe.policy.hosts import ClusterSettings
 from ray_moe.policy.load import TokenCounts
 from ray_moe.policy.planner import Goals
 from ray_moe.policy.scaling import ScalingGoals
+from ray_moe.policy.versions import Drift
 from ray_moe.runtime.tracing import Tracer
 from ray_moe.transport.settings import MemberCertificate, TransportSettings
 from ray_moe.types import (
@@ -23,10 +25,13 @@ from ray_moe.types import (
     LayerSpec,
     Placement,
     RouterAddress,
+    VersionStatus,
 )
 
 NAMESPACE = "ray_moe"
 """Of all named actors, whoever starts them."""
+TRAINER = "trainer"
+"""Role of the actor that trains, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +146,26 @@ class HostReport:
     flops_per_s: float
     """How fast it computes when it does; 0 while it has not."""
     queued_rows: int
-    held: Experts
+    held: Mapping[int, Experts]
+    """By version of the weights."""
     address: HostAddress | None
     """None until it listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterVersions:
+    """Which versions of the weights a router has."""
+
+    revision: int
+    """Of what it was told last, and has done."""
+    loaded: frozenset[int]
+    in_use: frozenset[int]
+    """Those that requests are computed with."""
+    failed: int | None = None
+    """A version that it cannot load, and why."""
+    failure: RayMoEError | None = None
+    drift: Drift | None = None
+    """Of the canary, as far as it has measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +180,8 @@ class RouterReport:
     """How long the oldest request has waited that is not being computed."""
     idle_s: float
     """Time since there was a request; 0 while there is one."""
+    versions: RouterVersions | None = None
+    """None until its model is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,16 +203,19 @@ class ClusterStatus:
     """Why the service cannot start."""
     failure_class: str = ""
     """Class of that error, in `ray_moe.errors`."""
+    versions: tuple[VersionStatus, ...] = ()
 
 
-def transport_settings(config: TransportConfig) -> TransportSettings:
-    """The transport's own values out of the user's."""
+def transport_settings(config: TransportConfig, device: str) -> TransportSettings:
+    """The transport's own values out of the user's, for a process that computes on `device`."""
     return TransportSettings(
         connect_timeout_s=config.connect_timeout_s,
         ping_interval_s=config.ping_interval_s,
         ping_timeout_s=config.ping_timeout_s,
         inline_bytes=config.inline_bytes,
         arena_bytes=config.arena_bytes if config.shared_memory else 0,
+        device=device if device.startswith("cuda") else "",
+        device_arena_bytes=config.gpu_arena_bytes if config.shared_memory else 0,
         chunk_bytes=config.chunk_bytes,
     )
 
@@ -214,7 +241,7 @@ def cluster_settings(config: Config, layers: tuple[LayerSpec, ...]) -> ClusterSe
         return_s=balance.return_s,
         resize_s=scaling.start_timeout_s,
         preload_standbys=experts.standby_preload,
-        donors=experts.copy_from,
+        donors=experts.copy_from if experts.offload != "disk" else "none",  # the files are where all of them read
         can_sleep=bool(config.router.lifeboat_bytes),
         scaling=None
         if not scaling.enabled

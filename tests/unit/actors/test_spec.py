@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ray_moe.actors.spec import Ports, ServiceSpec
+from ray_moe.actors.spec import Ports, ServiceSpec, cluster_settings
 from ray_moe.config import Config, ServerConfig
 from ray_moe.types import Placement
 
@@ -55,3 +55,8 @@ def test_routers_listen_side_by_side() -> None:
     assert spec().ports_of("router-0") == {"port": 8476, "http_port": 8477}
     assert spec().ports_of("router-1") == {"port": 8478, "http_port": 8479}
     assert spec(port=0, http_port=None).ports_of("router-1") == {"port": 0, "http_port": None}
+
+
+def test_experts_in_files_are_not_copied_from_actor_to_actor() -> None:
+    for experts, donors in (({}, "node"), ({"copy_from": "any"}, "any"), ({"offload": "disk"}, "none")):
+        assert cluster_settings(Config.model_validate({"experts": experts}), ()).donors == donors
