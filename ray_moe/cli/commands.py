@@ -13,6 +13,7 @@ import typer
 
 import ray_moe
 from ray_moe.actors.process import made_to_stay
+from ray_moe.cli.canary import canary
 from ray_moe.cli.keys import keys
 from ray_moe.cli.target import Target, asks_a_service
 from ray_moe.cli.terminal import Interrupts, told
@@ -27,6 +28,7 @@ commands = typer.Typer(
     pretty_exceptions_enable=False,
 )
 commands.add_typer(keys, name="keys")
+commands.add_typer(canary, name="canary")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML.")]
 Set = Annotated[
@@ -77,6 +79,31 @@ def serve(
             except KeyboardInterrupt:
                 interrupts.ignore()  # how a service is meant to end, ready or not: exit code 0
             typer.echo("stopped")
+
+
+@commands.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Settings as YAML; those of training are its section train.")],
+    service: Annotated[
+        str, typer.Option(metavar="NAME", help="Train on the actors of this running service (its service_name).")
+    ] = "",
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster: local (a new one), auto (running here) or HOST:PORT.")
+    ] = None,
+    settings: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Train a model on expert actors, from wherever its run is to its last step."""
+    with told(debug):
+        given = [] if address is None else [("ray.address", address, "--address")]
+        loaded = _load(config, settings, given)
+        if not loaded.config.model:
+            raise InvalidConfig("no model to train: set model to a checkpoint")
+        with Interrupts() as interrupts:
+            with made_to_stay():
+                from ray_moe.cli.train import run
+
+            run(loaded.config, interrupts, service)
 
 
 @commands.command()
@@ -197,6 +224,41 @@ def drain(
         from ray_moe.cli.cluster import run_drain
 
         run_drain(to, target, replace, wait, timeout)
+
+
+@commands.command()
+@asks_a_service
+def publish(
+    to: Target,
+    model: Annotated[
+        str,
+        typer.Argument(help="Checkpoint of the same architecture: a directory of the service's nodes, or of the hub."),
+    ],
+    timeout: Timeout = 600.0,
+    debug: Debug = False,
+) -> None:
+    """Give a running service other weights: new requests use them, those under way end with what they began with."""
+    with told(debug):
+        from ray_moe.cli.versions import run_publish
+
+        run_publish(to, model, timeout)
+
+
+@commands.command()
+@asks_a_service
+def rollback(
+    to: Target,
+    version: Annotated[
+        int | None, typer.Option("--to", help="A version that is held; the newest before the current one.")
+    ] = None,
+    timeout: Timeout = 60.0,
+    debug: Debug = False,
+) -> None:
+    """Return to an older version of the weights, which is still held."""
+    with told(debug):
+        from ray_moe.cli.versions import run_rollback
+
+        run_rollback(to, version, timeout)
 
 
 @commands.command()
@@ -328,6 +390,29 @@ def simulate(
             seed=seed,
         )
         command.run(asked, _load(config, settings, given).config, json_file)
+
+
+@commands.command()
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint of training (step-NNNNNNNN), or the folder of which to take the latest."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="What the training began with; when not set, where it was then.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; the model's when not set.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is in OUT.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make of a checkpoint of training one that `ray-moe serve` and transformers load."""
+    with told(debug), Interrupts():
+        from ray_moe.cli.export import run
+
+        run(checkpoint, out, model, dtype, force)
 
 
 @commands.command()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_moe.cli.terminal import format_bytes
-from ray_moe.types import ClusterEvent, HostId, HostStatus, LayerPath, RoutingTable, ServiceStatus
+from ray_moe.types import ClusterEvent, HostId, HostStatus, LayerPath, RoutingTable, ServiceStatus, VersionStatus
 
 HEAT = "·▁▂▃▄▅▆▇█"
 """Not used at all, then eight steps up to the busiest of the row."""
@@ -30,6 +30,10 @@ _STATE_STYLES = {
     "repaired": "green",
     "resized": "green",
     "ready": "green",
+    "current": "green",
+    "published": "green",
+    "rolled back": "bold yellow",
+    "canary rolled back": "bold yellow",
     "standby": "cyan",
     "lost": "bold red",
     "degraded": "bold yellow",
@@ -44,6 +48,9 @@ def service(status: ServiceStatus, table: RoutingTable | None, width: int) -> It
     yield ""
     if any(map(sum, status.tokens_per_expert.values())):
         yield tokens_per_expert(status.tokens_per_expert, width)
+    if len(status.versions) > 1:
+        yield ""
+        yield versions(status.versions)
     if status.events:
         yield ""
         yield events(status.events)
@@ -127,6 +134,18 @@ def hottest(tokens_per_s: Mapping[LayerPath, Sequence[float]]) -> Table:
     for rate, layer, expert in heapq.nlargest(MAX_HOTTEST, found, key=lambda one: one[0]):
         if rate > 0:
             out.add_row(_short(layer), str(expert), f"{rate:.0f}", f"{100 * rate / sum(tokens_per_s[layer]):.0f}%")
+    return out
+
+
+def versions(statuses: Sequence[VersionStatus]) -> Table:
+    """A row for each version of the weights."""
+    out = _table("versions of the weights")
+    for name in ("version", "state", "checkpoint"):
+        out.add_column(name, justify="right" if name == "version" else "left", no_wrap=name != "checkpoint")
+    for version in statuses:
+        drift = f" (drift {version.drift:.3g} over {version.num_rows} rows)" if version.state == "canary" else ""
+        state = Text(version.state, _STATE_STYLES.get(version.state, ""))
+        out.add_row(str(version.number), state, Text(version.model + drift))
     return out
 
 

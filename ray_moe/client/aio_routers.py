@@ -24,10 +24,12 @@ from ray_moe.errors import Cancelled, RayMoEError
 from ray_moe.wire.v1.admin_pb2_grpc import AdminStub
 from ray_moe.wire.v1.inference_pb2 import ListRoutersRequest
 from ray_moe.wire.v1.inference_pb2_grpc import InferenceStub
+from ray_moe.wire.v1.training_pb2_grpc import TrainingStub
 
 if TYPE_CHECKING:
     from ray_moe.wire.v1.admin_pb2_grpc import AdminAsyncStub
     from ray_moe.wire.v1.inference_pb2_grpc import InferenceAsyncStub
+    from ray_moe.wire.v1.training_pb2_grpc import TrainingAsyncStub
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
@@ -42,6 +44,7 @@ class AioLine:
     channel: grpc.aio.Channel
     inference: InferenceAsyncStub
     admin: AdminAsyncStub
+    training: TrainingAsyncStub
 
 
 class AioRouters(Routers[AioLine]):
@@ -56,7 +59,7 @@ class AioRouters(Routers[AioLine]):
             opened = grpc.aio.insecure_channel(target, self._options(target))
         else:
             opened = grpc.aio.secure_channel(target, self._credentials, self._options(target))
-        return AioLine(target, metadata, opened, InferenceStub(opened), AdminStub(opened))
+        return AioLine(target, metadata, opened, InferenceStub(opened), AdminStub(opened), TrainingStub(opened))
 
     async def close(self) -> None:
         """Idempotent."""

@@ -23,8 +23,10 @@ class Continuation:
     """Of one request; tells `attempts` how far it is."""
 
     def __init__(self, message: pb.GenerateRequest, attempts: Attempts) -> None:
+        self._message = message
         self._attempts = attempts
         self._is_determined = message.temperature == 0 or message.HasField("seed")
+        self._version = 0
         self._tokens: list[int] = []
         self._pieces: list[str] = []
         self._text = ""
@@ -35,7 +37,9 @@ class Continuation:
         """That this stream has brought."""
 
     def restart(self) -> None:
-        """A stream begins."""
+        """A stream begins. What has been brought is of one version of the weights, so the rest must be, too."""
+        if self._tokens:
+            self._message.version = self._version
         self._text = "".join(self._pieces)
         self._num_tokens_due = len(self._tokens)
         self._num_tokens = self._num_characters = 0
@@ -69,6 +73,7 @@ class Continuation:
                 text=chunk.text[num_characters:],
                 logprobs=chunk.logprobs[num_tokens:],
             )
+        self._version = chunk.version
         self._tokens.extend(chunk.token_ids)
         self._pieces.append(chunk.text)
         self._attempts.num_received = len(self._tokens)

@@ -66,6 +66,8 @@ class GenerateOptions(TypedDict, total=False):
     """Tokens with which it ends."""
     logprobs: int | None
     """How many of the likeliest tokens are told for each, beside its own log-probability; None: not even that."""
+    version: int | None
+    """Of the weights; None: the current one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ class Generation:
     """Of those, the first ones that did not have to be computed."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of `token_ids`, if they were asked for."""
+    version: int = 0
+    """Of the weights that computed it."""
 
     @classmethod
     def of(cls, chunks: Sequence[GenerateChunk]) -> Generation:
@@ -95,6 +99,7 @@ class Generation:
             num_prompt_tokens=chunks[-1].num_prompt_tokens,
             num_cached_tokens=chunks[-1].num_cached_tokens,
             logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+            version=chunks[-1].version,
         )
 
 
@@ -159,6 +164,26 @@ def resize_request(num_actors: int) -> admin_pb2.ResizeRequest:
         return admin_pb2.ResizeRequest(num_actors=num_actors)
     except (TypeError, ValueError) as exc:
         raise InvalidRequest(f"num_actors is {num_actors!r}; expected a whole number: {exc}") from exc
+
+
+def canary_request(
+    layer: LayerPath | int, expert: int, model: str, share: float, mode: str, max_drift: float
+) -> admin_pb2.BeginCanaryRequest:
+    """Raises `InvalidRequest` for what the message cannot hold."""
+    given: dict[str, Any] = {"expert": expert, "model": model, "share": share, "mode": mode, "max_drift": max_drift}
+    given["layer_path" if isinstance(layer, str) else "layer_index"] = layer
+    try:
+        return admin_pb2.BeginCanaryRequest(**given)
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequest(f"the request cannot be sent: {exc}") from exc
+
+
+def rollback_request(to: int | None) -> admin_pb2.RollbackRequest:
+    """Raises `InvalidRequest` for what is no number."""
+    try:
+        return admin_pb2.RollbackRequest(version=to)
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequest(f"version is {to!r}; expected a whole number: {exc}") from exc
 
 
 def _array(name: str, data: ArrayLike) -> NDArray[Any]:

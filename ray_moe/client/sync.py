@@ -21,8 +21,18 @@ from ray_moe.client.access import Access
 from ray_moe.client.channel import DEFAULT_MAX_ATTEMPTS, DEFAULT_TARGET, DEFAULT_TIMEOUT_S
 from ray_moe.client.continuation import Continuation
 from ray_moe.client.outbox import Outbox
-from ray_moe.client.requests import Forward, ForwardCodec, GenerateOptions, Generation, generate_request, resize_request
+from ray_moe.client.requests import (
+    Forward,
+    ForwardCodec,
+    GenerateOptions,
+    Generation,
+    canary_request,
+    generate_request,
+    resize_request,
+    rollback_request,
+)
 from ray_moe.client.sync_routers import SyncLine, SyncRouters
+from ray_moe.client.training import Training
 from ray_moe.types import (
     ChaosReport,
     ChaosRequest,
@@ -32,6 +42,7 @@ from ray_moe.types import (
     PlanSummary,
     RoutingTable,
     ServiceStatus,
+    VersionStatus,
 )
 from ray_moe.wire import messages
 from ray_moe.wire.v1 import admin_pb2, inference_pb2
@@ -46,7 +57,8 @@ class Client:
     A call goes to the router that has the fewest of this client's. After `Unavailable`, and after `Overloaded` with a
     time to retry, it is made again: at once with another router, else with back-off. A stream of tokens that broke off
     goes on without loss or repetition where they are determined, by temperature 0 or by `seed`; otherwise it raises
-    `Unavailable`. `drain`, `chaos` and ``plan(dry_run=False)`` are made once, because what is lost may be the answer.
+    `Unavailable`. `drain`, `publish`, `rollback`, `canary`, `end_canary`, `chaos` and ``plan(dry_run=False)`` are made
+    once, because what is lost may be the answer.
     """
 
     def __init__(  # noqa: PLR0913  (as many settings as there are)
@@ -88,6 +100,8 @@ class Client:
         self.timeout_s = timeout_s
         access = Access(api_key, tls, ca_file, cert_file, key_file, allow_plaintext_key)
         self._routers = SyncRouters(target, access, discover=discover, max_attempts=max_attempts)
+        self.training = Training(self._routers, self._timeout)
+        """Training of the model that is served."""
 
     def __enter__(self) -> Client:
         return self
@@ -208,6 +222,73 @@ class Client:
             lambda line: line.admin.Drain, message, self._timeout(timeout_s), repeatable=False
         )
         return tuple(response.host_ids)
+
+    def publish(self, model: str, *, timeout_s: float | None = None) -> VersionStatus:
+        """Make a checkpoint of the same architecture the version that new requests use; returns when it is.
+
+        Requests under way stay with the version they began with. If an actor or router cannot load it, nothing changes.
+
+        Args:
+            model: a directory that all of the service's nodes can read, as they name it, or a name on the hub. It must
+                stay while the version is held.
+        """
+        message = admin_pb2.PublishRequest(model=model)
+        response = self._routers.call(
+            lambda line: line.admin.Publish, message, self._timeout(timeout_s), repeatable=False
+        )
+        return messages.version_from_proto(response.version)
+
+    def rollback(self, to: int | None = None, *, timeout_s: float | None = None) -> VersionStatus:
+        """Make an older version current that is still held: `to`, or the newest before the current one."""
+        message = rollback_request(to)
+        response = self._routers.call(
+            lambda line: line.admin.Rollback, message, self._timeout(timeout_s), repeatable=to is not None
+        )
+        return messages.version_from_proto(response.version)
+
+    def canary(
+        self,
+        layer: LayerPath | int,
+        expert: int,
+        model: str,
+        *,
+        share: float = 0.1,
+        mode: str = "shadow",
+        max_drift: float = 0.1,
+        timeout_s: float | None = None,
+    ) -> VersionStatus:
+        """Try out another version of one expert beside the current one; returns when that has begun.
+
+        `versions` tells how far its rows are from the current one's; above `max_drift` it is cancelled by itself.
+
+        Args:
+            layer: path of the layer's experts, or its number among the MoE layers.
+            expert: its number.
+            model: the checkpoint that has it, as of `publish`.
+            share: of the requests in ``traffic``, of the expert's rows in ``shadow``.
+            mode: ``shadow``: its rows are computed beside the others, and only compared. ``traffic``: requests are
+                answered by it, each from its beginning to its end.
+            max_drift: root of the sum of squared differences over that of the current one's squared rows.
+        """
+        message = canary_request(layer, expert, model, share, mode, max_drift)
+        response = self._routers.call(
+            lambda line: line.admin.BeginCanary, message, self._timeout(timeout_s), repeatable=False
+        )
+        return messages.version_from_proto(response.version)
+
+    def end_canary(self, *, promote: bool, timeout_s: float | None = None) -> VersionStatus:
+        """Make what is tried out the current version, or let it go; returns the version that is current then."""
+        message = admin_pb2.EndCanaryRequest(promote=promote)
+        response = self._routers.call(
+            lambda line: line.admin.EndCanary, message, self._timeout(timeout_s), repeatable=False
+        )
+        return messages.version_from_proto(response.version)
+
+    def versions(self, *, timeout_s: float | None = None) -> tuple[VersionStatus, ...]:
+        """The versions of the weights that the service has, the oldest first."""
+        message = admin_pb2.ListVersionsRequest()
+        response = self._routers.call(lambda line: line.admin.ListVersions, message, self._timeout(timeout_s))
+        return tuple(map(messages.version_from_proto, response.versions))
 
     def chaos(self, request: ChaosRequest, *, timeout_s: float | None = None) -> ChaosReport:
         """Hurt the service as `request` says, wait until it is whole again, and tell what clients felt."""

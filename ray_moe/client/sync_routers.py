@@ -24,6 +24,7 @@ from ray_moe.errors import Cancelled, RayMoEError
 from ray_moe.wire.v1.admin_pb2_grpc import AdminStub
 from ray_moe.wire.v1.inference_pb2 import ListRoutersRequest, ListRoutersResponse
 from ray_moe.wire.v1.inference_pb2_grpc import InferenceStub
+from ray_moe.wire.v1.training_pb2_grpc import TrainingStub
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
@@ -38,6 +39,7 @@ class SyncLine:
     channel: grpc.Channel
     inference: InferenceStub
     admin: AdminStub
+    training: TrainingStub
 
 
 class SyncRouters(Routers[SyncLine]):
@@ -48,7 +50,7 @@ class SyncRouters(Routers[SyncLine]):
             opened = grpc.insecure_channel(target, self._options(target))
         else:
             opened = grpc.secure_channel(target, self._credentials, self._options(target))
-        return SyncLine(target, metadata, opened, InferenceStub(opened), AdminStub(opened))
+        return SyncLine(target, metadata, opened, InferenceStub(opened), AdminStub(opened), TrainingStub(opened))
 
     def close(self) -> None:
         """Idempotent."""

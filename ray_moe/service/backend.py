@@ -7,7 +7,7 @@ the layer, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ray_moe.runtime.measures import Measures
 from ray_moe.types import (
+    CanaryRequest,
     ChaosReport,
     ChaosRequest,
     GenerateChunk,
@@ -22,13 +23,46 @@ from ray_moe.types import (
     HostId,
     LayerPath,
     LayerSpec,
+    MicroBatch,
+    MicroBatchReport,
     PlanSummary,
     RouterAddress,
     RoutingTable,
+    SavedState,
     ServiceStatus,
+    StepOptions,
+    StepResult,
+    TrainingState,
+    VersionStatus,
 )
 
 FloatArray = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
+
+
+class Training(Protocol):
+    """Training of the model that is served; see `training/session.py` for what its methods do and raise."""
+
+    async def forward_backward(self, micro: MicroBatch) -> MicroBatchReport: ...
+
+    async def optim_step(self, options: StepOptions) -> StepResult: ...
+
+    async def train_step(self, micros: Sequence[MicroBatch], options: StepOptions) -> StepResult: ...
+
+    async def discard(self, micro_ids: Collection[str]) -> tuple[str, ...]: ...
+
+    async def sample(self, request: GenerateRequest) -> GenerateChunk:
+        """Continue a prompt of tokens with the weights that are being trained."""
+        ...
+
+    async def save_state(self) -> SavedState: ...
+
+    async def load_state(self, step: int | None) -> SavedState: ...
+
+    async def state(self) -> TrainingState: ...
+
+    async def publish(self) -> tuple[VersionStatus, int]:
+        """Make what was learned the current version of the weights; with the step that it is of."""
+        ...
 
 
 class Backend(Protocol):
@@ -126,6 +160,29 @@ class Backend(Protocol):
     async def drain(self, target: str, replace: bool) -> tuple[HostId, ...]:
         """Begin to empty and end an actor, or those of a node; returns them."""
         ...
+
+    async def publish(self, model: str) -> VersionStatus:
+        """Make a checkpoint the current version of the weights; returns when it is."""
+        ...
+
+    async def roll_back(self, to: int | None) -> VersionStatus:
+        """Make an older version current, `to` or the newest before the present one; returns when it is."""
+        ...
+
+    async def begin_canary(self, request: CanaryRequest) -> VersionStatus:
+        """Try out another version of one expert; returns when that has begun."""
+        ...
+
+    async def end_canary(self, promote: bool) -> VersionStatus:
+        """Make what is tried out the current version, or let it go; the version that is current then."""
+        ...
+
+    async def versions(self) -> tuple[VersionStatus, ...]:
+        """Of the weights, the oldest first."""
+        ...
+
+    @property
+    def training(self) -> Training: ...
 
     async def chaos(self, request: ChaosRequest) -> ChaosReport:
         """Do what `request` says, and tell when it is over what came of it."""

@@ -7,12 +7,13 @@ demo and the tests all start the service through `Service`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,7 @@ from ray_moe.actors.controller import Controller
 from ray_moe.actors.launcher import Launcher, worker_env
 from ray_moe.actors.spec import NAMESPACE, ClusterStatus, ServiceSpec
 from ray_moe.config import Config
-from ray_moe.errors import RayMoEError, Unavailable
+from ray_moe.errors import InsufficientResources, RayMoEError, Unavailable
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.policy.placement import choose_num_hosts, place_by_index
 from ray_moe.service import cluster, doors, membership, preflight
@@ -58,6 +59,7 @@ class Service:
         *,
         name: str = "",
         keep_routers: bool = True,
+        reserved: Sequence[Mapping[str, float]] = (),
     ) -> None:
         """Starts nothing yet.
 
@@ -67,12 +69,15 @@ class Service:
             name: prefix of the actors' names; empty is `config.service_name`.
             keep_routers: whether the routers are its own; otherwise others start them (`service/deployment.py`), and
                 it is ready when the experts are.
+            reserved: resources that others will need beside it, by name (CPU, GPU); of several, the first that leave
+                it enough.
         """
         self.config = config
         self.spec: ServiceSpec | None = None
         """What routers need to know; from the start on."""
         self._on_progress = on_progress
         self._name = name or config.service_name
+        self._reserved = tuple(reserved) or ({},)
         self._routers = tuple(f"router-{number}" for number in range(config.router.num_actors if keep_routers else 0))
         self._joined = cluster.Joined.NOT_YET
         self._launcher: Any = None
@@ -99,13 +104,13 @@ class Service:
         """
         tracing.check(self.config.tracing)
         self._on_progress(ServiceProgress("checkpoint", detail=self.config.model))
-        checkpoint = Checkpoint.open(self.config.model)
+        checkpoint = Checkpoint.open(self.config.model).cut(self.config.experts.tensor)
         config = membership.confined(self.config, ray_encrypted=membership.ray_is_encrypted(os.environ))
         certificate = membership.certificate_of(config.transport)
         try:
             self._on_progress(ServiceProgress("ray", detail=self.config.ray.address))
             self._joined = cluster.join(self.config.ray, log_to_driver=self.config.logs.to_driver)
-            spec = self.spec = self._specify(checkpoint, config, certificate)
+            spec = self.spec = self._find_room(checkpoint, config, certificate)
             self._on_progress(ServiceProgress("actors", detail=f"{len(spec.hosts)} expert actors"))
             self._launch(spec)
             self._await_ready(spec)
@@ -113,9 +118,17 @@ class Service:
             self.stop()
             raise
 
-    def _specify(self, checkpoint: Checkpoint, config: Config, certificate: MemberCertificate | None) -> ServiceSpec:
-        experts, scaling = self.config.experts, self.config.scaling
+    def _find_room(self, checkpoint: Checkpoint, config: Config, certificate: MemberCertificate | None) -> ServiceSpec:
         room = cluster.room()
+        for reserved in self._reserved[:-1]:
+            with contextlib.suppress(InsufficientResources):
+                return self._specify(checkpoint, config, certificate, room.without(reserved))
+        return self._specify(checkpoint, config, certificate, room.without(self._reserved[-1]))
+
+    def _specify(
+        self, checkpoint: Checkpoint, config: Config, certificate: MemberCertificate | None, room: preflight.Room
+    ) -> ServiceSpec:
+        experts, scaling = self.config.experts, self.config.scaling
         first = max(1, scaling.min_actors) if scaling.enabled and experts.experts_per_actor is None else None
         num_hosts = choose_num_hosts(
             checkpoint.num_experts,
@@ -125,7 +138,7 @@ class Service:
         )
         hosts = tuple(f"expert-{number}" for number in range(num_hosts))
         standbys = tuple(f"expert-{num_hosts + number}" for number in range(experts.standby_actors))
-        layers = tuple(checkpoint.layers.values())
+        layers = checkpoint.layers_as(experts.quantization)
         spec = ServiceSpec(
             config=config,
             name=self._name,

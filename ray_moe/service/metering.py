@@ -1,11 +1,12 @@
-"""Between the front doors and what does the work: every generation and layer call is counted for whoever asked for it.
+"""Between the front doors and what does the work: every generation, layer call and micro-batch is counted for whoever
+asked for it.
 
 A door says who that is (`calling`) around each request, in the task that answers it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -15,9 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_moe.service.auth import Caller
-from ray_moe.service.backend import Backend, FloatArray
+from ray_moe.service.backend import Backend, FloatArray, Training
 from ray_moe.service.requests import current
-from ray_moe.types import GenerateChunk, GenerateRequest, LayerPath
+from ray_moe.types import (
+    GenerateChunk,
+    GenerateRequest,
+    LayerPath,
+    MicroBatch,
+    MicroBatchReport,
+    StepOptions,
+    StepResult,
+)
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
@@ -44,6 +53,10 @@ class MeteredBackend:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
+
+    @property
+    def training(self) -> Training:
+        return MeteredTraining(self._backend.training)
 
     async def forward(
         self, layer: LayerPath, hidden: FloatArray, routing: tuple[NDArray[np.int64], FloatArray] | None
@@ -72,3 +85,35 @@ class MeteredBackend:
                     asked.got(chunk, is_first=not has_begun)
                 has_begun = True
                 yield chunk
+
+
+class MeteredTraining:
+    """A `Training` that counts tokens. All else goes through."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._training, name)
+
+    async def forward_backward(self, micro: MicroBatch) -> MicroBatchReport:
+        _spend(micro.input_ids.size)
+        return await self._training.forward_backward(micro)
+
+    async def train_step(self, micros: Sequence[MicroBatch], options: StepOptions) -> StepResult:
+        _spend(sum(micro.input_ids.size for micro in micros))
+        return await self._training.train_step(micros, options)
+
+    async def sample(self, request: GenerateRequest) -> GenerateChunk:
+        _spend(0)
+        chunk = await self._training.sample(request)
+        _spend(chunk.num_prompt_tokens + len(chunk.token_ids), begun=True)
+        return chunk
+
+
+def _spend(num_tokens: int, *, begun: bool = False) -> None:
+    caller, asked = _caller.get(), current()
+    if asked is not None:
+        asked.num_prompt_tokens += num_tokens
+    if caller is not None:
+        caller.spend(num_tokens, begun=begun)

@@ -93,6 +93,9 @@ class Page(Collector):
         )
         yield self._gauge("kv_cache_used_bytes", "Room that keys and values have.", measures.kv_used_bytes)
         yield self._gauge("kv_cache_max_bytes", "Room that they may have.", measures.kv_max_bytes)
+        if measures.version is not None:
+            text = "Version of the weights that new requests are computed with."
+            yield self._gauge("weights_version", text, measures.version)
         if measures.vitals is not None:
             yield from self._requests(measures.vitals)
         if measures.table is not None:

@@ -6,7 +6,7 @@ Pure arithmetic over what the cluster says it has. Called by `service/compositio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_moe.actors.spec import ServiceSpec
 from ray_moe.config import Config
@@ -35,6 +35,11 @@ class Room:
     free: Mapping[str, float]
     """Of the total, what nobody has reserved; a name is absent when nothing is left."""
     nodes: tuple[Node, ...]
+
+    def without(self, reserved: Mapping[str, float]) -> Room:
+        """The same but for what somebody else will need."""
+        free = {name: amount - reserved.get(name, 0.0) for name, amount in self.free.items()}
+        return replace(self, free={name: amount for name, amount in free.items() if amount > 0})
 
 
 def actor_slots(config: Config, free: Mapping[str, float]) -> float:
@@ -111,10 +116,9 @@ def _matches(wanted: str, label: str | None) -> bool:
 
 def _check_memory(spec: ServiceSpec, backbone_bytes: int, node_memory_bytes: list[int]) -> None:
     config = spec.config
-    on_cpu = not config.experts.num_gpus
-    shares = [spec.bytes_of(spec.placement.experts_on(host)) if on_cpu else 0 for host in spec.hosts]
-    if on_cpu and config.experts.standby_preload:
-        shares += [spec.bytes_of(spec.all_experts)] * len(spec.standbys)
+    shares = [_resident_bytes(spec, spec.bytes_of(spec.placement.experts_on(host))) for host in spec.hosts]
+    if config.experts.standby_preload:
+        shares += [_resident_bytes(spec, spec.bytes_of(spec.all_experts))] * len(spec.standbys)
     router = 0 if config.router.num_gpus else backbone_bytes
     routers, num_processes = (
         config.router.num_actors * router,
@@ -135,6 +139,14 @@ def _check_memory(spec: ServiceSpec, backbone_bytes: int, node_memory_bytes: lis
             f"one actor must hold {_size(largest)} and no node has more than {_size(roomiest)} available; "
             "spread the experts over more actors (experts.num_actors)"
         )
+
+
+def _resident_bytes(spec: ServiceSpec, share: int) -> int:
+    """What an actor that holds `share` bytes of experts has of them in the node's memory."""
+    experts = spec.config.experts
+    if experts.offload == "disk" and not experts.num_gpus:  # and the one that computes
+        return min(share, experts.resident_bytes + max(layer.expert_bytes for layer in spec.layers))
+    return 0 if experts.num_gpus and experts.offload != "cpu" else share
 
 
 def _of_routers(config: Config) -> dict[str, float]:

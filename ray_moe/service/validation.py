@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from ray_moe.errors import InvalidRequest, NotFound, UnsupportedModel
 from ray_moe.service.backend import Backend
-from ray_moe.types import ChaosRequest, GenerateRequest, LayerPath, LayerSpec
+from ray_moe.types import CanaryRequest, ChaosRequest, GenerateRequest, LayerPath, LayerSpec, MicroBatch, StepOptions
 
 MAX_NEW_TOKENS = 2**20
 """For a model that has no bound of its own."""
@@ -28,6 +30,11 @@ MIN_TEMPERATURE = 1e-4
 MAX_PENALTY = 100.0
 MIN_REPETITION_PENALTY = 0.01
 """Logits divided by much less leave float32 as well."""
+
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+"""Of a loss in the mean over a step: sums of gradients must not leave float32."""
+MAX_LR = 1e6
+MAX_STEP = 2**53
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -222,8 +229,102 @@ def _check_length(backend: Backend, request: GenerateRequest) -> None:
         )
 
 
+# --- Training ------------------------------------------------------------------------------------------------
+NOT_COUNTED = -100
+"""A label that does not count, as `transformers` has it."""
+MAX_MICRO_BATCHES = 1024
+"""Of one TrainStep."""
+MAX_SAMPLE_TOKENS = 1024
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def client_id(wanted: str) -> str:
+    """Raise unless it can be a client's id of something."""
+    if not _ID.fullmatch(wanted):
+        raise InvalidRequest(f"id is {wanted[:_MAX_NAME]!r}; expected 1 to 64 letters, digits, '.', '_' or '-'")
+    return wanted
+
+
+def check_tokens(backend: Backend, input_ids: NDArray[Any], labels: NDArray[Any], max_tokens: int) -> None:
+    """Raise unless these are the tokens and labels of a micro-batch, [B, S] both, within the vocabulary."""
+    for name, array in (("input_ids", input_ids), ("labels", labels)):
+        if array.dtype.kind != "i":
+            raise InvalidRequest(f"{name} has dtype {array.dtype}; expected integers (I64 or I32): convert it")
+    if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
+        raise InvalidRequest(
+            f"input_ids has shape {list(input_ids.shape)}; expected [B, S], one or more sequences of two or more tokens"
+        )
+    if labels.shape != input_ids.shape:
+        raise InvalidRequest(
+            f"labels has shape {list(labels.shape)} and input_ids {list(input_ids.shape)}; expected the same [B, S]"
+        )
+    if input_ids.size > max_tokens:
+        raise InvalidRequest(
+            f"the micro-batch has {input_ids.size:,} tokens; at most {max_tokens:,} go in one: make it several"
+        )
+    bound = backend.max_positions
+    if bound is not None and input_ids.shape[1] > bound:
+        raise InvalidRequest(f"the sequences have {input_ids.shape[1]:,} tokens; the model has {bound:,} positions")
+    last = backend.vocab_size - 1
+    for name, array, besides in (("input_ids", input_ids, ""), ("labels", labels, " and -100, which does not count")):
+        row, column, num_wrong = _first(((array < 0) | (array > last)) & ~((array == NOT_COUNTED) & bool(besides)))
+        if num_wrong:
+            raise InvalidRequest(
+                f"{name}[{row}, {column}] is {array[row, column]}; expected 0..{last}{besides} ({num_wrong:,} are not)"
+            )
+    if (labels[:, 1:] == NOT_COUNTED).all():
+        raise InvalidRequest("no label counts: all behind the first of a sequence are -100; leave such batches out")
+
+
+def check_weight(weight: float) -> None:
+    """Raise unless a loss can weigh so much."""
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise InvalidRequest(f"weight is {weight}; expected {MIN_WEIGHT:g} to {MAX_WEIGHT:g} (1 is usual)")
+
+
+def check_micro_batches(micros: Sequence[MicroBatch]) -> None:
+    """Raise unless these can go into one call."""
+    if not 1 <= len(micros) <= MAX_MICRO_BATCHES:
+        raise InvalidRequest(f"{len(micros)} micro-batches are given; expected 1 to {MAX_MICRO_BATCHES:,}")
+    if len({micro.micro_id for micro in micros}) < len(micros):
+        raise InvalidRequest("two micro-batches have the same id; give each its own")
+
+
+def step_number(step: int) -> int:
+    """Raise unless it can be a step at all."""
+    if not 0 <= step <= MAX_STEP:
+        raise InvalidRequest(f"step is {step}; expected 0 to {MAX_STEP:,}")
+    return step
+
+
+def step_options(options: StepOptions) -> StepOptions:
+    """Raise unless a step can be made so."""
+    if options.step is not None:
+        step_number(options.step)
+    if options.lr is not None and not 0 <= options.lr <= MAX_LR:
+        raise InvalidRequest(f"lr is {options.lr}; expected 0 to {MAX_LR:g}")
+    if options.clip_norm is not None and not options.clip_norm > 0:
+        raise InvalidRequest(f"clip_norm is {options.clip_norm}; expected a number above 0 (infinity does not clip)")
+    return options
+
+
+def check_sample(request: GenerateRequest) -> None:
+    """Raise for what the model that is trained is not asked for; besides `check_generate`."""
+    for name, given in (("stop", bool(request.stop)), ("logprobs", request.logprobs is not None)):
+        if given:
+            raise InvalidRequest(f"{name} is for published weights only: leave it out, or use Generate")
+    if request.version is not None:
+        raise InvalidRequest("a sample is of the weights that are being trained, not of a version: use Generate")
+    if request.max_new_tokens > MAX_SAMPLE_TOKENS:
+        raise InvalidRequest(
+            f"max_new_tokens is {request.max_new_tokens:,}; a sample has at most {MAX_SAMPLE_TOKENS:,}: publish the "
+            "weights and use Generate"
+        )
+
+
 # --- Changing the cluster ------------------------------------------------------------------------------------
 MAX_ACTORS = 100_000
+CANARY_MODES = ("shadow", "traffic")
 CHAOS_KINDS = ("kill", "hang", "slow", "corrupt", "partition")
 MAX_CHAOS_S = 3600.0
 
@@ -233,6 +334,19 @@ def num_actors(wanted: int) -> int:
     if not 0 <= wanted <= MAX_ACTORS:
         raise InvalidRequest(f"num_actors is {wanted}; expected 0 to {MAX_ACTORS:,}")
     return wanted
+
+
+def canary(request: CanaryRequest) -> CanaryRequest:
+    """Raise unless `request` makes sense, whatever experts there are."""
+    if not request.model:
+        raise InvalidRequest("expected the directory of a checkpoint, or its name on the hub, as the model")
+    if request.mode not in CANARY_MODES:
+        raise InvalidRequest(f"mode is {request.mode[:_MAX_NAME]!r}; expected one of {', '.join(CANARY_MODES)}")
+    if not 0 < request.share <= 1:
+        raise InvalidRequest(f"share is {request.share}; expected above 0, at most 1")
+    if not 0 < request.max_drift < math.inf:
+        raise InvalidRequest(f"max_drift is {request.max_drift}; expected a number above 0")
+    return request
 
 
 def chaos(request: ChaosRequest) -> ChaosRequest:

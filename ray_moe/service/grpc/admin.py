@@ -41,6 +41,11 @@ class AdminService:
                 "Plan": one_to_one(self.plan),
                 "Resize": one_to_one(self.resize),
                 "Drain": one_to_one(self.drain),
+                "Publish": one_to_one(self.publish),
+                "Rollback": one_to_one(self.rollback),
+                "BeginCanary": one_to_one(self.begin_canary),
+                "EndCanary": one_to_one(self.end_canary),
+                "ListVersions": one_to_one(self.list_versions),
                 "Chaos": one_to_one(self.chaos),
             },
         )
@@ -73,6 +78,42 @@ class AdminService:
                 raise InvalidRequest("expected the name of an expert actor, or the id of a node, as the target")
             host_ids = await self._backend.drain(request.target, request.replace)
             return pb.DrainResponse(host_ids=host_ids).SerializeToString()
+
+    async def publish(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.known(context, "admin"):
+            request = messages.parse(pb.PublishRequest, data)
+            if not request.model:
+                raise InvalidRequest("expected the directory of a checkpoint, or its name on the hub, as the model")
+            version = messages.version_to_proto(await self._backend.publish(request.model))
+            return pb.PublishResponse(version=version).SerializeToString()
+
+    async def rollback(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.known(context, "admin"):
+            request = messages.parse(pb.RollbackRequest, data)
+            to = request.version if request.HasField("version") else None
+            version = messages.version_to_proto(await self._backend.roll_back(to))
+            return pb.RollbackResponse(version=version).SerializeToString()
+
+    async def begin_canary(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.known(context, "admin"):
+            message = messages.parse(pb.BeginCanaryRequest, data)
+            named = message.WhichOneof("layer")
+            layer = validation.find_layer(self._backend, None if named is None else getattr(message, named))
+            request = validation.canary(messages.canary_request_from_proto(message, layer.path))
+            version = messages.version_to_proto(await self._backend.begin_canary(request))
+            return pb.BeginCanaryResponse(version=version).SerializeToString()
+
+    async def end_canary(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.known(context, "admin"):
+            request = messages.parse(pb.EndCanaryRequest, data)
+            version = messages.version_to_proto(await self._backend.end_canary(request.promote))
+            return pb.EndCanaryResponse(version=version).SerializeToString()
+
+    async def list_versions(self, data: bytes, context: Context) -> bytes:
+        async with self._guard.known(context):
+            messages.parse(pb.ListVersionsRequest, data)
+            versions = map(messages.version_to_proto, await self._backend.versions())
+            return pb.ListVersionsResponse(versions=versions).SerializeToString()
 
     async def chaos(self, data: bytes, context: Context) -> bytes:
         async with self._guard.known(context, "admin"):

@@ -34,10 +34,10 @@ class Guard:
         self.admission = admission
 
     @asynccontextmanager
-    async def request(self, context: Context) -> AsyncIterator[None]:
-        """Around a call that makes the model work: admits it, counts it, maps its errors."""
+    async def request(self, context: Context, role: Role = "infer") -> AsyncIterator[None]:
+        """Around a call that makes the model work, by who has `role`: admits it, counts it, maps its errors."""
         async with self.errors(context):
-            with self.admission.request(self.caller(context, "infer")):
+            with self.admission.request(self.caller(context, role)):
                 yield
 
     @asynccontextmanager

@@ -27,16 +27,22 @@ from ray_moe.service.grpc.guard import Guard
 from ray_moe.service.grpc.inference import InferenceService
 from ray_moe.service.grpc.interceptor import RequestInterceptor
 from ray_moe.service.grpc.reflection import ReflectionService
+from ray_moe.service.grpc.training import TrainingService
 from ray_moe.service.kserve.reflection import pool_of
 from ray_moe.service.kserve.servicer import KServeService
 from ray_moe.service.tls import TlsFiles
 from ray_moe.wire.kserve import grpc_service_pb2
-from ray_moe.wire.v1 import admin_pb2, inference_pb2
+from ray_moe.wire.v1 import admin_pb2, inference_pb2, training_pb2
 
-_DOORS = {InferenceService.NAME: "grpc", AdminService.NAME: "grpc", KServeService.NAME: "kserve"}
+_DOORS = {
+    InferenceService.NAME: "grpc",
+    TrainingService.NAME: "grpc",
+    AdminService.NAME: "grpc",
+    KServeService.NAME: "kserve",
+}
 """What the log calls them. Health and reflection are asked all the time, and not told of."""
 
-_PROTOS = (inference_pb2, admin_pb2, grpc_service_pb2, health_pb2, reflection_pb2)
+_PROTOS = (inference_pb2, training_pb2, admin_pb2, grpc_service_pb2, health_pb2, reflection_pb2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class FrontDoor:
             port: TCP port; 0 takes a free one.
             admission: shared with other doors of the router; None: its own, with nothing set.
             max_request_bytes: of one message; gRPC ends at 2 GiB.
-            max_forward_tokens: of one Forward.
+            max_forward_tokens: of one Forward, and of one micro-batch.
             max_prompt_bytes: of a prompt given as text, in UTF-8.
             tls: certificate to encrypt with; None: no encryption.
         """
@@ -84,8 +90,11 @@ class FrontDoor:
         self._kserve = KServeService(
             backend, self._guard, max_forward_tokens=max_forward_tokens, max_prompt_bytes=max_prompt_bytes
         )
+        self._training = TrainingService(
+            backend, self._guard, max_tokens=max_forward_tokens, max_prompt_bytes=max_prompt_bytes
+        )
         self._admin = AdminService(backend, self._guard)
-        known = (InferenceService.NAME, KServeService.NAME, AdminService.NAME)
+        known = (InferenceService.NAME, TrainingService.NAME, KServeService.NAME, AdminService.NAME)
         self._health = HealthService(self._guard, frozenset(known))
         self._interceptor = RequestInterceptor(_DOORS, self._admission.tracer)
         self._servers: list[grpc.aio.Server] = []
@@ -122,7 +131,7 @@ class FrontDoor:
 
     async def _listen(self, wanted: int) -> int:
         server = grpc.aio.server(interceptors=[self._interceptor], options=_options(self._max_request_bytes))
-        services = (self._inference, self._kserve, self._admin, self._health)
+        services = (self._inference, self._training, self._kserve, self._admin, self._health)
         server.add_generic_rpc_handlers([service.handler() for service in services])
         pool = pool_of(*(proto.DESCRIPTOR for proto in _PROTOS))
         reflection = ReflectionService(self._guard, [service.NAME for service in services], pool)

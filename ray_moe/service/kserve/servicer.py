@@ -33,6 +33,7 @@ from ray_moe.wire import messages
 from ray_moe.wire.kserve import grpc_service_pb2 as pb
 
 FINAL = "triton_final_response"
+WEIGHTS = "weights_version"
 
 
 class KServeService:
@@ -213,12 +214,14 @@ class KServeService:
                 if not asked.in_pieces:
                     pieces.append(chunk)
                     continue
-                answer = writer.write(generation.outputs_of(chunk, asked.outputs), bool(chunk.finish_reason))
+                outputs = generation.outputs_of(chunk, asked.outputs)
+                answer = writer.write(outputs, bool(chunk.finish_reason), chunk.version)
                 stopwatch.lap("compute_output")
                 yield answer
                 stopwatch.lap(None)  # the time of whoever takes it
         if pieces:
-            answer = writer.write(generation.outputs_of(generation.join(pieces), asked.outputs), True)
+            outputs = generation.outputs_of(generation.join(pieces), asked.outputs)
+            answer = writer.write(outputs, True, pieces[0].version)
             stopwatch.lap("compute_output")
             yield answer
 
@@ -248,8 +251,11 @@ class _Writer:
         self._on_stream = call.on_stream
         self._model = model
 
-    def write(self, outputs: Iterable[Output], is_last: bool) -> bytes:
+    def write(self, outputs: Iterable[Output], is_last: bool, weights: int | None = None) -> bytes:
+        """`weights` is the version of the weights that computed them, where that is known."""
         response = pb.ModelInferResponse(model_name=self._model.name, model_version=VERSION, id=self._id)
+        if weights is not None:
+            response.parameters[WEIGHTS].int64_param = weights
         for output in outputs:
             write_output(response, output, self.options.raw)
         if not self._on_stream:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from ray_moe.service.openai.jobs import Job
 from ray_moe.service.openai.schemas_answers import (
@@ -66,6 +66,8 @@ class Answer(ABC):
         self._job = job
         self._token_text = token_text
         self._choices = [_Choice(job.echo(index)) for index in range(len(job.generations))]
+        self._versions: set[int] = set()
+        """Of the weights that answered so far."""
 
     @abstractmethod
     def whole(self) -> Part:
@@ -98,8 +100,19 @@ class Answer(ABC):
             ),
         )
 
+    def _about(self) -> dict[str, Any]:
+        """What whole answers and pieces have in common."""
+        versions = "+".join(map(str, sorted(self._versions)))
+        return {
+            "id": self.id,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"weights-{versions}",
+        }
+
     def _count(self, index: int, chunk: GenerateChunk) -> _Choice:
         choice = self._choices[index]
+        self._versions.add(chunk.version)
         choice.num_prompt = max(choice.num_prompt, chunk.num_prompt_tokens)
         choice.num_cached = max(choice.num_cached, chunk.num_cached_tokens)
         choice.num_generated += len(chunk.token_ids)
@@ -154,7 +167,7 @@ class CompletionAnswer(Answer):
         return self._completion([], self.usage())
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+        return Completion(**self._about(), choices=choices, usage=usage)
 
     def _wanted(self, index: int) -> bool:
         return self._job.generations[index].logprobs is not None
@@ -200,7 +213,7 @@ class ChatAnswer(Answer):
             )
             for index, choice in enumerate(self._choices)
         ]
-        return ChatCompletion(id=self.id, created=self.created, model=self.model, choices=choices, usage=self.usage())
+        return ChatCompletion(**self._about(), choices=choices, usage=self.usage())
 
     def pieces(self, index: int, chunk: GenerateChunk) -> Iterator[ChatChunk]:
         choice = self._count(index, chunk)
@@ -217,7 +230,7 @@ class ChatAnswer(Answer):
         return self._chunk([], self.usage())
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+        return ChatChunk(**self._about(), choices=choices, usage=usage)
 
     def _wanted(self, index: int) -> bool:
         return self._job.generations[index].logprobs is not None

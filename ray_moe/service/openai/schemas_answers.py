@@ -49,6 +49,8 @@ class Completion(Part):
     created: int
     """Unix time in seconds."""
     model: str
+    system_fingerprint: str
+    """Which version of the weights answered: ``weights-2``; ``weights-2+3`` when one was published between choices."""
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -87,6 +89,7 @@ class ChatCompletion(Part):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -114,6 +117,7 @@ class ChatChunk(Part):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 

@@ -27,7 +27,7 @@ def status(**changes: Any) -> ServiceStatus:
 def table() -> RoutingTable:
     """Where they are."""
     hosts_of = dict.fromkeys(LAYERS, (("expert-0",), ("expert-0",), ("expert-1",), ("expert-1",)))
-    address = HostAddress("expert-0", "life", "n" * 56, 101, "127.0.0.1:1", "unix-abstract:x")
+    address = HostAddress("expert-0", "life", "n" * 56, 101, "127.0.0.1:1", "x")
     return RoutingTable(7, Placement(hosts_of), {"expert-0": address})
 
 

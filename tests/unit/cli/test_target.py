@@ -65,12 +65,27 @@ async def test_every_command_shows_its_key_and_its_certificate(service: Guarded)
         ("plan --dry-run", "dry run: nothing was changed"),
         ("resize 3 --no-wait", "expert-0"),
         ("drain expert-0 --no-wait", "draining expert-0"),
+        ("publish /models/better", "version 3 is current: /models/better"),
+        ("rollback", "version 0 is current: /models/tiny"),
+        ("canary start /models/better --layer 1 --expert 2", "version 3 is tried out"),
+        ("canary promote", "version 2 is current: /models/better"),
+        ("canary cancel", "version 2 is current: /models/better"),
         ("chaos kill", "longest stall"),
     ):
         result = await service.run(*command.split(), "--api-key", service.key, *CERTIFICATES)
         assert said in result.stdout, (command, result.output)
         assert (await service.run(*command.split(), *CERTIFICATES)).exit_code == 2, command
-    assert [wish[0] for wish in service.backend.wishes] == ["plan", "resize", "drain", "chaos"]
+    assert [wish[0] for wish in service.backend.wishes] == [
+        "plan",
+        "resize",
+        "drain",
+        "publish",
+        "roll back",
+        "canary",
+        "end canary",
+        "end canary",
+        "chaos",
+    ]
     assert [request.caller for request in service.backend.requests] == ["ana"]
 
 

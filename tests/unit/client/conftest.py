@@ -20,7 +20,13 @@ class Threaded:
     """The synchronous client with the face of the other one: its calls run in threads."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._client = Client(*args, **options)
+        self._client: Any = Client(*args, **options)
+
+    @property
+    def training(self) -> Any:
+        threaded = Threaded.__new__(Threaded)
+        threaded._client = self._client.training
+        return threaded
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)

@@ -26,7 +26,7 @@ from ray_moe.errors import (
     Unavailable,
     WireError,
 )
-from ray_moe.types import ChaosRequest, GenerateChunk
+from ray_moe.types import CanaryRequest, ChaosRequest, GenerateChunk, VersionStatus
 from tests.unit.client.conftest import Connect
 from tests.unit.service.fake_backend import (
     GATELESS,
@@ -36,6 +36,7 @@ from tests.unit.service.fake_backend import (
     REPORT,
     STATUS,
     TABLE,
+    VERSIONS,
     WIDTH,
     FakeBackend,
     front_door,
@@ -401,12 +402,26 @@ async def test_wishes_reach_the_backend_and_answers_come_back(client: Any, backe
     assert await client.plan(dry_run=False) == PLAN
     assert await client.resize(3) is None
     assert await client.drain("expert-0", replace=True) == ("expert-0", "expert-9")
+    assert await client.publish("/models/better") == VersionStatus(3, "/models/better", "current")
+    assert await client.rollback() == VERSIONS[0]
+    assert await client.rollback(1) == VERSIONS[1]
+    assert await client.versions() == VERSIONS
+    tried = await client.canary(1, 2, "/models/better", share=0.5, mode="traffic", max_drift=0.3)
+    assert tried == VersionStatus(3, "/models/better", "canary", 0.25, 7)
+    await client.canary(LAYER, 2, "/models/better")
+    assert await client.end_canary(promote=True) == VERSIONS[1]
     assert await client.chaos(request) == REPORT
     assert backend.wishes == [
         ("plan", True),
         ("plan", False),
         ("resize", 3),
         ("drain", "expert-0", True),
+        ("publish", "/models/better"),
+        ("roll back", None),
+        ("roll back", 1),
+        ("canary", CanaryRequest(LAYERS[1], 2, "/models/better", 0.5, "traffic", 0.3)),
+        ("canary", CanaryRequest(LAYER, 2, "/models/better")),
+        ("end canary", True),
         ("chaos", request),
     ]
 
@@ -426,6 +441,10 @@ async def test_a_wish_that_cannot_be_granted_says_why(client: Any, backend: Fake
         (lambda client: client.resize(10**9), "num_actors is 1000000000"),
         (lambda client: client.resize("three"), "num_actors is 'three'"),
         (lambda client: client.drain(""), "expected the name of an expert actor"),
+        (lambda client: client.publish(""), "expected the directory of a checkpoint"),
+        (lambda client: client.rollback("two"), "version is 'two'"),
+        (lambda client: client.canary(0, "two", "/models/better"), "cannot be sent"),
+        (lambda client: client.canary(0, 1, "/models/better", mode="coal"), "mode is 'coal'"),
         (lambda client: client.chaos(ChaosRequest("explode")), "expected one of kill, hang, slow, corrupt, partition"),
         (lambda client: client.chaos(ChaosRequest("kill", target="")), "target is empty"),
         (lambda client: client.chaos(ChaosRequest("slow", duration_s=1e9)), "duration_s is"),

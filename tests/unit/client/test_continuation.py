@@ -105,3 +105,13 @@ def test_what_is_repeated_once_it_has_begun(message: pb.GenerateRequest, expecte
     assert attempts.repeatable  # nothing has been passed on
     _, attempts = passed_on(GenerateChunk((1,), "a"), message=message)
     assert attempts.repeatable == expected
+
+
+def test_what_goes_on_elsewhere_is_asked_of_the_same_version() -> None:
+    message = pb.GenerateRequest(prompt="x")
+    continuation = Continuation(message, Attempts(5, None, 0.0))
+    continuation.restart()
+    assert not message.HasField("version")
+    continuation.add(GenerateChunk((7,), "a", version=3))
+    continuation.restart()
+    assert message.version == 3

@@ -528,8 +528,13 @@ async def test_one_attempt_is_no_retry(connect: Connect, service: Service) -> No
         (lambda client: client.resize(3), 5),
         (lambda client: client.drain("expert-0"), 1),
         (lambda client: client.chaos(ChaosRequest("kill")), 1),
+        (lambda client: client.publish("/models/better"), 1),
+        (lambda client: client.rollback(), 1),
+        (lambda client: client.rollback(1), 5),
+        (lambda client: client.canary(0, 1, "/models/better"), 1),
+        (lambda client: client.end_canary(promote=True), 1),
     ],
-    ids=["dry run", "plan", "resize", "drain", "chaos"],
+    ids=["dry run", "plan", "resize", "drain", "chaos", "publish", "rollback", "rollback to", "canary", "promote"],
 )
 async def test_what_would_be_done_twice_is_not_asked_twice(
     connect: Connect, service: Service, pauses: list[float], wish: Any, num_attempts: int

@@ -17,6 +17,7 @@ from ray_moe.service.admission import Admission
 from ray_moe.service.backend import FloatArray
 from ray_moe.service.grpc.server import FrontDoor
 from ray_moe.types import (
+    CanaryRequest,
     ChaosReport,
     ChaosRequest,
     ClusterEvent,
@@ -34,14 +35,18 @@ from ray_moe.types import (
     RouterStatus,
     RoutingTable,
     ServiceStatus,
+    VersionStatus,
 )
 from ray_moe.wire.status import ERROR_KEY
+from tests.unit.service.fake_training import FakeTraining
 
 WIDTH = 4
 NUM_EXPERTS = 3
 LAYERS = tuple(f"model.layers.{number}.mlp.experts" for number in range(3))
 LAYER = LAYERS[0]
 GATELESS = LAYERS[2]
+
+VERSIONS = (VersionStatus(0, "/models/tiny", "kept"), VersionStatus(2, "/models/better", "current"))
 
 STATUS = ServiceStatus(
     model="/models/tiny",
@@ -56,6 +61,7 @@ STATUS = ServiceStatus(
     changing="resize: 2 to 3 hosts",
     events=(ClusterEvent(1.5, "lost", "expert-1"), ClusterEvent(2.5, "repaired", "expert-0")),
     p_lossless=0.125,
+    versions=VERSIONS,
 )
 PLAN = PlanSummary(
     moves=(PlannedMove(LAYERS[0], 2, ("expert-0",), ()), PlannedMove(LAYERS[1], 0, (), ("expert-0", "expert-1"))),
@@ -70,7 +76,7 @@ REPORT = ChaosReport("kill", ("expert-0", "expert-1"), 0.25, 1, -1.0, 0.5, 0.75,
 TABLE = RoutingTable(
     epoch=7,
     placement=Placement({LAYERS[1]: (("expert-0",), ("expert-1", "expert-0"), ()), LAYERS[0]: ()}),
-    addresses={"expert-0": HostAddress("expert-0", "life", "node", 12, "127.0.0.1:1", "unix-abstract:x")},
+    addresses={"expert-0": HostAddress("expert-0", "life", "node", 12, "127.0.0.1:1", "x")},
 )
 
 
@@ -90,7 +96,10 @@ class FakeBackend:
         self.wishes: list[tuple[Any, ...]] = []
         self.addresses: tuple[RouterAddress, ...] = ()
         """Where the routers of the service are said to be."""
+        self.training = FakeTraining()
         self.vitals = Vitals()
+        self.weights: list[int] = []
+        """Version that computes each generation, in the order of their coming; 0 beyond."""
         self.num_open = 0
         self.failure: BaseException | None = None
         self.hold_after: int | None = None
@@ -129,6 +138,7 @@ class FakeBackend:
         return np.asarray(hidden * factor.sum(axis=1, keepdims=True), np.float32)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
+        version = self.weights[len(self.requests)] if len(self.requests) < len(self.weights) else 0
         self.requests.append(request)
         self.num_open += 1
         if self.num_open == 2:
@@ -139,7 +149,7 @@ class FakeBackend:
                 if self.failure is not None:
                     raise self.failure
                 reason = "length" if number == request.max_new_tokens - 1 else ""
-                yield GenerateChunk((number,), f"{number} ", reason, len(request.token_ids or "x"))
+                yield GenerateChunk((number,), f"{number} ", reason, len(request.token_ids or "x"), version=version)
                 await asyncio.sleep(0)
         finally:
             self.num_open -= 1
@@ -158,7 +168,7 @@ class FakeBackend:
 
     def measures(self) -> Measures:
         tokens = {layer: np.array(counts) for layer, counts in STATUS.tokens_per_expert.items()}
-        return Measures(STATUS.router, tokens, TABLE, self.vitals, 2, 2**20, 2**30)
+        return Measures(STATUS.router, tokens, TABLE, self.vitals, 2, 2**20, 2**30, 2)
 
     async def placement(self) -> RoutingTable:
         return TABLE
@@ -179,6 +189,35 @@ class FakeBackend:
         if self.failure is not None:
             raise self.failure
         return (target, "expert-9")
+
+    async def publish(self, model: str) -> VersionStatus:
+        self.wishes.append(("publish", model))
+        if self.failure is not None:
+            raise self.failure
+        return VersionStatus(3, model, "current")
+
+    async def roll_back(self, to: int | None) -> VersionStatus:
+        self.wishes.append(("roll back", to))
+        if self.failure is not None:
+            raise self.failure
+        return VERSIONS[0 if to is None else to]
+
+    async def begin_canary(self, request: CanaryRequest) -> VersionStatus:
+        self.wishes.append(("canary", request))
+        if self.failure is not None:
+            raise self.failure
+        return VersionStatus(3, request.model, "canary", 0.25, 7)
+
+    async def end_canary(self, promote: bool) -> VersionStatus:
+        self.wishes.append(("end canary", promote))
+        if self.failure is not None:
+            raise self.failure
+        return VERSIONS[1]
+
+    async def versions(self) -> tuple[VersionStatus, ...]:
+        if self.failure is not None:
+            raise self.failure
+        return VERSIONS
 
     async def chaos(self, request: ChaosRequest) -> ChaosReport:
         self.wishes.append(("chaos", request))

@@ -23,9 +23,9 @@ from ray_moe.config import Config, TransportConfig
 from ray_moe.errors import HostLost, InvalidConfig
 from ray_moe.service.membership import certificate_of, confined, make_certificate, ray_is_encrypted
 from ray_moe.transport.base import ExpertCall, ExpertReply
-from ray_moe.transport.grpc_client import GrpcTransport
-from ray_moe.transport.grpc_server import HostServer
+from ray_moe.transport.host_server import HostServer
 from ray_moe.transport.settings import MemberCertificate
+from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress
 from tests.unit.service.certificates import AUTHORITY, STRANGER_AUTHORITY, cert, key
 
@@ -50,7 +50,7 @@ async def meets(host: MemberCertificate | None, router: MemberCertificate | None
 
     server = HostServer(submit, "token", certificate=host)
     tcp, unix = await server.start()
-    transport = GrpcTransport("token", certificate=router)
+    transport = StreamTransport("token", certificate=router)
     try:
         connection = await asyncio.to_thread(transport.connect, HostAddress("expert-0", "", "node", 0, tcp, unix))
         hidden = torch.ones(3, 4)

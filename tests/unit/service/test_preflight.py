@@ -87,6 +87,24 @@ def test_experts_on_gpus_need_no_host_memory():
     preflight.check(make_spec(experts={"num_gpus": 1}, router={"num_gpus": 1}), 99 * GIB, room(4 * GIB, CPU=5, GPU=5))
 
 
+def test_experts_that_are_offloaded_count_with_what_is_resident():
+    """8 GiB of experts, 2 GiB on each of 4 actors, on a node that has 5 GiB."""
+
+    def spec(**experts):
+        return make_spec(expert_bytes=GIB // 2, experts=experts)
+
+    disk = {"offload": "disk", "resident_bytes": GIB // 8}
+    preflight.check(spec(**disk), 0, room(5 * GIB, CPU=5))
+    with pytest.raises(InsufficientResources, match=r"8\.00 GiB of experts"):
+        preflight.check(spec(), 0, room(5 * GIB, CPU=5))
+    with pytest.raises(InsufficientResources, match=r"2\.50 GiB of experts"):  # and one expert that computes
+        preflight.check(spec(**disk), 0, room(4 * GIB, CPU=5))
+    gpus = {"num_gpus": 1, "offload": "cpu"}
+    with pytest.raises(InsufficientResources, match=r"8\.00 GiB of experts"):  # pinned memory is memory
+        preflight.check(spec(**gpus), 0, room(5 * GIB, CPU=5, GPU=5))
+    preflight.check(spec(**gpus | disk), 0, room(3 * GIB, CPU=5, GPU=5))
+
+
 def test_slots_leave_room_for_the_router_and_the_standbys():
     config = Config.model_validate({"experts": {"num_cpus": 0.5, "standby_actors": 1}})
     assert preflight.actor_slots(config, {"CPU": 4}) == 5

@@ -20,9 +20,10 @@ from ray_moe.service.grpc.admin import AdminService
 from ray_moe.service.grpc.guard import Guard
 from ray_moe.service.grpc.inference import InferenceService
 from ray_moe.service.grpc.server import FrontDoor
+from ray_moe.service.grpc.training import TrainingService
 from ray_moe.wire import messages
 from ray_moe.wire.arrays import encode
-from ray_moe.wire.v1 import admin_pb2
+from ray_moe.wire.v1 import admin_pb2, training_pb2
 from ray_moe.wire.v1 import inference_pb2 as pb
 from ray_moe.wire.v1.admin_pb2_grpc import AdminStub
 from ray_moe.wire.v1.inference_pb2_grpc import InferenceStub
@@ -57,6 +58,9 @@ def test_every_method_of_the_protos_is_served() -> None:
     services: dict[Any, Any] = {
         pb.DESCRIPTOR.services_by_name["Inference"]: InferenceService(
             backend, guard, max_forward_tokens=1, max_prompt_bytes=1
+        ),
+        training_pb2.DESCRIPTOR.services_by_name["Training"]: TrainingService(
+            backend, guard, max_tokens=1, max_prompt_bytes=1
         ),
         admin_pb2.DESCRIPTOR.services_by_name["Admin"]: AdminService(backend, guard),
     }

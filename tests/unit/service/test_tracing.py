@@ -1,4 +1,4 @@
-"""Traces of requests: from a front door over the engine and the gRPC transport to the hosts of the experts."""
+"""Traces of requests: from a front door over the engine and its lines to the hosts of the experts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from ray_moe.runtime.stepper import Stepper
 from ray_moe.service.composition import Service
 from ray_moe.service.doors import Doors
 from ray_moe.transport.base import ExpertCall, ExpertReply
-from ray_moe.transport.grpc_client import GrpcTransport
-from ray_moe.transport.grpc_server import HostServer
+from ray_moe.transport.host_server import HostServer
+from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress, Placement, RoutingTable
 from tests.tiny_models import save, save_tokenizer
 from tests.unit.service.fake_backend import FakeBackend
@@ -108,7 +108,7 @@ class Cluster:
             placement = Placement(
                 {path: (HOSTS, HOSTS[::-1]) * (spec.num_experts // 2) for path, spec in self._checkpoint.layers.items()}
             )
-            transport = GrpcTransport("token", node_id="this node")
+            transport = StreamTransport("token", node_id="this node")
             # A host of which nothing is known is late after a tenth of the time-out.
             dispatcher = ExpertDispatcher(transport, DispatchSettings(call_timeout_s=5.0))
             dispatcher.update(RoutingTable(1, placement, addresses))
@@ -132,7 +132,9 @@ class Cluster:
             if thread.name == "generation":
                 await asyncio.to_thread(thread.join)  # it ends its spans
 
-    async def _stop(self, doors: Doors, engine: Engine, dispatcher: ExpertDispatcher, transport: GrpcTransport) -> None:
+    async def _stop(
+        self, doors: Doors, engine: Engine, dispatcher: ExpertDispatcher, transport: StreamTransport
+    ) -> None:
         await doors.stop(0.0)
         await engine.close()
         await asyncio.to_thread(dispatcher.close)

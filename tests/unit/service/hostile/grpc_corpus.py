@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 
 from ray_moe.wire import arrays
-from ray_moe.wire.v1 import admin_pb2
+from ray_moe.wire.v1 import admin_pb2, training_pb2
 from ray_moe.wire.v1 import inference_pb2 as pb
 from tests.unit.service.hostile.service import FORWARD, GENERATE, LAYER, NUM_EXPERTS, POSITIONS, VOCAB_SIZE, WIDTH
 
@@ -309,6 +309,19 @@ def drain(target: str) -> bytes:
     return admin_pb2.DrainRequest(target=target).SerializeToString()
 
 
+def publish(model: str) -> bytes:
+    return admin_pb2.PublishRequest(model=model).SerializeToString()
+
+
+def canary(**fields: Any) -> bytes:
+    given = {"layer_index": 0, "model": "/nowhere/at/all", **fields}
+    return admin_pb2.BeginCanaryRequest(**given).SerializeToString()
+
+
+def rollback(version: int) -> bytes:
+    return admin_pb2.RollbackRequest(version=version).SerializeToString()
+
+
 def chaos(**fields: Any) -> bytes:
     return admin_pb2.ChaosRequest(**{**KILL, **fields}).SerializeToString()
 
@@ -323,6 +336,23 @@ ADMINS: dict[str, tuple[str, bytes, grpc.StatusCode, str]] = {
     "drain an unknown actor": ("Drain", drain("expert-99"), C.NOT_FOUND, "no expert actor and no node"),
     "drain 1 MB": ("Drain", drain("x" * 1_000_000), C.NOT_FOUND, "no expert actor and no node"),
     "drain text that is not UTF-8": ("Drain", b"\x0a\x01\xff", BAD, "are not a DrainRequest"),
+    "publish nothing": ("Publish", publish(""), BAD, "expected the directory of a checkpoint"),
+    "publish what is not there": ("Publish", publish("/nowhere/at/all"), C.NOT_FOUND, "there is no directory"),
+    "publish by no message": ("Publish", b"\x0a\x01\xff", BAD, "are not a PublishRequest"),
+    "roll back to -1": ("Rollback", rollback(-1), C.NOT_FOUND, "version -1 is not there"),
+    "roll back to 2^63 - 1": ("Rollback", rollback(2**63 - 1), C.NOT_FOUND, "version 9223372036854775807 is not there"),
+    "roll back from the first": ("Rollback", b"", BAD, "no version before 0"),
+    "a canary of no layer": ("BeginCanary", b"", BAD, "no layer is named"),
+    "a canary of no model": ("BeginCanary", canary(model=""), BAD, "expected the directory of a checkpoint"),
+    "a canary of what is not there": ("BeginCanary", canary(), C.NOT_FOUND, "there is no directory"),
+    "a canary of share 0": ("BeginCanary", canary(share=0.0), BAD, "share is 0"),
+    "a canary of share NaN": ("BeginCanary", canary(share=math.nan), BAD, "share is nan"),
+    "a canary of share 2": ("BeginCanary", canary(share=2.0), BAD, "share is 2"),
+    "a canary of no such mode": ("BeginCanary", canary(mode="coal"), BAD, "mode is 'coal'"),
+    "a canary that may drift for ever": ("BeginCanary", canary(max_drift=math.inf), BAD, "max_drift is inf"),
+    "a canary that may not drift": ("BeginCanary", canary(max_drift=-1.0), BAD, "max_drift is -1"),
+    "the end of no canary": ("EndCanary", b"", BAD, "no version is being tried out"),
+    "versions by no message": ("ListVersions", b"\x0b", BAD, "are not a ListVersionsRequest"),
     "chaos that is off": ("Chaos", chaos(), C.FAILED_PRECONDITION, "chaos.enabled"),
     "chaos of no kind": ("Chaos", chaos(kind=""), BAD, "kind is ''"),
     "chaos of an unknown kind": ("Chaos", chaos(kind="meteor"), BAD, "kind is 'meteor'"),
@@ -334,6 +364,121 @@ ADMINS: dict[str, tuple[str, bytes, grpc.StatusCode, str]] = {
     "plan by no message": ("Plan", b"\x0b", BAD, "are not a PlanRequest"),
     "placement by no message": ("Placement", b"\x0b", BAD, "are not a PlacementRequest"),
     "status by no message": ("Status", b"\x0b", BAD, "are not a StatusRequest"),
+}
+
+# --- training ------------------------------------------------------------------------------------------------
+TRAINING = "/ray_moe.v1.Training/"
+TOKENS = np.array([[5, 6, 7], [8, 9, 5]])
+
+
+def micro(input_ids: Any = TOKENS, labels: Any = None, **others: Any) -> training_pb2.MicroBatch:
+    named = {"input_ids": input_ids, "labels": labels}
+    given = {
+        name: each if isinstance(each, pb.Tensor) else arrays.encode(np.asarray(each))
+        for name, each in named.items()
+        if each is not None
+    }
+    return training_pb2.MicroBatch(**{"id": "a", **given, **others})
+
+
+def optim_step(**options: Any) -> bytes:
+    given = training_pb2.StepOptions(**{"id": "a", **options})
+    return training_pb2.OptimStepRequest(options=given).SerializeToString()
+
+
+def train_step(*batches: training_pb2.MicroBatch, op_id: str = "a") -> bytes:
+    options = training_pb2.StepOptions(id=op_id)
+    return training_pb2.TrainStepRequest(batches=batches, options=options).SerializeToString()
+
+
+GOOD_MICRO = training_pb2.ForwardBackwardRequest(batch=micro()).SerializeToString()
+
+MICROS: dict[str, tuple[training_pb2.MicroBatch, str]] = {
+    "nothing": (training_pb2.MicroBatch(), "input_ids has dtype number 0"),
+    "no tokens": (micro(None), "input_ids has dtype number 0"),
+    "no id": (micro(id=""), "id is ''"),
+    "an id of 1 MB": (micro(id="x" * 1_000_000), "expected 1 to 64 letters"),
+    "an id that is a path": (micro(id="../../etc/passwd"), "id is '../../etc/passwd'"),
+    "an id with a NUL": (micro(id="a\0"), "expected 1 to 64 letters"),
+    "an id with a line break": (micro(id="a\n"), "expected 1 to 64 letters"),
+    "float tokens": (micro(TOKENS * 1.0), "input_ids has dtype float64"),
+    "one dimension": (micro(TOKENS[0]), "input_ids has shape [3]"),
+    "no dimension": (micro(np.int64(5)), "input_ids has shape []"),
+    "no sequence": (micro(TOKENS[:0]), "input_ids has shape [0, 3]"),
+    "no sequence, 2^62 long": (micro(tensor(5, [0, 2**62])), "input_ids has shape"),
+    "sequences of one token": (micro(TOKENS[:, :1]), "two or more tokens"),
+    "10^9 sequences": (micro(tensor(5, [10**9, 3], bytes(48))), "takes 24,000,000,000"),
+    "too many tokens": (micro(np.ones((1025, 2), np.int32)), "at most 1,024 go in one"),
+    "too long a sequence": (micro(np.ones((1, POSITIONS + 1), np.int64)), "at most 1,024 go in one"),
+    "token -1": (micro(TOKENS - 6), "input_ids[0, 0] is -1"),
+    "token -100": (micro(np.where(TOKENS == 7, -100, TOKENS), TOKENS), "input_ids[0, 2] is -100"),
+    "token beyond": (micro(TOKENS + VOCAB_SIZE - 6), f"input_ids[0, 1] is {VOCAB_SIZE}"),
+    "token 2^32 + 5": (micro(TOKENS + 2**32), "input_ids[0, 0] is 4294967301"),
+    "label -1": (micro(TOKENS, TOKENS - 6), "labels[0, 0] is -1"),
+    "label -99": (micro(TOKENS, TOKENS - 104), "labels[0, 0] is -99"),
+    "label beyond": (micro(TOKENS, TOKENS + VOCAB_SIZE - 6), f"labels[0, 1] is {VOCAB_SIZE}"),
+    "label 2^63 - 1": (micro(TOKENS, np.full((2, 3), 2**63 - 1)), "labels[0, 0] is 9223372036854775807"),
+    "labels of another shape": (micro(TOKENS, TOKENS.T), "labels has shape [3, 2]"),
+    "float labels": (micro(TOKENS, TOKENS * 1.0), "labels has dtype float64"),
+    "labels of no dtype": (micro(TOKENS, pb.Tensor()), "labels has dtype number 0"),
+    "no label that counts": (micro(TOKENS, np.full((2, 3), -100)), "no label counts"),
+    "none behind the first": (micro(TOKENS, [[5, -100, -100], [8, -100, -100]]), "no label counts"),
+    "weight 0": (micro(weight=0), "weight is 0"),
+    "weight -1": (micro(weight=-1), "weight is -1"),
+    "weight NaN": (micro(weight=math.nan), "weight is nan"),
+    "weight infinite": (micro(weight=math.inf), "weight is inf"),
+    "weight 1e300": (micro(weight=1e300), "weight is 1e+300"),
+}
+TRAININGS: dict[str, tuple[str, bytes, str]] = {
+    **{
+        f"forward_backward: {name}": (
+            "ForwardBackward",
+            training_pb2.ForwardBackwardRequest(batch=batch).SerializeToString(),
+            says,
+        )
+        for name, (batch, says) in MICROS.items()
+    },
+    **{
+        f"ForwardBackward: {name}": ("ForwardBackward", data, "are not a ForwardBackwardRequest")
+        for name, data in NO_MESSAGES.items()
+    },
+    **{
+        f"ForwardBackward cut at byte {cut}": ("ForwardBackward", GOOD_MICRO[:cut], "")
+        for cut in (1, 5, 12, len(GOOD_MICRO) - 1)
+    },
+    "a step without an id": ("OptimStep", optim_step(id=""), "id is ''"),
+    "a step without options": ("OptimStep", b"", "id is ''"),
+    "step -1": ("OptimStep", optim_step(step=-1), "step is -1"),
+    "step 2^63 - 1": ("OptimStep", optim_step(step=2**63 - 1), "step is 9223372036854775807"),
+    "lr -1": ("OptimStep", optim_step(lr=-1), "lr is -1"),
+    "lr NaN": ("OptimStep", optim_step(lr=math.nan), "lr is nan"),
+    "lr infinite": ("OptimStep", optim_step(lr=math.inf), "lr is inf"),
+    "clip_norm 0": ("OptimStep", optim_step(clip_norm=0), "clip_norm is 0"),
+    "clip_norm NaN": ("OptimStep", optim_step(clip_norm=math.nan), "clip_norm is nan"),
+    "a step by no message": ("OptimStep", b"\xff", "are not a OptimStepRequest"),
+    "train_step of nothing": ("TrainStep", train_step(), "0 micro-batches"),
+    "train_step of too many": (
+        "TrainStep",
+        train_step(*[micro(id=str(number)) for number in range(1025)]),
+        "1025 micro-batches",
+    ),
+    "train_step of the same twice": ("TrainStep", train_step(micro(), micro()), "the same id"),
+    "train_step with a bad one": ("TrainStep", train_step(micro(), micro(TOKENS - 9, id="b")), "input_ids[0, 0] is -4"),
+    "train_step without an id": ("TrainStep", train_step(micro(), op_id=""), "id is ''"),
+    "load step -1": ("LoadState", training_pb2.LoadStateRequest(step=-1).SerializeToString(), "step is -1"),
+    "load by no message": ("LoadState", b"\x0b", "are not a LoadStateRequest"),
+    "save by no message": ("SaveState", b"\x0b", "are not a SaveStateRequest"),
+    "state by no message": ("GetState", b"\x0b", "are not a GetStateRequest"),
+    "discard by no message": ("Discard", b"\x0a\x01\xff", "are not a DiscardRequest"),
+    "publish by no message": ("PublishTrained", b"\x0b", "are not a PublishTrainedRequest"),
+    "sample without a prompt": ("Sample", b"", "exactly one of prompt (text) and token_ids"),
+    "sample with stops": ("Sample", generate(stop=["x"]).SerializeToString(), "stop is for published weights only"),
+    "sample with log-probabilities": ("Sample", generate(logprobs=1).SerializeToString(), "logprobs is for published"),
+    "sample of a version": ("Sample", generate(version=0).SerializeToString(), "not of a version"),
+    "a sample of token -1": ("Sample", generate(token_ids=tokens(-1)).SerializeToString(), "token_ids[0] is -1"),
+    "a sample of too many": ("Sample", generate(max_new_tokens=1025).SerializeToString(), "max_new_tokens is 1,025"),
+    "a sample of too long a text": ("Sample", generate(prompt="a" * 60_000).SerializeToString(), "positions"),
+    "no message at all": ("Sample", generate().SerializeToString()[:1], "are not a GenerateRequest"),
 }
 
 CORPUS: dict[str, Call] = {
@@ -349,6 +494,9 @@ CORPUS: dict[str, Call] = {
         for name, request in STRANGE_GENERATES.items()
     },
     **{f"admin: {n}": Call(f"{ADMIN}{method}", [data], code, says) for n, (method, data, code, says) in ADMINS.items()},
+    **{f"training: {n}": Call(f"{TRAINING}{method}", [d], BAD, says) for n, (method, d, says) in TRAININGS.items()},
+    "training: a good one": Call(f"{TRAINING}ForwardBackward", [GOOD_MICRO], C.OK, num_answers=1),
+    "training: no message": Call(f"{TRAINING}OptimStep", [], BAD, "the call ended before its request came"),
     "stream: a bad request between good ones": Call(
         FORWARD_STREAM, [GOOD_FORWARD, GOOD_FORWARD, GOOD_FORWARD[:40], GOOD_FORWARD], BAD, num_answers=2
     ),

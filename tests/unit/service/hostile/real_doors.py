@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from ray_moe.config import ServerConfig
-from ray_moe.errors import InvalidConfig, NotFound
+from ray_moe.errors import InvalidConfig, NotFound, Unavailable
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy import events as ev
 from ray_moe.policy.cluster_state import ClusterState
 from ray_moe.policy.hosts import ClusterSettings
+from ray_moe.policy.versions import Versions
 from ray_moe.runtime.engine import Engine, EngineLimits
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.measures import Measures, measure
@@ -34,6 +35,7 @@ from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.service.doors import Doors
 from ray_moe.transport.local import LocalTransport
 from ray_moe.types import (
+    CanaryRequest,
     ChaosReport,
     ChaosRequest,
     GenerateChunk,
@@ -45,7 +47,9 @@ from ray_moe.types import (
     RouterStatus,
     RoutingTable,
     ServiceStatus,
+    VersionStatus,
 )
+from tests.unit.service.fake_training import FakeTraining
 
 HOSTS = ("expert-0", "expert-1")
 SETTINGS: dict[str, Any] = {
@@ -97,6 +101,7 @@ class RealBackend:
         self.tokenize_chat = self.engine.texts.tokenize_chat
         self.token_text = self.engine.texts.token_text
         self.forward = self.engine.forward
+        self.training = FakeTraining()
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
         return self.engine.generate(request)
@@ -139,6 +144,23 @@ class RealBackend:
             raise NotFound(f"no expert actor and no node {target!r}; the actors are {', '.join(HOSTS)}")
         self._cluster().handle(ev.DrainRequested((target,), replace=replace), 0.0)
         return (target,)
+
+    async def publish(self, model: str) -> VersionStatus:
+        self._checkpoint.check_same_architecture(await asyncio.to_thread(Checkpoint.open, model))
+        raise Unavailable("there are no actors to load it")
+
+    async def roll_back(self, to: int | None) -> VersionStatus:
+        return Versions.first("tiny").roll_back(to).statuses()[0]
+
+    async def begin_canary(self, request: CanaryRequest) -> VersionStatus:
+        return await self.publish(request.model)
+
+    async def end_canary(self, promote: bool) -> VersionStatus:
+        versions = Versions.first("tiny")
+        return (versions.promote(1) if promote else versions.cancel()).statuses()[0]
+
+    async def versions(self) -> tuple[VersionStatus, ...]:
+        return Versions.first("tiny").statuses()
 
     async def chaos(self, request: ChaosRequest) -> ChaosReport:
         raise InvalidConfig("this service may not be hurt: start it with chaos.enabled=true to allow it")

@@ -10,12 +10,19 @@ from tests.unit.service.hostile.grpc_corpus import (
     ADMIN,
     FORWARD_STREAM,
     GOOD_FORWARD,
+    GOOD_MICRO,
+    TRAINING,
     C,
     Call,
+    canary,
     chaos,
     drain,
     generate,
+    micro,
+    optim_step,
+    publish,
     resize,
+    train_step,
 )
 from tests.unit.service.hostile.http_corpus import CHAT, COMPLETIONS, HELLO, JSON, body, chat
 from tests.unit.service.hostile.kserve_corpus import GOOD, KSERVE, STREAM, setting
@@ -35,10 +42,26 @@ ADMINS = {
     "Drain": (f"{ADMIN}Drain", drain("expert-0")),
     "Chaos": (f"{ADMIN}Chaos", chaos()),
     "Plan": (f"{ADMIN}Plan", b""),
+    "Publish": (f"{ADMIN}Publish", publish("/models/better")),
+    "Rollback": (f"{ADMIN}Rollback", b""),
+    "BeginCanary": (f"{ADMIN}BeginCanary", canary()),
+    "EndCanary": (f"{ADMIN}EndCanary", b""),
+    "PublishTrained": (f"{TRAINING}PublishTrained", b""),
+}
+TRAINS = {
+    "ForwardBackward": (f"{TRAINING}ForwardBackward", GOOD_MICRO),
+    "OptimStep": (f"{TRAINING}OptimStep", optim_step()),
+    "TrainStep": (f"{TRAINING}TrainStep", train_step(micro())),
+    "Discard": (f"{TRAINING}Discard", b""),
+    "Sample": (f"{TRAINING}Sample", GENERATION),
+    "SaveState": (f"{TRAINING}SaveState", b""),
+    "LoadState": (f"{TRAINING}LoadState", b""),
+    "GetState": (f"{TRAINING}GetState", b""),
 }
 KNOWN = {
     "Status": (f"{ADMIN}Status", b""),
     "Placement": (f"{ADMIN}Placement", b""),
+    "ListVersions": (f"{ADMIN}ListVersions", b""),
     "ModelMetadata": (f"{KSERVE}/ModelMetadata", b"\x0a\x04tiny"),
     "RepositoryIndex": (f"{KSERVE}/RepositoryIndex", b""),
 }
@@ -68,9 +91,9 @@ def test_nobody_calls_without_a_key(service: Service, method: str, without: str)
     service.check("grpc")
 
 
-@pytest.mark.parametrize("method", [*INFERS, *ADMINS, *KNOWN])
+@pytest.mark.parametrize("method", [*INFERS, *ADMINS, *TRAINS, *KNOWN])
 def test_a_key_that_has_expired_opens_nothing(service: Service, method: str) -> None:
-    path, data = (INFERS | ADMINS | KNOWN)[method]
+    path, data = (INFERS | ADMINS | TRAINS | KNOWN)[method]
     key = service.keys.metadata("late")
     assert_refused(service.keyed_channel, Call(path, [data], C.UNAUTHENTICATED, "has expired", key))
     service.check("grpc")
@@ -79,10 +102,11 @@ def test_a_key_that_has_expired_opens_nothing(service: Service, method: str) -> 
 @pytest.mark.parametrize(
     ("name", "method", "role"),
     [(name, method, "infer") for name in ("trainer", "chief") for method in INFERS]
-    + [(name, method, "admin") for name in ("ana", "trainer") for method in ADMINS],
+    + [(name, method, "admin") for name in ("ana", "trainer") for method in ADMINS]
+    + [(name, method, "train") for name in ("ana", "chief") for method in TRAINS],
 )
 def test_a_key_opens_what_is_its_role_s_and_nothing_else(service: Service, name: str, method: str, role: str) -> None:
-    path, data = (INFERS | ADMINS)[method]
+    path, data = (INFERS | ADMINS | TRAINS)[method]
     key = [("x-api-key", service.keys.secrets[name])]
     assert_refused(service.keyed_channel, Call(path, [data], C.PERMISSION_DENIED, f"the role {role}", key))
     service.check("grpc")

@@ -14,19 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_moe.errors import InvalidRequest, RayMoEError, WireError
+from ray_moe.service.grpc import training
 from ray_moe.service.kserve import catalog, generation, layers
 from ray_moe.service.kserve.parameters import read_options
 from ray_moe.service.validation import chaos, check_generate, check_hidden, check_routing, find_layer, num_actors
 from ray_moe.wire import arrays, messages
 from ray_moe.wire.kserve import grpc_service_pb2 as kserve
 from ray_moe.wire.status import CODES, from_status
-from ray_moe.wire.v1 import admin_pb2
+from ray_moe.wire.v1 import admin_pb2, training_pb2
 from ray_moe.wire.v1 import inference_pb2 as pb
 from tests.unit.service.fake_backend import LAYER, NUM_EXPERTS, WIDTH
 from tests.unit.service.hostile.fuzzing import BACKEND, FLOATS, INT64, REFUSED, assert_sound, encoded, fuzz
 from tests.unit.service.hostile.kserve_corpus import ask, tokens
 
 GOOD_GENERATE = pb.GenerateRequest(prompt="hello", max_new_tokens=3, temperature=1, top_p=0.5, stop=["x"], seed=1)
+GOOD_MICRO = training_pb2.MicroBatch(id="a", input_ids=arrays.encode(np.array([[1, 2, 3]])), weight=0.5)
+GOOD_STEP = training_pb2.StepOptions(id="a", step=3, lr=0.1, clip_norm=1.0)
 GOOD_INFER = ask(tokens(5, 6), parameters={"max_tokens": 2, "temperature": 0.5, "timeout": 1000})
 HIDDEN = ("hidden", "FP32", [2, WIDTH], np.ones((2, WIDTH), np.float32).tobytes())
 ROUTING = (("index", "INT64", [2, 1], bytes(16)), ("weight", "FP32", [2, 1], bytes(8)))
@@ -101,12 +104,31 @@ def test_wishes_are_refused_or_sound(of_chaos: bytes, of_size: bytes) -> None:
         assert 0 <= num_actors(messages.parse(admin_pb2.ResizeRequest, of_size).num_actors) <= 100_000
 
 
+@fuzz
+@given(encoded(training_pb2.MicroBatch, GOOD_MICRO), encoded(training_pb2.StepOptions, GOOD_STEP))
+def test_a_micro_batch_and_a_step_are_refused_or_sound(of_micro: bytes, of_step: bytes) -> None:
+    with contextlib.suppress(*REFUSED):
+        micro = training.read_micro_batch(BACKEND, messages.parse(training_pb2.MicroBatch, of_micro), 100)
+        ids, labels = micro.input_ids, micro.labels
+        assert ids.ndim == 2 and ids.shape == labels.shape and ids.size <= 100 and math.isfinite(micro.weight)
+        assert 0 <= ids.min() <= ids.max() < BACKEND.vocab_size
+        assert ((labels == -100) | ((labels >= 0) & (labels < BACKEND.vocab_size))).all()
+    with contextlib.suppress(*REFUSED):
+        options = training.read_options(messages.parse(training_pb2.StepOptions, of_step))
+        assert 0 < len(options.op_id) <= 64 and (options.step or 0) >= 0
+        assert 0 <= (options.lr or 0.0) < math.inf and (options.clip_norm is None or options.clip_norm > 0)
+
+
 RESPONSES: list[tuple[type[Message], Callable[[Any], object]]] = [
     (pb.GenerateResponse, messages.chunk_from_proto),
     (admin_pb2.StatusResponse, messages.status_from_proto),
     (admin_pb2.PlacementResponse, messages.table_from_proto),
     (admin_pb2.PlanResponse, messages.plan_from_proto),
     (admin_pb2.ChaosResponse, messages.chaos_report_from_proto),
+    (training_pb2.ForwardBackwardResponse, messages.micro_batch_report_from_proto),
+    (training_pb2.OptimStepResponse, messages.step_result_from_proto),
+    (training_pb2.SaveStateResponse, messages.saved_state_from_proto),
+    (training_pb2.GetStateResponse, messages.training_state_from_proto),
 ]
 
 

@@ -76,14 +76,17 @@ def test_a_call_between_processes_is_refused_or_consistent(
         st.none() | st.builds(tensors.make_spec, DTYPES, st.lists(st.integers(0, 3), max_size=3).map(tuple)), max_size=3
     ),
     st.integers(0, 3),
+    st.booleans(),
 )
-def test_a_reply_between_processes_is_refused_or_fits(fields: list[Any], specs: list[Any], num_rows: int) -> None:
+def test_a_reply_between_processes_is_refused_or_fits(
+    fields: list[Any], specs: list[Any], num_rows: int, packed: bool
+) -> None:
     try:
-        rows, _ = codec.read_reply(fields, specs, num_rows)
+        rows, _ = codec.read_reply(fields, specs, codec.Wanted(num_rows, packed))
     except RayMoEError as error:
         assert isinstance(error, WireError) or fields[0] == codec.FAILED
     else:
-        assert rows.shape[0] == num_rows and rows.dtype.is_floating_point
+        assert rows.shape[0] == num_rows and (rows.dtype is torch.uint8 if packed else rows.dtype.is_floating_point)
 
 
 @fuzz

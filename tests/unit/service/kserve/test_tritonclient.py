@@ -148,6 +148,7 @@ def spec_of(backend: FakeBackend, path: str, width: int) -> Any:
 
 # --- Generation ----------------------------------------------------------------------------------------------
 async def test_a_generation_is_one_answer(aio_client: Any, backend: FakeBackend) -> None:
+    backend.weights = [4]
     inputs = [
         given("text_input", words("hello")),
         given("temperature", np.array([0.5], np.float32)),
@@ -159,6 +160,7 @@ async def test_a_generation_is_one_answer(aio_client: Any, backend: FakeBackend)
     assert result.as_numpy("text_output").tolist() == [b"0 1 2 "]
     assert result.as_numpy("token_ids").tolist() == [0, 1, 2]
     assert result.as_numpy("finish_reason").tolist() == [b"length"]
+    assert result.get_response().parameters["weights_version"].int64_param == 4
     (asked,) = backend.requests
     assert (asked.prompt, asked.max_new_tokens, asked.temperature, asked.top_p) == ("hello", 3, 0.5, 0.25)
     assert (asked.top_k, asked.seed, asked.ignore_eos, asked.stop) == (9, 11, True, ("x", "y"))
@@ -183,6 +185,7 @@ def test_pieces_come_one_by_one_and_the_last_is_marked(client: Any) -> None:
     send = partial(client.async_stream_infer, "tiny", [given("text_input", words("x"))])
     send(request_id="good", parameters={"max_tokens": 3}, enable_empty_final_response=True)
     pieces = [answers.get(timeout=10) for _ in range(3)]
+    assert [piece.get_response().parameters["weights_version"].int64_param for piece, _ in pieces] == [0, 0, 0]
     assert [error for _, error in pieces] == [None] * 3
     assert [result.as_numpy("text_output").tolist() for result, _ in pieces] == [[b"0 "], [b"1 "], [b"2 "]]
     responses = [result.get_response() for result, _ in pieces]

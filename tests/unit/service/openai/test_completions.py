@@ -172,3 +172,17 @@ async def test_the_synchronous_client_works_too(address: str) -> None:
             return whole.choices[0].text, "".join(piece.choices[0].text for piece in pieces), names
 
     assert await asyncio.to_thread(ask) == ("0 1 ", "0 1 ", [MODEL])
+
+
+async def test_answers_tell_the_versions_of_the_weights(client: openai.AsyncOpenAI, backend: TellingBackend) -> None:
+    backend.weights = [2, 3, 2, 4, 5]
+    done = await client.completions.create(model=MODEL, prompt="hello", n=2)
+    assert done.system_fingerprint == "weights-2+3"
+    chat = await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hello"}])
+    assert chat.system_fingerprint == "weights-2"
+    pieces = [p async for p in await client.completions.create(model=MODEL, prompt="hello", stream=True)]
+    assert {piece.system_fingerprint for piece in pieces} == {"weights-4"}
+    chunks = await client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "hello"}], stream=True
+    )
+    assert {chunk.system_fingerprint async for chunk in chunks} == {"weights-5"}
