@@ -38,7 +38,7 @@ class LocalExperts:
         self._modules = modules
 
     def forward(
-        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, version: int = 0
     ) -> torch.Tensor:
         out: torch.Tensor = self._modules[layer](hidden, index, weight)
         return out

@@ -52,8 +52,8 @@ def about(settings: Settings, extra: Sequence[str]) -> dict[str, str]:
     threads = f"{settings.cores} threads"
     changed = f", but for {', '.join(extra)}" if extra else ""
     return {
-        OURS: f"`ray-moe serve` with a Ray of its own: a router and {settings.actors} expert actors, each of one "
-        f"thread{changed}.",
+        OURS: f"`ray-moe serve` with a Ray of its own: a router of {threads} and {settings.actors} expert actors of "
+        f"one each{changed}.",
         IN_PROCESS: f"the same engine and HTTP door in one process of {threads}, without Ray and dispatcher: each "
         "layer's tokens go straight to the grouped experts module of `transformers` (`benchmarks/one_process.py`). "
         "A router with room for all experts (`expert_cache_bytes`) would be an easier rival, as it still dispatches.",
@@ -70,7 +70,7 @@ def cb_blocks(settings: Settings) -> int:
 
 def make_contestants(model: Path, settings: Settings, extra: Sequence[str], python: str | None) -> list[Contestant]:
     contestants = [
-        serving_servers.ray_moe(OURS, model, settings.actors, extra),
+        serving_servers.ray_moe(OURS, model, settings.actors, settings.cores, extra),
         serving_servers.one_process(IN_PROCESS, model, settings.cores),
     ]
     if python is not None:

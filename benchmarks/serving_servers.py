@@ -38,11 +38,12 @@ class Contestant:
     """Whether it may be stopped (SIGSTOP) while others are measured; processes that watch each other may not."""
 
 
-def ray_moe(name: str, model: Path, num_actors: int, extra: Sequence[str]) -> Contestant:
-    """`ray-moe serve` with a Ray of its own, and `extra` settings (KEY=VALUE)."""
+def ray_moe(name: str, model: Path, num_actors: int, num_threads: int, extra: Sequence[str]) -> Contestant:
+    """`ray-moe serve` with a Ray of its own, a router of `num_threads`, and `extra` settings (KEY=VALUE)."""
     settings = {
         "model_name": model,
         "server.http_port": "{port}",
+        "router.num_threads": num_threads,
         "ray.num_cpus": num_actors + 1,
         "ray.auth": "disabled",
     }

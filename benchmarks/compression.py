@@ -1,0 +1,214 @@
+"""What training sends, and where its loss ends, with rows and gradients of weights made smaller.
+
+`python benchmarks/compression.py [--quick]`. Each run is a short training by two workers on two hosts, every expert on
+both, in one process: of a small Mixtral on tokens in a circle, where all calls travel as bytes, which are counted; and,
+for gradients in one bit, that of `examples/train_stdlib_lm.py` with several seeds. None of the figures depends on
+timing. Results go to `benchmarks/results/compression.{json,md}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from benchmarks import report
+from ray_moe.models.byte_level import END, ByteModel, new_model
+from ray_moe.ops.optimizers import OptimizerSettings
+from ray_moe.ops.schedules import ScheduleSettings, factor
+from ray_moe.training.data import BatchRequest, Data, Split, open_data
+from ray_moe.training.settings import ExchangeSettings, StepSettings
+from tests.training_cluster import Cluster
+from tests.training_traffic import Gradients, Rows
+
+LR = 5e-3
+WIDTH = 64
+KINDS: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "`gradient_compression: 1bit`": {"gradient_compression": "1bit"},
+    "`wire: bfloat16`": {"wire": "bfloat16"},
+    "`wire: int8`": {"wire": "int8"},
+    "`1bit` and `int8`": {"gradient_compression": "1bit", "wire": "int8"},
+}
+
+WARMUP = 5
+"""One step in so many goes before gradients are compressed, as in `config.TrainConfig`."""
+
+STDLIB_STEPS, STDLIB_SEEDS = 300, (0, 1, 2)
+STDLIB_OPTIMIZER = OptimizerSettings(lr=4e-3, weight_decay=0.01, no_decay=("*norm*", "*bias*"))
+
+
+def batches(step: int, rank: int) -> list[dict[str, torch.Tensor]]:
+    """Twelve tokens in a circle, half of them replaced by any: there is a floor, which the loss gets to."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    ids = 3 + (torch.randint(0, 12, (8, 1), generator=generator) + torch.arange(16)) % 12
+    is_noise = torch.rand(ids.shape, generator=generator) < 0.5
+    ids = torch.where(is_noise, torch.randint(3, 15, ids.shape, generator=generator), ids)
+    return [{"input_ids": ids, "labels": ids}]
+
+
+def model() -> Any:
+    config = CONFIG_MAPPING["mixtral"](
+        vocab_size=96,
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def run(origin: Any, num_steps: int, wire: str = "same", gradient_compression: str = "none") -> dict[str, float]:
+    """One training: bytes of each step, and the mean loss of its last tenth."""
+    settings: Any = StepSettings(
+        num_replicas=2,
+        snapshot_every=0,
+        gradient_compression=gradient_compression,  # type: ignore[arg-type]
+        compression_warmup_steps=num_steps // WARMUP,
+    )
+    made = Cluster(
+        origin,
+        2,
+        2,
+        optimizer=OptimizerSettings(lr=LR),
+        settings=settings,
+        exchange=ExchangeSettings(wire=wire),  # type: ignore[arg-type]
+        schedule=lambda step: LR * 0.5 * (1 + math.cos(math.pi * (step - 1) / num_steps)),
+    )
+    gradients, rows = Gradients(made), Rows(made)
+    made.start()
+    losses = [each.loss for each in made.train(num_steps, batches)]
+    return {
+        "replicas": gradients.replicas / num_steps,
+        "workers": gradients.workers / num_steps,
+        "rows": rows.num_bytes / num_steps,
+        "half": losses[len(losses) // 2],
+        "loss": sum(losses[-(num_steps // 10) :]) / (num_steps // 10),
+    }
+
+
+def stdlib_run(data: Data, seed: int, num_steps: int, gradient_compression: str) -> dict[str, float]:
+    """Bytes of the run and of its steps after the warm-up, and the loss of files that were kept apart."""
+
+    def windows(step: int, rank: int, split: Split = "train") -> dict[str, torch.Tensor]:
+        return data.batch(
+            BatchRequest(step, batch_size=4, window=192, worker=rank, num_workers=2, seed=seed, split=split)
+        )
+
+    warmup = num_steps // WARMUP
+    schedule = ScheduleSettings("cosine", warmup_steps=min(20, num_steps), total_steps=num_steps)
+    made = Cluster(
+        new_model(ByteModel(seed=seed)),
+        2,
+        2,
+        optimizer=STDLIB_OPTIMIZER,
+        settings=StepSettings(
+            num_replicas=2,
+            snapshot_every=0,
+            gradient_compression=gradient_compression,  # type: ignore[arg-type]
+            compression_warmup_steps=warmup,
+        ),
+        schedule=lambda step: STDLIB_OPTIMIZER.lr * factor(schedule, step),
+    )
+    gradients = Gradients(made)
+    made.start()
+    figures: dict[str, float] = {}
+    for last in range(1, num_steps + 1):
+        made.train(last, lambda step, rank: [windows(step - 1, rank)])
+        if last == warmup:
+            figures = {"replicas, warm-up": gradients.replicas, "workers, warm-up": gradients.workers}
+    figures |= {"replicas": gradients.replicas, "workers": gradients.workers}
+    unseen = made.together(
+        lambda trainer: trainer.validate([windows(step, trainer.rank, "validation") for step in range(8)])
+    )
+    return figures | {"loss": unseen[0]}
+
+
+def page(results: Mapping[str, Mapping[str, float]], num_steps: int) -> str:
+    exact = results["as they are"]
+    cells = {}
+    for name, figures in results.items():
+        sizes = [f"{figures[key] / 1024:,.1f} ({exact[key] / figures[key]:.1f}×)" for key in KEYS]
+        half, last = (
+            f"{figures[key]:.4f} ({100 * (figures[key] / exact[key] - 1):+.2f} %)" for key in ("half", "loss")
+        )
+        cells[name] = [*sizes, half, last]
+    columns = ["gradients to owners", "gradients of a worker", "calls and replies", "loss half-way", "loss at the end"]
+    return f"""# What training sends
+
+{num_steps} steps of a Mixtral of width {WIDTH}, two workers, two hosts, every expert on both; AdamW with a cosine
+schedule. KiB of a step, and how many times fewer than without the option; mean loss of the last tenth of the steps. Of
+every call the numbers of its tokens are counted too. With `1bit` a fifth of the steps goes before gradients are
+compressed (`compression_warmup_steps`), and counts.
+
+{report.table(columns, cells)}"""
+
+
+def stdlib_page(runs: Mapping[str, Sequence[Mapping[str, float]]], num_steps: int) -> str:
+    exact = runs["none"]
+    cells = {}
+    for seed, whole, small in zip(STDLIB_SEEDS, exact, runs["1bit"], strict=False):
+        ratio = 100 * (small["loss"] / whole["loss"] - 1)
+        cells[f"seed {seed}"] = [
+            f"{whole['loss']:.4f}",
+            f"{small['loss']:.4f} ({ratio:+.2f} %)",
+            *(f"{_fewer(whole, small, key, True):.1f}×" for key in ("replicas", "workers")),
+            *(f"{_fewer(whole, small, key, False):.1f}×" for key in ("replicas", "workers")),
+        ]
+    of_all = [100 * (b["loss"] / a["loss"] - 1) for a, b in zip(exact, runs["1bit"], strict=True)]
+    columns = ["loss", "with `1bit`", "fewer bytes to owners", "of a worker", "the whole run: to owners", "of a worker"]
+    return f"""## Gradients in one bit, learning the standard library
+
+The model, data and settings of `examples/train_stdlib_lm.py` for {num_steps} steps, by two workers on two hosts, every
+expert on both; the loss (nats a byte) is that of files that were kept apart, and a run with `1bit` has the same seed,
+first weights and batches as the one without. The first {num_steps // WARMUP} steps send whole gradients; bytes are
+those of the steps after them, and of the whole run.
+
+{report.table(columns, cells)}
+
+The loss with `1bit` is {statistics.mean(of_all):+.2f} % (from {min(of_all):+.2f} to {max(of_all):+.2f} %) beside that
+without."""
+
+
+def _fewer(whole: Mapping[str, float], small: Mapping[str, float], key: str, is_after: bool) -> float:
+    """How many times fewer bytes, after the warm-up or of the whole run."""
+    before = f"{key}, warm-up"
+    return (whole[key] - is_after * whole[before]) / (small[key] - is_after * small[before])
+
+
+KEYS = ("replicas", "workers", "rows")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--quick", action="store_true", help="ten steps, to see that it runs; nothing is written")
+    quick: bool = arguments.parse_args().quick
+    torch.set_num_threads(1)
+    num_steps = 10 if quick else 200
+    origin = model()
+    results = {name: run(origin, num_steps, **options) for name, options in KINDS.items()}
+    stdlib_steps, seeds = (10, STDLIB_SEEDS[:1]) if quick else (STDLIB_STEPS, STDLIB_SEEDS)
+    data = open_data("stdlib", vocab_size=END + 1)
+    runs = {how: [stdlib_run(data, seed, stdlib_steps, how) for seed in seeds] for how in ("none", "1bit")}
+    text = f"{page(results, num_steps)}\n\n{stdlib_page(runs, stdlib_steps)}"
+    print(text)
+    if not quick:
+        report.write("compression", text, {"steps": num_steps, "runs": results, "stdlib": runs})
+
+
+if __name__ == "__main__":
+    main()
