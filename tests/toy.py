@@ -24,9 +24,11 @@ class ToyExperts(nn.Module):
 
     has_gate, has_bias, is_transposed, has_post_expert_norm = True, False, False, False
 
-    def __init__(self, num_experts: int = 6, width: int = 8, inner: int = 5, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, num_experts: int = 6, width: int = 8, inner: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0
+    ):
         super().__init__()
-        generator = torch.Generator().manual_seed(num_experts * 1000 + width)
+        generator = torch.Generator().manual_seed(seed * 1_000_000 + num_experts * 1000 + width)
         self.gate_up_proj = nn.Parameter(torch.randn(num_experts, 2 * inner, width, generator=generator).to(dtype))
         self.down_proj = nn.Parameter(torch.randn(num_experts, width, inner, generator=generator).to(dtype))
 
@@ -71,7 +73,7 @@ def own_experts(module: ToyExperts, *, cache: int = 0, lifeboat: int = 0) -> Own
     """A router's own experts out of `module`, with room for so many."""
     num_bytes = sum(parameter[0].nbytes for parameter in module.parameters())
     return OwnExperts(
-        lambda layer, experts: StackedExperts(module.shard(experts)),
+        lambda layer, experts, version: StackedExperts(module.shard(experts)),
         {LAYER: num_bytes},
         cache_bytes=cache * num_bytes,
         lifeboat_bytes=lifeboat * num_bytes,

@@ -59,6 +59,7 @@ def test_the_check_lets_pass_what_is_allowed(tmp_path: Path, path: str, source: 
     [
         ("import ray_moe", ("ray", "torch", "transformers", "grpc", "numpy", "pydantic")),
         ("from ray_moe import Client, AsyncClient", ("ray", "torch", "transformers", "pydantic", "typer")),
+        ("from ray_moe import MoELayer", ("ray", "transformers", "grpc", "pydantic")),
         ("import ray_moe.cli.main", ("ray", "torch", "transformers", "grpc", "numpy")),
     ],
 )

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ray_moe.models.experts import Handler, experts_modules, install
+from ray_moe.models.experts import experts_modules, install
 from ray_moe.models.families import adapt
 from ray_moe.models.huggingface import Checkpoint
+from ray_moe.ops.layer import Handler
 from ray_moe.types import LayerPath
 from tests import tiny_models
 

@@ -91,7 +91,10 @@ def _actor_processes() -> set[int]:
             title = process.name() + " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
-        if any(name in title for name in ("ray::ExpertActor", "ray::Router", "ray::Controller", "ray::Launcher")):
+        if any(
+            name in title
+            for name in ("ray::ExpertActor", "ray::Router", "ray::Controller", "ray::Launcher", "ray::TrainerActor")
+        ):
             found.add(process.pid)
     return found
 
@@ -155,6 +158,19 @@ def all_ready(status: ServiceStatus) -> bool:
 def has_actors(number: int) -> Callable[[ServiceStatus], bool]:
     """For `await_status`: as many actors, all ready, and no change under way."""
     return lambda status: all_ready(status) and not status.changing and len(status.hosts) == number
+
+
+def await_rest(client: Client, number: int, quiet_s: float = 1.0) -> ServiceStatus:
+    """The status when nothing has changed for a while with as many actors: what was repaired may be followed by a plan,
+    and while one is carried out others are refused."""
+    at_rest = has_actors(number)
+    while True:
+        await_status(client, at_rest, what=f"{number} actors")
+        end_by = time.monotonic() + quiet_s
+        while at_rest(status := client.status()):
+            if time.monotonic() > end_by:
+                return status
+            time.sleep(0.05)
 
 
 def pid_of(service: Service, role: str) -> int:

@@ -129,7 +129,7 @@ class Users:
             thread.join()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_nodes_come_with_the_load_and_go_with_it(mixtral, address, tmp_path) -> None:
     model, folder = mixtral
     answers = list(zip(prompts(6), greedy(model, prompts(6), NUM_TOKENS), strict=True))

@@ -13,7 +13,7 @@ import pytest
 from ray_moe.client.sync import Client
 from ray_moe.errors import InsufficientResources, InvalidConfig, InvalidRequest, NotFound, Unavailable
 from ray_moe.types import ChaosRequest
-from tests.ray.support import all_ready, await_status, greedy, has_actors, prompts, undisturbed
+from tests.ray.support import all_ready, await_rest, await_status, greedy, has_actors, prompts, undisturbed
 
 NUM_STREAMS = 16
 NUM_TOKENS = 100
@@ -121,7 +121,7 @@ def service(mixtral, serve_module):
 @pytest.fixture
 def client(service):
     with Client(service.address) as client:
-        await_status(client, has_actors(2), what="whole")
+        await_rest(client, 2)
         yield client
 
 

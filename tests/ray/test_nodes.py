@@ -14,7 +14,7 @@ import ray
 
 from ray_moe.client.sync import Client
 from ray_moe.errors import HostLost, InvalidRequest, NotFound
-from ray_moe.transport.grpc_client import GrpcTransport
+from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import ChaosRequest
 from tests.ray.support import await_status, greedy, has_actors, prompts, undisturbed
 
@@ -75,7 +75,7 @@ def leave(client, node_id, what):
 def test_hosts_answer_other_nodes_only_over_encrypted_lines(client):
     for address in client.placement().addresses.values():
         with pytest.raises(HostLost, match="perhaps the host expects an encrypted line"):
-            GrpcTransport("a token").connect(address)
+            StreamTransport("a token").connect(address)
 
 
 def test_a_whole_node_is_killed(service, client, expected, local_ray, add):

@@ -19,9 +19,9 @@ import torch
 from ray_moe.errors import ExpertFailed, HostLost, StaleRouting, WireError
 from ray_moe.transport.auto import AutoTransport
 from ray_moe.transport.base import ExpertCall, ExpertReply
-from ray_moe.transport.grpc_client import GrpcTransport
 from ray_moe.transport.object_store import ObjectStoreTransport
 from ray_moe.transport.settings import TransportSettings
+from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress
 
 ADDRESS = HostAddress("expert-0", "first life", "a node", 0, "127.0.0.1:1", "")
@@ -174,7 +174,7 @@ def test_a_killed_actor_fails_every_call() -> None:
 
 def test_the_object_store_stands_in_where_a_port_cannot_be_reached(actor: Any) -> None:
     settings = TransportSettings(connect_timeout_s=2)
-    transport = AutoTransport(GrpcTransport("token", settings=settings), ObjectStoreTransport(lambda _: actor))
+    transport = AutoTransport(StreamTransport("token", settings=settings), ObjectStoreTransport(lambda _: actor))
     hidden = torch.randn(5, 8)
     assert torch.equal(transport.connect(ADDRESS).submit(call("flip", hidden)).result(30).rows, hidden.flip(0))
     transport.close()

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
+from ray_moe import MoELayer
 from ray_moe.cli.commands import commands
 from tests.tiny_models import save, save_tokenizer
 
@@ -32,7 +34,8 @@ def service(serve_module, tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     save("qwen3_moe", folder, vocab_size=259, hidden_size=128)
     save_tokenizer(folder)
-    return serve_module(folder, server={"http_port": 0})
+    train = {"checkpoints": {"folder": str(tmp_path_factory.mktemp("checkpoints"))}, "num_cpus": 0.1}
+    return serve_module(folder, server={"http_port": 0}, train=train)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,10 +51,36 @@ def run_block(service, number):
 
 
 def test_the_python_blocks_run(service):
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 6
     assert run_block(service, 0).splitlines()[-2:] == ["(5, 128)", "(5, 128)"]
     assert run_block(service, 1)
     assert run_block(service, 2)
+
+
+def test_the_layer_for_a_network_of_ones_own_runs():
+    assert "MoELayer" in PYTHON[3]
+    result = run(sys.executable, "-W", "error", "-c", PYTHON[3])
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_experts_of_a_network_of_ones_own_train_on_the_service(service):
+    assert "remote_trainer" in PYTHON[4]
+    name = service.config.service_name
+    namespace: dict[str, Any] = {}
+    exec(PYTHON[4].replace('service_name="ray-moe"', f"service_name={name!r}"), namespace)
+    assert namespace["trainer"].step == 20
+    assert namespace["weights"]["1.experts.down_proj"].shape == (8, 64, 256)
+    home = torch.nn.Sequential(torch.nn.Linear(4, 64), MoELayer(64, 256, num_experts=8), torch.nn.Linear(64, 1))
+    home.load_state_dict(namespace["weights"])
+
+
+def test_the_training_block_runs(service):
+    assert "client.training" in PYTHON[5]
+    lines = run_block(service, 5).splitlines()
+    losses = [float(line) for line in lines[:3]]
+    assert losses == sorted(losses, reverse=True)
+    assert lines[3].startswith("4 ")
+    assert lines[-1] == "1"
 
 
 def test_the_commands_against_a_running_service_run(service):

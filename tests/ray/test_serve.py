@@ -165,7 +165,8 @@ def test_grpc_comes_through_the_proxy_of_serve(application: Application, models:
         batches = [Forward(0, rng.standard_normal((5, 32), dtype=np.float32)) for _ in range(4)]
         with Client(application.direct) as direct:
             for batch, answer in zip(batches, client.forward_stream(batches), strict=True):
-                np.testing.assert_array_equal(answer, direct.forward(batch.layer, batch.hidden))
+                # Not to the last bit: which rows are computed together, chance decides.
+                np.testing.assert_allclose(answer, direct.forward(batch.layer, batch.hidden), rtol=1e-4, atol=1e-5)
 
 
 def test_clients_of_grpc_find_all_routers_and_outlive_one(application: Application) -> None:

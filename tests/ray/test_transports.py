@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,12 @@ from tests.ray.support import Streams, all_ready, await_status, greedy, prompts
 NUM_TOKENS = 64
 
 
+def is_connected(unix: str) -> bool:
+    """Whether a router has a line to the host that listens there, which is one of the two."""
+    sockets = Path("/proc/net/unix").read_text().splitlines()
+    return len([line for line in sockets if line.endswith(f"@{unix}")]) > 1
+
+
 @pytest.mark.parametrize(
     "transport",
     [
@@ -21,6 +28,7 @@ NUM_TOKENS = 64
         pytest.param({"kind": "grpc", "shared_memory": False, "chunk_bytes": 4096}, id="inline"),
         pytest.param({"kind": "object_store"}, id="object-store"),
         pytest.param({"kind": "auto"}, id="auto"),
+        pytest.param({"kind": "auto", "shared_memory": False, "chunk_bytes": 4096}, id="auto-inline"),
     ],
 )
 def test_the_same_tokens(mixtral, serve, transport):
@@ -32,6 +40,9 @@ def test_the_same_tokens(mixtral, serve, transport):
         with Streams(service.address, prompts(4), NUM_TOKENS) as streams:
             pass
         assert streams.results == expected
+        assert [is_connected(host.unix) for host in client.placement().addresses.values()] == [
+            transport["kind"] == "auto"
+        ]
         before = client.forward(0, hidden)
 
         (victim,) = await_status(client, all_ready).hosts
