@@ -52,6 +52,8 @@ class Checkpoint:
     _layout: Layout
     _shared_bytes: dict[LayerPath, int]
     """What a shard of a layer holds beside its experts."""
+    places: dict[str, torch.Tensor]
+    """Every tensor of the whole model, by name: on the meta device, in the shape and dtype it has once loaded."""
     parts: ExpertParts = field(default_factory=ExpertParts)
     """How its experts are cut."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -81,6 +83,8 @@ class Checkpoint:
             _skeleton=skeleton,
             _layout=layout,
             _shared_bytes=shared_bytes,
+            # Taken now: while experts are loaded, a few of them take the place of the skeleton's own.
+            places=skeleton.model.state_dict(),
         )
 
     def cut(self, num_parts: int) -> Checkpoint:
@@ -115,12 +119,6 @@ class Checkpoint:
     def files(self) -> CheckpointFiles:
         """What it is on disk."""
         return self._files
-
-    @property
-    def places(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the whole model, by name: on the meta device, in the shape and dtype it has once loaded."""
-        places: dict[str, torch.Tensor] = self._skeleton.model.state_dict()
-        return places
 
     @property
     def tied(self) -> dict[str, str]:
@@ -179,7 +177,7 @@ class Checkpoint:
                 told = f": {theirs}, not {mine}" if what != "layers" else " (number, shape or dtype of the experts)"
                 raise InvalidRequest(f"{other.name} is of another architecture than {self.name}, by its {what}{told}")
         mine, theirs = (
-            {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in each._skeleton.model.state_dict().items()}
+            {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in each.places.items()}
             for each in (self, other)
         )
         if mine != theirs:

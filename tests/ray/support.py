@@ -160,6 +160,11 @@ def has_actors(number: int) -> Callable[[ServiceStatus], bool]:
     return lambda status: all_ready(status) and not status.changing and len(status.hosts) == number
 
 
+def has_routers(number: int) -> Callable[[ServiceStatus], bool]:
+    """For `await_status`: as many routers, all ready."""
+    return lambda status: [router.ready for router in status.routers] == [True] * number
+
+
 def await_rest(client: Client, number: int, quiet_s: float = 1.0) -> ServiceStatus:
     """The status when nothing has changed for a while with as many actors: what was repaired may be followed by a plan,
     and while one is carried out others are refused."""

@@ -18,7 +18,7 @@ import torch
 from ray_moe.client.sync import Client
 from ray_moe.errors import InvalidCheckpoint, InvalidRequest, NotFound, RayMoEError, Unavailable
 from ray_moe.types import ServiceStatus
-from tests.ray.support import all_ready, await_status, greedy, has_actors, pid_of, prompts
+from tests.ray.support import all_ready, await_status, greedy, has_actors, has_routers, pid_of, prompts
 from tests.tiny_models import build, save
 
 NUM_VERSIONS = 6
@@ -267,13 +267,12 @@ def test_a_router_that_restarts_has_all_versions_and_streams_go_on_in_theirs(che
     with Client(service.address) as admin, clients(service.address) as answers:
         admin.publish(str(checkpoints.folders[1]))
         answers.wait_for(1)
-        status = admin.status()
-        assert [router.ready for router in status.routers] == [True, True]
+        status = await_status(admin, lambda status: has_routers(2)(status) and is_loaded(status), what="two routers")
         os.kill(status.router.pid, signal.SIGKILL)
         with Client([router.grpc_address for router in status.routers]) as other:
             other.rollback(0)
         answers.wait_for(0)
-        await_status(admin, lambda status: all(router.ready for router in status.routers), what="two routers")
+        await_status(admin, has_routers(2), what="two routers again")
         assert admin.rollback(1).number == 1
         answers.wait_for(1)
     answers.check(checkpoints, {0: 0, 1: 1})

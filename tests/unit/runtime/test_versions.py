@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ray_moe.errors import InvalidRequest, NotFound, StaleRouting, Unavailable
+from ray_moe.models import loading
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import place_by_index
@@ -353,3 +354,18 @@ def test_a_checkpoint_of_another_architecture_is_told_apart(saved, tmp_path):
         save(name, folder, **changes)
         with pytest.raises(InvalidRequest, match=what):
             first.check_same_architecture(Checkpoint.open(folder))
+
+
+def test_experts_that_are_loaded_meanwhile_do_not_change_the_architecture(saved, monkeypatch):
+    first, second = saved[0]
+    checked = []
+
+    def check_and_fill(*args):
+        first.check_same_architecture(second)
+        checked.append(True)
+        return fill(*args)
+
+    fill = loading.fill
+    monkeypatch.setattr(loading, "fill", check_and_fill)
+    first.load_experts({layer: [0] for layer in first.layers})
+    assert len(checked) == len(first.layers)
