@@ -25,6 +25,9 @@ def worker_env(num_threads: int) -> dict[str, str]:
     """Environment of an actor that computes with `num_threads` threads."""
     return {
         "OMP_NUM_THREADS": str(num_threads),
+        # By default glibc gives each thread an arena, up to eight for each core. What one has freed, threads of another
+        # can't use: a router with 70 threads then grows for hours. The limit is read when a process starts.
+        "MALLOC_ARENA_MAX": "2",
         # With grpcio's fork handlers children of a process with a live channel crash now and then.
         "GRPC_ENABLE_FORK_SUPPORT": "0",
         # Progress is shown by the driver, from what the actors report.
