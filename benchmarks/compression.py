@@ -32,6 +32,7 @@ from tests.training_traffic import Gradients, Rows
 
 LR = 5e-3
 WIDTH = 64
+NUM_WORKERS = 2
 KINDS: dict[str, dict[str, Any]] = {
     "as they are": {},
     "`gradient_compression: 1bit`": {"gradient_compression": "1bit"},
@@ -83,7 +84,7 @@ def run(origin: Any, num_steps: int, wire: str = "same", gradient_compression: s
     made = Cluster(
         origin,
         2,
-        2,
+        NUM_WORKERS,
         optimizer=OptimizerSettings(lr=LR),
         settings=settings,
         exchange=ExchangeSettings(wire=wire),  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def stdlib_run(data: Data, seed: int, num_steps: int, gradient_compression: str)
 
     def windows(step: int, rank: int, split: Split = "train") -> dict[str, torch.Tensor]:
         return data.batch(
-            BatchRequest(step, batch_size=4, window=192, worker=rank, num_workers=2, seed=seed, split=split)
+            BatchRequest(step, batch_size=4, window=192, worker=rank, num_workers=NUM_WORKERS, seed=seed, split=split)
         )
 
     warmup = num_steps // WARMUP
@@ -114,7 +115,7 @@ def stdlib_run(data: Data, seed: int, num_steps: int, gradient_compression: str)
     made = Cluster(
         new_model(ByteModel(seed=seed)),
         2,
-        2,
+        NUM_WORKERS,
         optimizer=STDLIB_OPTIMIZER,
         settings=StepSettings(
             num_replicas=2,
@@ -130,8 +131,8 @@ def stdlib_run(data: Data, seed: int, num_steps: int, gradient_compression: str)
     for last in range(1, num_steps + 1):
         made.train(last, lambda step, rank: [windows(step - 1, rank)])
         if last == warmup:
-            figures = {"replicas, warm-up": gradients.replicas, "workers, warm-up": gradients.workers}
-    figures |= {"replicas": gradients.replicas, "workers": gradients.workers}
+            figures = {f"{key}, warm-up": number for key, number in _sent(gradients).items()}
+    figures |= _sent(gradients)
     unseen = made.together(
         lambda trainer: trainer.validate([windows(step, trainer.rank, "validation") for step in range(8)])
     )
@@ -166,22 +167,29 @@ def stdlib_page(runs: Mapping[str, Sequence[Mapping[str, float]]], num_steps: in
         cells[f"seed {seed}"] = [
             f"{whole['loss']:.4f}",
             f"{small['loss']:.4f} ({ratio:+.2f} %)",
-            *(f"{_fewer(whole, small, key, True):.1f}×" for key in ("replicas", "workers")),
-            *(f"{_fewer(whole, small, key, False):.1f}×" for key in ("replicas", "workers")),
+            *(f"{_fewer(whole, small, key, True):.1f}×" for key in ("replicas", "workers", "all")),
+            f"{_fewer(whole, small, 'all', False):.1f}×",
         ]
     of_all = [100 * (b["loss"] / a["loss"] - 1) for a, b in zip(exact, runs["1bit"], strict=True)]
-    columns = ["loss", "with `1bit`", "fewer bytes to owners", "of a worker", "the whole run: to owners", "of a worker"]
+    columns = ["loss", "with `1bit`", "fewer bytes to owners", "of a worker", "of all", "of all, the whole run"]
     return f"""## Gradients in one bit, learning the standard library
 
 The model, data and settings of `examples/train_stdlib_lm.py` for {num_steps} steps, by two workers on two hosts, every
 expert on both; the loss (nats a byte) is that of files that were kept apart, and a run with `1bit` has the same seed,
 first weights and batches as the one without. The first {num_steps // WARMUP} steps send whole gradients; bytes are
-those of the steps after them, and of the whole run.
+those of the steps after them, and of the whole run. Those of experts (to owners) have one bit a number, those of the
+rest of the model (of a worker) four.
 
 {report.table(columns, cells)}
 
 The loss with `1bit` is {statistics.mean(of_all):+.2f} % (from {min(of_all):+.2f} to {max(of_all):+.2f} %) beside that
 without."""
+
+
+def _sent(gradients: Gradients) -> dict[str, float]:
+    """Bytes so far: from replicas to owners, of one worker, and of everybody."""
+    everybody = gradients.replicas + NUM_WORKERS * gradients.workers
+    return {"replicas": gradients.replicas, "workers": gradients.workers, "all": everybody}
 
 
 def _fewer(whole: Mapping[str, float], small: Mapping[str, float], key: str, is_after: bool) -> float:

@@ -164,10 +164,11 @@ class TrainConfig(Section):
     Each takes memory for its activations and gradients. Sums are the same in whatever order they end, but what a model
     draws at random (dropout) depends on it from 2 on."""
     gradient_compression: Literal["none", "1bit"] = "none"
-    """How gradients of weights travel, from replicas of an expert to its owner and between workers: `1bit` sends a 25th
-    to a 31st of the bytes (the wider the model, the fewer), and what it leaves out is added to the gradients of the
-    next step (error feedback). What a process that is lost, or a run that is taken up from a checkpoint, had left out
-    is not made good. Snapshots travel whole: set `snapshot_every` to more than 1."""
+    """How gradients of weights travel: with `1bit`, from replicas of an expert to its owner in one bit a number (a 25th
+    to a 31st of the bytes, the wider the model, the fewer), and those of the rest of the model between workers in four
+    (a seventh). What that leaves out is added to the gradients of the next step (error feedback). What a process that
+    is lost, or a run that is taken up from a checkpoint, had left out is not made good. Snapshots travel whole: set
+    `snapshot_every` to more than 1."""
     compression_warmup_steps: Steps | None = None
     """First steps whose gradients travel whole in spite of `gradient_compression`, until Adam's moments have settled; a
     fifth of `steps` when not set. With fewer the loss ends higher."""

@@ -1,4 +1,4 @@
-"""Tensors made smaller for the wire: activations and gradients in fewer bits, and gradients in one.
+"""Tensors made smaller for the wire: activations in 8 bits, and gradients in one bit or a few.
 
 One bit for each number loses most of a gradient, but what is lost is added to the next one (error feedback: Seide et
 al., "1-bit stochastic gradient descent", 2014; Karimireddy et al., "Error feedback fixes SignSGD", 2019), so that the
@@ -24,6 +24,10 @@ LARGEST_SCALE = 2.0**24
 """A magnitude is one of 255 from this one down (the least is 1e-12), each 1.19 times the next, or zero."""
 
 _MAGNITUDES = torch.tensor([0.0, *(LARGEST_SCALE * 2.0 ** ((s - 255) / SCALES_PER_OCTAVE) for s in range(1, 256))])
+
+GRIDS = {1: 2.0, 2: 1.25, 4: 0.42}
+"""Bits of a number -> the step of its grid, as a part of its magnitude: about the best for numbers that are normally
+distributed, whose mean size is the magnitude."""
 
 SCALE_BYTES = 4
 """At the end of each packed row."""
@@ -54,31 +58,35 @@ def unpack_rows(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """A gradient in one bit a number. As a matrix whose columns are the last dimension (a vector is one row), number
-    (i, j) is plus or minus the magnitudes of its row and of its column multiplied: R by C numbers have R + C bytes of
+    """A gradient in few bits a number. As a matrix whose columns are the last dimension (a vector is one row), number
+    (i, j) is a step of a grid times the magnitudes of its row and of its column: R by C numbers have R + C bytes of
     magnitudes."""
 
-    bits: torch.Tensor
-    """uint8 [numel / 8, rounded up]: number i is not negative if bit i % 8 (the lowest is 0) of byte i // 8 is set."""
+    codes: torch.Tensor
+    """uint8 [numel * num_bits / 8, rounded up]: the lowest bits of a byte are those of its first number. Code c of b
+    bits stands for ``(c - (2**b - 1) / 2) * GRIDS[b]``: with one bit for -1 and 1."""
     scale: torch.Tensor
     """uint8 [R + C], of the rows and then of the columns: s stands for
     ``LARGEST_SCALE * 2 ** ((s - 255) / SCALES_PER_OCTAVE)``, and 0 for zero."""
     shape: tuple[int, ...]
+    num_bits: int
 
     @property
     def nbytes(self) -> int:
-        return self.bits.nbytes + self.scale.nbytes
+        return self.codes.nbytes + self.scale.nbytes
 
 
-class OneBitCompressor:
+class GradientQuantizer:
     """Compresses gradients by name, and remembers of each what was lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_bits: int) -> None:
+        """Args: num_bits: of each number, one of `GRIDS`."""
+        self.num_bits = num_bits
         self._lost: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def compress(self, name: str, gradient: torch.Tensor) -> Compressed:
-        """The sign of (gradient + what was lost so far), and magnitudes of rows and columns.
+        """(gradient + what was lost so far), as closely as the bits can say.
 
         Raises:
             InvalidRequest: a number is not finite, or the shape is another than before; nothing was remembered.
@@ -90,12 +98,13 @@ class OneBitCompressor:
             raise InvalidRequest(f"{name} is {list(gradient.shape)} and was {list(before.shape)}: forget it first")
         whole = gradient.float() + before.to(gradient.device)
         matrix = whole.reshape(matrix_shape(gradient.shape))
-        sizes, positive = matrix.abs(), matrix >= 0
+        sizes = matrix.abs()
         if not torch.isfinite(sizes.sum()):
             raise InvalidRequest(f"the gradient of {name} has numbers that are not finite: leave out this step's batch")
         scale = _fitted(sizes)
-        self._lost[name] = whole - _signed(positive, scale).view(gradient.shape)
-        return Compressed(_packed(positive), scale, tuple(gradient.shape))
+        codes = _coded(matrix, scale, self.num_bits)
+        self._lost[name] = whole - _decoded(codes, scale, self.num_bits).view(gradient.shape)
+        return Compressed(_packed(codes, self.num_bits), scale, tuple(gradient.shape), self.num_bits)
 
     def forget(self, name: str) -> None:
         """Start anew with what is named so: it went elsewhere, or was never seen."""
@@ -117,12 +126,18 @@ def decompress(small: Compressed) -> torch.Tensor:
         WireError: sizes or dtypes do not belong together.
     """
     rows, columns = matrix_shape(small.shape)
-    numel = rows * columns
-    sizes, dtypes = ((-(-numel // 8),), (rows + columns,)), {small.bits.dtype, small.scale.dtype}
-    if (small.bits.shape, small.scale.shape) != sizes or dtypes != {torch.uint8}:
-        got = _described([small.bits, small.scale])
-        raise WireError(f"one-bit {list(small.shape)} got {got}, expected uint8 {sizes}")
-    return _signed(_unpacked(small.bits)[:numel].view(rows, columns), small.scale).view(small.shape)
+    sizes = (packed_bytes(small.shape, small.num_bits),), (rows + columns,)
+    dtypes = {small.codes.dtype, small.scale.dtype}
+    if (small.codes.shape, small.scale.shape) != sizes or dtypes != {torch.uint8}:
+        got = _described([small.codes, small.scale])
+        raise WireError(f"{list(small.shape)} in {small.num_bits} bits got {got}, expected uint8 {sizes}")
+    codes = _unpacked(small.codes, small.num_bits)[: rows * columns].view(rows, columns)
+    return _decoded(codes, small.scale, small.num_bits).view(small.shape)
+
+
+def packed_bytes(shape: Sequence[int], num_bits: int) -> int:
+    """Of the codes of a gradient of this shape."""
+    return -(-prod(shape) * num_bits // 8)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -147,26 +162,44 @@ def _nearest(magnitudes: torch.Tensor) -> torch.Tensor:
     return octaves.mul_(SCALES_PER_OCTAVE).round_().add_(255).clamp_(0, 255).to(torch.uint8)
 
 
-def _signed(positive: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[R, C] signs and [R + C] scales as numbers (by arithmetic, which is ten times faster than `where`)."""
-    rows, columns = _MAGNITUDES.to(scale.device)[scale.int()].split(list(positive.shape))
-    return positive.float().mul_(2).sub_(1).mul_(rows[:, None]).mul_(columns)
+def _coded(matrix: torch.Tensor, scale: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """[R, C] numbers as codes, uint8."""
+    if num_bits == 1:
+        return (matrix >= 0).view(torch.uint8)
+    rows, columns = _magnitudes(scale, matrix.shape[0])
+    half = 2 ** (num_bits - 1)
+    unit = (rows * columns).mul_(GRIDS[num_bits]).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (matrix / unit).floor_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
 
 
-def _packed(positive: torch.Tensor) -> torch.Tensor:
-    """Booleans as bits of bytes, the last of which may have some to spare."""
-    flat = positive.view(torch.uint8).reshape(-1)
-    bits = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    packed = bits[:, 0].clone()
-    for place in range(1, 8):
-        packed |= bits[:, place] << place
+def _decoded(codes: torch.Tensor, scale: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """[R, C] codes and [R + C] scales as numbers."""
+    rows, columns = _magnitudes(scale, codes.shape[0])
+    steps = codes.float().sub_((2**num_bits - 1) / 2).mul_(GRIDS[num_bits])
+    return steps.mul_(rows).mul_(columns)
+
+
+def _magnitudes(scale: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows [R, 1] and of columns [C]."""
+    magnitudes = _MAGNITUDES.to(scale.device)[scale.int()]
+    return magnitudes[:num_rows, None], magnitudes[num_rows:]
+
+
+def _packed(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Codes as bits of bytes, the last of which may have some to spare."""
+    in_byte = 8 // num_bits
+    flat = codes.reshape(-1)
+    bytes_of_codes = torch.nn.functional.pad(flat, (0, -flat.numel() % in_byte)).view(-1, in_byte)
+    packed = bytes_of_codes[:, 0].clone()
+    for place in range(1, in_byte):
+        packed |= bytes_of_codes[:, place] << (place * num_bits)
     return packed
 
 
-def _unpacked(packed: torch.Tensor) -> torch.Tensor:
-    """The booleans that `_packed` was given, and what it had to spare."""
-    masks = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=packed.device)
-    return (packed[:, None] & masks).view(-1) != 0
+def _unpacked(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """The codes that `_packed` was given, and what it had to spare."""
+    places = torch.arange(0, 8, num_bits, dtype=torch.uint8, device=packed.device)
+    return (packed[:, None] >> places).bitwise_and_(2**num_bits - 1).view(-1)
 
 
 def _described(tensors: Sequence[torch.Tensor]) -> str:

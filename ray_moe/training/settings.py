@@ -47,8 +47,8 @@ class StepSettings:
     num_replicas: int = 1
     """Hosts that share the rows of each expert."""
     gradient_compression: GradientCompression = "none"
-    """How gradients of weights travel, from replicas of an expert to its owner and between workers: with `1bit` in one
-    bit a number, and what that leaves out is added to those of the next step."""
+    """How gradients of weights travel: with `1bit` those of experts, from replicas to owners, in one bit a number, and
+    those of the rest, between workers, in four; what that leaves out is added to those of the next step."""
     compression_warmup_steps: int = 0
     """First steps of the run, whose gradients travel whole all the same."""
     in_flight: int = 1

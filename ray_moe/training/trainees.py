@@ -38,7 +38,7 @@ from ray_moe.ops.lora import ExpertAdapters, is_adapter
 from ray_moe.ops.optimizers import Optimizer, OptimizerSettings
 from ray_moe.runtime.expert_host import Outcome
 from ray_moe.training.archive import owned_states
-from ray_moe.training.gradients import GradientCompressor, expand
+from ray_moe.training.gradients import EXPERT_BITS, GradientCompressor, expand
 from ray_moe.training.manifest import Shard, Stamp
 from ray_moe.training.settings import GradientCompression
 from ray_moe.training.shards import AsyncWriter
@@ -129,7 +129,7 @@ class Trainees:
         self.described: Mapping[LayerPath, nn.Module] = {}
         """How experts compute that are not of the service's model."""
         self._step = 0
-        self._compressor = GradientCompressor()
+        self._compressor = GradientCompressor(EXPERT_BITS)
         self.snapshots = Snapshots(self.host_id, shelf)
         self._begin("")
 
@@ -407,7 +407,7 @@ class Trainees:
             for layer, experts in states.items():
                 for expert, arrays in experts.items():
                     parameters = self._parameters(layer, expert)
-                    for name, grad in expand(unpack(arrays), parameters).items():
+                    for name, grad in expand(unpack(arrays), parameters, EXPERT_BITS).items():
                         parameter = parameters[name]
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             self._added.add(source)

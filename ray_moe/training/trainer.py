@@ -41,7 +41,7 @@ from ray_moe.ops import norms
 from ray_moe.ops.optimizers import Optimizer, OptimizerSettings
 from ray_moe.training.coordinator import Coordinator, Recovery
 from ray_moe.training.dispatcher import TrainingDispatcher
-from ray_moe.training.gradients import GradientCompressor, Residuals, expand, join, split
+from ray_moe.training.gradients import BACKBONE_BITS, GradientCompressor, Residuals, expand, join, split
 from ray_moe.training.group import Alone, Group
 from ray_moe.training.reports import Decision, MicroReport, Share, StepReport, add_counts, total_weight
 from ray_moe.training.settings import StepSettings
@@ -120,7 +120,7 @@ class Trainer:
         """And weights, of the micro-batches in it."""
         self._num_tokens = 0
         self._began_s = 0.0
-        self._compressor = GradientCompressor()
+        self._compressor = GradientCompressor(BACKBONE_BITS)
         self._snapshots: dict[int, tuple[dict[str, torch.Tensor], Residuals]] = {}
         """By step: `state`, and what this worker had not sent yet."""
         if initial is None:
@@ -377,8 +377,8 @@ class Trainer:
                 raise theirs
         for grad in grads.values():
             grad.zero_()
-        for bits, scales in everybody:
-            for name, grad in expand(split(bits, scales, grads), grads).items():
+        for codes, scales in everybody:
+            for name, grad in expand(split(codes, scales, grads, BACKBONE_BITS), grads, BACKBONE_BITS).items():
                 grads[name].add_(grad)
 
     def _grads(self, learned: frozenset[str]) -> dict[str, torch.Tensor]:

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from ray_moe.errors import InvalidRequest, WireError
 from ray_moe.ops.compression import (
+    GRIDS,
     Compressed,
-    OneBitCompressor,
+    GradientQuantizer,
     decompress,
     pack_rows,
     unpack_rows,
@@ -27,9 +28,10 @@ def random(shape, seed, dtype=torch.float32):
     st.integers(1, 8),
     st.integers(0, 2**32 - 1),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.sampled_from(list(GRIDS)),
 )
-def test_what_arrives_adds_up_to_the_gradients_but_for_the_last_error(shape, steps, seed, dtype):
-    compressor = OneBitCompressor()
+def test_what_arrives_adds_up_to_the_gradients_but_for_the_last_error(shape, steps, seed, dtype, num_bits):
+    compressor = GradientQuantizer(num_bits)
     sent, arrived = torch.zeros(shape).double(), torch.zeros(shape).double()
     for step in range(steps):
         gradient = random(shape, seed + step, dtype)
@@ -41,8 +43,9 @@ def test_what_arrives_adds_up_to_the_gradients_but_for_the_last_error(shape, ste
     assert torch.allclose((sent - arrived).float(), compressor.state()["w"], atol=1e-5)
 
 
-def test_the_error_does_not_grow_with_the_steps():
-    compressor = OneBitCompressor()
+@pytest.mark.parametrize("num_bits", GRIDS)
+def test_the_error_does_not_grow_with_the_steps(num_bits):
+    compressor = GradientQuantizer(num_bits)
     errors = []
     for step in range(400):
         compressor.compress("w", random((64, 64), step))
@@ -50,11 +53,12 @@ def test_the_error_does_not_grow_with_the_steps():
     assert max(errors[200:]) < 1.2 * max(errors[:200])
 
 
-def test_training_on_single_bits_gets_to_where_whole_gradients_get():
+@pytest.mark.parametrize("num_bits", GRIDS)
+def test_training_on_few_bits_gets_to_where_whole_gradients_get(num_bits):
     target = random((32, 32), 0)
     losses = []
     for compress in (False, True):
-        compressor, weights = OneBitCompressor(), torch.zeros(32, 32)
+        compressor, weights = GradientQuantizer(num_bits), torch.zeros(32, 32)
         for _ in range(300):
             gradient = weights - target
             weights -= 0.05 * (decompress(compressor.compress("w", gradient)) if compress else gradient)
@@ -66,13 +70,13 @@ def test_training_on_single_bits_gets_to_where_whole_gradients_get():
 def test_numbers_whose_sizes_are_those_of_row_times_column_arrive_nearly_exactly(rows, columns, seed):
     sizes = [2 ** random((length,), seed + length).mul(4) for length in (rows, columns)]
     gradient = sizes[0][:, None] * sizes[1] * random((rows, columns), seed).sign()
-    arrived = decompress(OneBitCompressor().compress("w", gradient))
+    arrived = decompress(GradientQuantizer(1).compress("w", gradient))
     # Two magnitudes, each to half of a fourth of an octave, and the row's fitted to rounded columns.
     assert torch.allclose(arrived, gradient, rtol=2 ** (3 / 8) - 1 + 1e-4, atol=0)
 
 
 def test_a_gradient_that_is_nothing_like_row_times_column_loses_no_more_than_it_is():
-    gradient, compressor = torch.eye(64), OneBitCompressor()
+    gradient, compressor = torch.eye(64), GradientQuantizer(1)
     for _ in range(20):
         compressor.compress("w", gradient)
     assert compressor.state()["w"].norm() < 20 * gradient.norm()
@@ -81,7 +85,7 @@ def test_a_gradient_that_is_nothing_like_row_times_column_loses_no_more_than_it_
 @given(st.floats(-45, 30))
 def test_magnitudes_that_cannot_be_said_are_sent_as_the_next_that_can_and_the_rest_later(exponent):
     gradient = torch.full((4, 4), 2.0**exponent)
-    compressor = OneBitCompressor()
+    compressor = GradientQuantizer(1)
     arrived = decompress(compressor.compress("w", gradient))
     assert torch.allclose(arrived + compressor.state()["w"], gradient)
     assert (arrived <= min(2.0**exponent * 1.1, 2.0**24)).all()
@@ -89,13 +93,38 @@ def test_magnitudes_that_cannot_be_said_are_sent_as_the_next_that_can_and_the_re
 
 
 @pytest.mark.parametrize(("shape", "least"), [((32, 32), 16), ((128, 128), 28), ((1024, 300), 30)])
-def test_a_matrix_is_at_least_sixteen_times_smaller_scales_included(shape, least):
+def test_a_matrix_in_single_bits_is_at_least_sixteen_times_smaller_scales_included(shape, least):
     gradient = torch.randn(shape)
-    assert gradient.nbytes / OneBitCompressor().compress("w", gradient).nbytes >= least
+    assert gradient.nbytes / GradientQuantizer(1).compress("w", gradient).nbytes >= least
+
+
+def test_more_bits_lose_less():
+    gradient, lost = random((64, 64), 0), []
+    for num_bits in (1, 2, 4):
+        compressor = GradientQuantizer(num_bits)
+        assert gradient.nbytes / compressor.compress("w", gradient).nbytes > 24 / num_bits
+        lost.append((compressor.state()["w"].norm() / gradient.norm()).item() ** 2)
+    # Of numbers that are normally distributed, the best grids of 2, 4 and 16 even steps lose 0.363, 0.119 and 0.0115
+    # (Max, "Quantizing for minimum distortion", 1960); magnitudes are rounded, which costs a little.
+    assert lost == pytest.approx([0.363, 0.119, 0.0115], rel=0.1)
+
+
+@pytest.mark.parametrize("num_bits", GRIDS)
+def test_each_code_is_packed_and_stands_for_its_step(num_bits):
+    num_codes = 2**num_bits
+    packed = torch.zeros(-(-num_codes * num_bits // 8), dtype=torch.uint8)
+    for code in range(num_codes):
+        packed[code * num_bits // 8] |= code << (code * num_bits % 8)
+    one = torch.tensor([255 - 24 * 4, 255 - 24 * 4 + 4] + [255 - 24 * 4] * (num_codes // 2), dtype=torch.uint8)
+    arrived = decompress(Compressed(packed, one, (2, num_codes // 2), num_bits)).flatten()
+    expected = [
+        (code - (num_codes - 1) / 2) * GRIDS[num_bits] * (1 + (code >= num_codes // 2)) for code in range(num_codes)
+    ]
+    assert arrived.tolist() == pytest.approx(expected)
 
 
 def test_zeros_arrive_as_zeros():
-    compressor = OneBitCompressor()
+    compressor = GradientQuantizer(1)
     for shape in ((), (0,), (5,), (3, 256), (0, 4)):
         gradient = torch.zeros(shape)
         assert torch.equal(decompress(compressor.compress(str(shape), gradient)), gradient)
@@ -103,7 +132,7 @@ def test_zeros_arrive_as_zeros():
 
 @pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_is_refused_and_forgotten(wrong):
-    some, other = OneBitCompressor(), OneBitCompressor()
+    some, other = GradientQuantizer(1), GradientQuantizer(1)
     for compressor in (some, other):
         compressor.compress("w", random((9,), 0))
     with pytest.raises(InvalidRequest, match="not finite"):
@@ -113,7 +142,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_forgotten(wrong):
 
 
 def test_a_step_that_is_done_again_loses_the_same_again():
-    compressor = OneBitCompressor()
+    compressor = GradientQuantizer(1)
     compressor.compress("w", random((9,), 0))
     before = compressor.state()
     first = decompress(compressor.compress("w", random((9,), 1)))
@@ -124,7 +153,7 @@ def test_a_step_that_is_done_again_loses_the_same_again():
 
 
 def test_names_are_apart_and_can_be_forgotten():
-    compressor = OneBitCompressor()
+    compressor = GradientQuantizer(1)
     first = decompress(compressor.compress("w", random((9,), 0)))
     assert torch.equal(decompress(compressor.compress("v", random((9,), 0))), first)
     assert not torch.equal(decompress(compressor.compress("w", random((9,), 0))), first)
@@ -138,10 +167,10 @@ def test_names_are_apart_and_can_be_forgotten():
 @pytest.mark.parametrize(
     "small",
     [
-        Compressed(torch.zeros(1, dtype=torch.uint8), torch.ones(10, dtype=torch.uint8), (9,)),
-        Compressed(torch.zeros(2, dtype=torch.uint8), torch.ones(2, dtype=torch.uint8), (9,)),
-        Compressed(torch.zeros(2, dtype=torch.int8), torch.ones(10, dtype=torch.uint8), (9,)),
-        Compressed(torch.zeros(2, dtype=torch.uint8), torch.ones(10), (9,)),
+        Compressed(torch.zeros(1, dtype=torch.uint8), torch.ones(10, dtype=torch.uint8), (9,), 1),
+        Compressed(torch.zeros(2, dtype=torch.uint8), torch.ones(2, dtype=torch.uint8), (9,), 1),
+        Compressed(torch.zeros(2, dtype=torch.int8), torch.ones(10, dtype=torch.uint8), (9,), 1),
+        Compressed(torch.zeros(2, dtype=torch.uint8), torch.ones(10), (9,), 1),
     ],
 )
 def test_what_is_no_compressed_gradient_is_refused(small):
