@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -21,8 +21,8 @@ from torch import nn
 from ray_moe.errors import InvalidConfig, InvalidRequest
 from ray_moe.ops.dispatch import combine
 from ray_moe.ops.experts import StackedExperts
-from ray_moe.ops.gates.base import Gate, Routing
-from ray_moe.ops.gates.topk import TopKGate
+from ray_moe.ops.gates.base import Gate, GateSettings, Routing, TokenInfo, takes_info
+from ray_moe.ops.gates.registry import make_gate, make_settings
 from ray_moe.types import LayerPath
 
 Handler = Callable[[LayerPath, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -159,9 +159,9 @@ class MoELayer(nn.Module):
         hidden_size: int,
         expert_size: int,
         num_experts: int,
-        top_k: int = 2,
+        top_k: int | None = None,
         *,
-        gate: Gate | None = None,
+        gate: str | GateSettings | Gate = "topk",
         activation: str | Activation = "silu",
         gated: bool = True,
         bias: bool = False,
@@ -174,15 +174,16 @@ class MoELayer(nn.Module):
             hidden_size: D.
             expert_size: F.
             num_experts: E.
-            top_k: K, of the gate that is made when none is given.
-            gate: a module, hidden [T, D] -> `Routing`; None for a `TopKGate` with normalised weights.
+            top_k: K, of a gate that is made by its name; None for that gate's own default.
+            gate: the name of one in `ops/gates/registry.py`, settings of one (`SwitchSettings(jitter=0.01)`), or a
+                module, hidden [T, D] -> `Routing`, or (hidden, info) -> `Routing`.
             activation: "silu", "gelu", "gelu_tanh" or "relu", or any function of one tensor.
             gated: whether experts multiply the activation by a second projection (SwiGLU with "silu").
             bias: whether the experts' projections have one.
             experts: "local", weights of this layer; or who computes them: a `Handler`, through which gradients flow as
                 it lets them. The layer has no weights of experts then.
             path: what the handler calls these experts.
-            seed: makes the first weights (not those of a gate that was given) the same each time; None to draw them
+            seed: makes the first weights (not those of a gate that is a module) the same each time; None to draw them
                 from torch's own generator.
 
         Raises: `InvalidConfig` for sizes or names that cannot be.
@@ -193,8 +194,9 @@ class MoELayer(nn.Module):
             stack = Experts(hidden_size, expert_size, num_experts, activation=activation, gated=gated, bias=bias)
         if not isinstance(experts, str):
             stack.answer_with(experts, path)
-        own_gate = TopKGate(hidden_size, num_experts, top_k) if gate is None else None
-        self.gate: Any = own_gate if gate is None else gate
+        own_gate: Any = _own_gate(gate, top_k, hidden_size, num_experts)
+        self.gate: Any = gate if own_gate is None else own_gate
+        self._gate_takes_info = takes_info(self.gate)
         self.experts = stack
         if seed is not None:
             device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
@@ -204,10 +206,20 @@ class MoELayer(nn.Module):
             self.experts.reset_parameters(generator)
         self.routing: Routing | None = None
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
+    def forward(self, hidden: torch.Tensor, info: TokenInfo | None = None) -> torch.Tensor:
+        """[..., D] -> [..., D].
+
+        Args:
+            hidden: of the tokens.
+            info: what else is known about them, each field [...] or [T]; gates that do not ask for it do without.
+
+        Raises: `InvalidRequest` for an `info` that is about other tokens, or lacks what the gate needs.
+        """
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        routing: Routing = self.gate(tokens)
+        if self._gate_takes_info:
+            routing: Routing = self.gate(tokens, None if info is None else info.flat(len(tokens)))
+        else:
+            routing = self.gate(tokens)
         self.routing = routing
         out: torch.Tensor = self.experts(tokens, routing.index, routing.weight)
         return out.view(hidden.shape)
@@ -215,6 +227,24 @@ class MoELayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has routed nothing yet; besides, torch does not copy tensors that have a history."""
         return {**self.__dict__, "routing": None}
+
+
+def _own_gate(
+    gate: str | GateSettings | Gate, top_k: int | None, hidden_size: int, num_experts: int
+) -> nn.Module | None:
+    """The gate that a layer makes for itself; None where it was given one."""
+    if isinstance(gate, str):
+        gate = make_settings(gate, **({} if top_k is None else {"top_k": top_k}))
+    elif isinstance(gate, nn.Module):
+        return None
+    elif isinstance(gate, type) or not (hasattr(gate, "build") or callable(gate)):
+        raise InvalidConfig(f"gate is {gate!r}; give a name, settings (not their class), or a module")
+    elif not hasattr(gate, "build"):
+        return None
+    elif top_k is not None:
+        raise InvalidConfig(f"top_k is {top_k} beside gate={gate}; say it there")
+    made: nn.Module = make_gate(cast("GateSettings", gate), hidden_size, num_experts)
+    return made
 
 
 def _activation(activation: str | Activation) -> Activation:

@@ -16,8 +16,8 @@ from ray_moe import MoELayer
 from ray_moe.errors import InvalidConfig, InvalidRequest
 from ray_moe.models.experts import drop_parameters, experts_modules, install, make_shard
 from ray_moe.ops.experts import StackedExperts
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.topk import TopKGate
+from ray_moe.ops.gates.base import Routing, TokenInfo
+from ray_moe.ops.gates.topk import TopKGate, TopKSettings
 from ray_moe.ops.layer import ACTIVATIONS, Experts
 from ray_moe.policy.placement import place_by_index
 from ray_moe.runtime.expert_host import ExpertHost
@@ -239,12 +239,52 @@ def test_it_takes_part_in_autocast(width, inner) -> None:
         ({"num_experts": -1}, "num_experts is -1"),
         ({"top_k": 5}, "top_k is 5; with 4 experts it can be 1 to 4"),
         ({"top_k": 0}, "top_k is 0"),
+        ({"gate": "topk2"}, "unknown gate 'topk2'; give one of topk, "),
+        ({"gate": TopKSettings(2), "top_k": 2}, r"top_k is 2 beside gate=TopKSettings\(top_k=2"),
+        ({"gate": TopKSettings}, "give a name, settings \\(not their class\\), or a module"),
+        ({"gate": 3}, "gate is 3"),
         ({"activation": "swish2"}, f"unknown activation 'swish2'; give one of {', '.join(ACTIVATIONS)}"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, said) -> None:
     with pytest.raises(InvalidConfig, match=said):
-        MoELayer(**({"hidden_size": 8, "expert_size": 3, "num_experts": 4, "top_k": 2} | arguments))
+        MoELayer(**({"hidden_size": 8, "expert_size": 3, "num_experts": 4} | arguments))
+
+
+def test_a_gate_is_a_name_or_settings_too_and_learns_from_the_same_first_weights() -> None:
+    torch.manual_seed(7)
+    own = TopKGate(16, 4, 3, normalize=False)
+    layers = [
+        MoELayer(16, 8, 4, 3, gate="topk", seed=0),
+        MoELayer(16, 8, 4, gate=TopKSettings(3, normalize=False), seed=0),
+        MoELayer(16, 8, 4, gate=own, seed=0),
+    ]
+    assert [layer.gate.settings.top_k for layer in layers] == [3, 3, 3]
+    assert torch.equal(layers[0].gate.weight, layers[1].gate.weight)
+    assert not torch.equal(layers[0].gate.weight, layers[2].gate.weight)
+    hidden = torch.randn(5, 16)
+    own.load_state_dict(layers[0].gate.state_dict())
+    layers[2].experts.load_state_dict(layers[1].experts.state_dict())
+    torch.testing.assert_close(layers[1](hidden), layers[2](hidden))
+
+
+def test_a_gate_hears_of_the_tokens_what_the_layer_is_told() -> None:
+    class ById(nn.Module):
+        def forward(self, hidden: torch.Tensor, info: TokenInfo | None = None) -> Routing:
+            assert info is not None and info.ids is not None and info.task is None
+            return Routing(info.ids[:, None], torch.ones(len(hidden), 1), torch.zeros(len(hidden), 4))
+
+    layer = MoELayer(8, 3, 4, gate=ById(), seed=0)
+    hidden, ids = torch.randn(2, 3, 8), torch.tensor([[0, 3, 1], [1, 2, 0]])
+    ones = torch.ones(6, 1)
+    expected = layer.experts(hidden.view(6, 8), ids.view(6, 1), ones).view(2, 3, 8)
+    for each in (ids, ids.flatten()):
+        torch.testing.assert_close(layer(hidden, TokenInfo(ids=each)), expected)
+    with pytest.raises(InvalidRequest, match=r"ids has the shape \[2, 2\] and is about 4 tokens; there are 6"):
+        layer(hidden, TokenInfo(ids=ids[:, :2]))
+    with pytest.raises(InvalidRequest, match=r"ids is of torch\.float32; give integers"):
+        layer(hidden, TokenInfo(ids=ids.float()))
+    MoELayer(8, 3, 4)(hidden, TokenInfo(ids=ids[:, :2]))  # a gate that does not ask is told nothing
 
 
 # --- Experts elsewhere ---------------------------------------------------------------------------------------

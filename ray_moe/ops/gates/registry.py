@@ -1,0 +1,51 @@
+"""The gates of this package by name, and making one.
+
+Called by `MoELayer`, and by whoever replaces the gates of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ray_moe.errors import InvalidConfig
+from ray_moe.ops.gates.base import GateSettings
+from ray_moe.ops.gates.topk import TopKSettings
+
+GATES: dict[str, Any] = {
+    "topk": TopKSettings,
+}
+"""Settings of each gate by its name."""
+
+
+def make_settings(name: str, **options: Any) -> GateSettings:
+    """Settings of the gate `name`, with its own defaults where nothing is said.
+
+    Raises: `InvalidConfig` for a name or an option that is not there (it names those that are), an option that must be
+        given, or a value that cannot be.
+    """
+    if name not in GATES:
+        raise InvalidConfig(f"unknown gate {name!r}; give one of {', '.join(GATES)}, settings, or a module")
+    known = {option.name: option for option in fields(GATES[name])}
+    if unknown := [option for option in options if option not in known]:
+        raise InvalidConfig(f"gate {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    for option in known.values():
+        if option.name not in options and option.default is MISSING and option.default_factory is MISSING:
+            raise InvalidConfig(f"gate {name!r} needs {option.name}: give {GATES[name].__name__}({option.name}=...)")
+    settings: GateSettings = GATES[name](**options)
+    return settings
+
+
+def make_gate(settings: GateSettings | str, hidden_size: int, num_experts: int) -> Any:
+    """A gate with fresh weights.
+
+    Args:
+        settings: of the gate, or its name for the defaults.
+        hidden_size: D, the width of what it is asked about.
+        num_experts: E, what it chooses from.
+
+    Raises: `InvalidConfig`.
+    """
+    if isinstance(settings, str):
+        settings = make_settings(settings)
+    return settings.build(hidden_size, num_experts)
