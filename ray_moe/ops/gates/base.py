@@ -77,6 +77,21 @@ def takes_info(gate: Any) -> bool:
     return "info" in inspect.signature(getattr(gate, "forward", gate)).parameters
 
 
+def known(info: TokenInfo | None, name: str, number: int) -> torch.Tensor:
+    """[T] a field of `info`, for a gate that has to know it.
+
+    Raises: `InvalidRequest` where it is not there, or not in 0..number-1.
+    """
+    values: torch.Tensor | None = getattr(info, name, None)
+    if values is None:
+        raise InvalidRequest(f"this gate has to know the {name} of each token; give TokenInfo({name}=...)")
+    if values.numel():
+        low, high = (int(end) for end in values.aminmax())
+        if low < 0 or high >= number:
+            raise InvalidRequest(f"a token has the {name} {low if low < 0 else high}; there are 0 to {number - 1}")
+    return values.long()
+
+
 def _flat(name: str, values: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
     if values is None:
         return None

@@ -19,16 +19,20 @@ from ray_moe.errors import InvalidConfig
 class LinearGate(nn.Module):
     """Logits [T, E] that are linear in the hidden states. Its subclasses choose."""
 
-    def __init__(self, hidden_size: int, num_experts: int, settings: Any) -> None:
+    weight: nn.Parameter
+
+    def __init__(self, hidden_size: int, num_experts: int, settings: Any, **rows: int) -> None:
         """
         Args:
             hidden_size: D.
             num_experts: E.
             settings: what it is made by; `upcast` is read here.
+            rows: of further weights [rows, D] by name, or of `weight` where it has others than E.
         """
         super().__init__()
         self.settings, self.num_experts, self.hidden_size = settings, num_experts, hidden_size
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        for name, number in ({"weight": num_experts} | rows).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(number, hidden_size)))
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -68,6 +72,11 @@ def normalized(weight: torch.Tensor) -> torch.Tensor:
     """[T, K] divided by its sum over K; zeros stay zeros."""
     total = weight.sum(dim=-1, keepdim=True)
     return weight / total.masked_fill(total == 0, 1)
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """[T] -> the mean, 0 where there are none."""
+    return values.sum() / max(len(values), 1)
 
 
 def compact(chosen: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

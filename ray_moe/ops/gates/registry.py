@@ -10,10 +10,32 @@ from typing import Any
 
 from ray_moe.errors import InvalidConfig
 from ray_moe.ops.gates.base import GateSettings
+from ray_moe.ops.gates.dynamic_k import DynamicKSettings
+from ray_moe.ops.gates.expert_choice import ExpertChoiceSettings
+from ray_moe.ops.gates.gumbel import GumbelSettings
+from ray_moe.ops.gates.hashing import HashSettings
+from ray_moe.ops.gates.hierarchical import HierarchicalSettings
+from ray_moe.ops.gates.modality import ModalitySettings
+from ray_moe.ops.gates.multi_task import MultiTaskSettings
+from ray_moe.ops.gates.noisy_topk import NoisyTopKSettings
+from ray_moe.ops.gates.sigmoid import SigmoidSettings
+from ray_moe.ops.gates.switch import SwitchSettings
 from ray_moe.ops.gates.topk import TopKSettings
+from ray_moe.ops.gates.topk_random import TopKRandomSettings
 
 GATES: dict[str, Any] = {
     "topk": TopKSettings,
+    "switch": SwitchSettings,
+    "noisy_topk": NoisyTopKSettings,
+    "topk_random": TopKRandomSettings,
+    "expert_choice": ExpertChoiceSettings,
+    "dynamic_k": DynamicKSettings,
+    "gumbel": GumbelSettings,
+    "sigmoid": SigmoidSettings,
+    "hierarchical": HierarchicalSettings,
+    "hash": HashSettings,
+    "multi_task": MultiTaskSettings,
+    "modality": ModalitySettings,
 }
 """Settings of each gate by its name."""
 

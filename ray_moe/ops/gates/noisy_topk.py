@@ -1,0 +1,84 @@
+"""The gate of the sparsely-gated Mixture-of-Experts layer: noisy top-k (arXiv:1701.06538, section 2.1 and appendix A).
+
+How much noise each expert's logit gets is learned, too. In training the gate tells a loss "load": how unevenly tokens
+are spread, by an estimate of the number of tokens of each expert that is smooth in the logits.
+
+Shape legend: T tokens, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ray_moe.ops.gates.base import Routing
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, project, wide
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyTopKSettings:
+    """The K greatest logits of each token after noise, and a softmax over these."""
+
+    top_k: int = 2
+    """K."""
+    least_noise: float = 0.01
+    """Added to the learned standard deviation of the noise, which could vanish otherwise."""
+    upcast: bool = True
+    """Whether logits are computed in float32 where hidden states and weights are narrower."""
+
+    def __post_init__(self) -> None:
+        check(self, (self.top_k >= 1, "top_k is 1 or more"), (self.least_noise > 0, "least_noise is more than 0"))
+
+    def build(self, hidden_size: int, num_experts: int) -> NoisyTopKGate:
+        check_top_k(self.top_k, num_experts)
+        return NoisyTopKGate(hidden_size, num_experts, self, noise_weight=num_experts)
+
+
+class NoisyTopKGate(LinearGate):
+    """See `NoisyTopKSettings`. Without noise outside training."""
+
+    noise_weight: nn.Parameter
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Zeros: at first the noise alone decides, so all experts are used alike (appendix A)."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden: torch.Tensor) -> Routing:
+        """[T, D] -> the routing, with a loss "load" in training."""
+        top_k = self.settings.top_k
+        clean = noisy = wide(self.logits(hidden))
+        losses = {}
+        if self.training:
+            std = nn.functional.softplus(wide(project(hidden, self.noise_weight, self.settings.upcast)))
+            std = std + self.settings.least_noise
+            noisy = clean + torch.randn_like(clean) * std
+            losses["load"] = variation(expected_load(clean, noisy, std, top_k))
+        values, index = noisy.topk(top_k, dim=-1)
+        return Routing(index, values.softmax(-1), noisy, losses)
+
+
+def expected_load(clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, top_k: int) -> torch.Tensor:
+    """How many tokens each expert gets on average if its noise alone is drawn anew (equations 8 to 10).
+
+    Args:
+        clean, noisy: [T, E] logits before and after noise.
+        std: [T, E] standard deviation of the noise.
+        top_k: K.
+
+    Returns: [E], differentiable in all three.
+    """
+    num_experts = clean.shape[-1]
+    if top_k == num_experts:
+        return torch.full_like(clean[:1].sum(0), len(clean))
+    greatest = noisy.topk(top_k + 1, dim=-1).values
+    last_in, first_out = greatest[:, -2:-1], greatest[:, -1:]
+    to_beat = torch.where(noisy > first_out, first_out, last_in)  # the K-th greatest of the others
+    return torch.special.ndtr((clean - to_beat) / std).sum(0)
+
+
+def variation(load: torch.Tensor) -> torch.Tensor:
+    """[E] -> the square of its coefficient of variation, 0 when all are alike (equation 11)."""
+    return load.var(correction=0) / load.mean().square().clamp(min=torch.finfo(load.dtype).tiny)
