@@ -1,7 +1,8 @@
 """A byte-level language model of your own with `ray_moe.MoELayer`, trained on the sources of Python's standard library.
 
 `python examples/moe_layer_lm.py [--steps 300] [--data stdlib]`: one process, no download, a few minutes on a laptop. It
-shows the layer inside a network that is nobody else's, its auxiliary losses, and data that is the same in every run.
+shows the layer inside a network that is nobody else's, its auxiliary losses, a look at how evenly the experts are used,
+and data that is the same in every run.
 `--data` takes what `ray_moe.training.data.open_data` takes: a file, a folder, a glob, a .jsonl file, module:function.
 
 Shape legend: B windows of a batch, S tokens of a window, D model width, H heads.
@@ -16,8 +17,12 @@ from torch import nn
 
 from ray_moe import MoELayer
 from ray_moe.models.byte_level import END
-from ray_moe.ops.losses import load_balancing_loss, router_z_loss
+from ray_moe.ops.losses import auxiliary_loss
+from ray_moe.ops.utilization import UtilizationMonitor
 from ray_moe.training.data import BatchRequest, Data, open_data
+
+AUXILIARY = {"load_balancing": 0.01, "router_z": 0.001}
+"""That tokens are spread evenly, and that the gates' logits stay small."""
 
 
 class Block(nn.Module):
@@ -28,7 +33,7 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.before_attention, self.before_experts = nn.RMSNorm(width), nn.RMSNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.moe = MoELayer(width, 2 * width, num_experts, top_k=2)
+        self.moe = MoELayer(width, 2 * width, num_experts, top_k=2, auxiliary=AUXILIARY)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -57,11 +62,6 @@ class ByteLM(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return nn.functional.linear(self.norm(hidden), self.tokens.weight)
-
-    def auxiliary_loss(self) -> torch.Tensor:
-        """Of the last batch: that tokens are spread evenly, and that the gates' logits stay small."""
-        routings = [block.moe.routing for block in self.blocks]
-        return sum(0.01 * load_balancing_loss(r) + 0.001 * router_z_loss(r.logits) for r in routings) / len(routings)
 
 
 def loss_of(model: ByteLM, data: Data, request: BatchRequest) -> torch.Tensor:
@@ -94,10 +94,12 @@ def main() -> None:
     data = open_data(arguments.data, vocab_size=END + 1)
     model = ByteLM(arguments.width, arguments.layers, arguments.experts, arguments.window)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    monitor = UtilizationMonitor(model)
     held_out = BatchRequest(step=0, batch_size=4 * arguments.batch, window=arguments.window, split="validation")
     for step in range(arguments.steps):
         loss = loss_of(model, data, BatchRequest(step, arguments.batch, arguments.window))
-        (loss + model.auxiliary_loss()).backward()
+        (loss + auxiliary_loss(model)).backward()
+        monitor.observe()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -105,6 +107,7 @@ def main() -> None:
             with torch.no_grad():
                 unseen = loss_of(model, data, held_out)
             print(f"step {step}: {loss.detach():.3f} nats per byte, {unseen:.3f} on files it has not seen", flush=True)
+    print(monitor.report())
     print(continue_text(model, "def ", 200))
 
 

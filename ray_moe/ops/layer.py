@@ -10,7 +10,7 @@ an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, cast
@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from ray_moe.errors import InvalidConfig, InvalidRequest
+from ray_moe.ops.capacity import Capacity, CapacitySettings, Overflow
 from ray_moe.ops.dispatch import combine
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.ops.gates.base import Gate, GateSettings, Routing, TokenInfo, takes_info
 from ray_moe.ops.gates.registry import make_gate, make_settings
+from ray_moe.ops.losses import AuxiliaryLosses
 from ray_moe.types import LayerPath
 
 Handler = Callable[[LayerPath, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -151,7 +153,8 @@ class Experts(nn.Module):
 class MoELayer(nn.Module):
     """A gate, and the experts that it chooses from. Takes and gives [..., D].
 
-    `routing` is that of the last call, None before the first: what `ray_moe.ops.losses` takes.
+    Of the last call, and None before the first: `routing`, what the gate chose (`ray_moe.ops.losses` takes it), and
+    `overflow`, what a capacity then did to that.
     """
 
     def __init__(  # noqa: PLR0913  (as many options as there are)
@@ -165,6 +168,8 @@ class MoELayer(nn.Module):
         activation: str | Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        capacity: CapacitySettings | None = None,
+        auxiliary: Mapping[str, float] | None = None,
         experts: Literal["local"] | Handler = "local",
         path: LayerPath = "experts",
         seed: int | None = None,
@@ -180,6 +185,9 @@ class MoELayer(nn.Module):
             activation: "silu", "gelu", "gelu_tanh" or "relu", or any function of one tensor.
             gated: whether experts multiply the activation by a second projection (SwiGLU with "silu").
             bias: whether the experts' projections have one.
+            capacity: how many slots each expert takes of a batch, and what becomes of the others; None is no limit.
+            auxiliary: what each auxiliary loss is multiplied by, by name (`ray_moe.ops.losses.LOSSES`, and those of the
+                gate), such as ``{"load_balancing": 0.01}``; `ray_moe.ops.losses.auxiliary_loss` adds them up.
             experts: "local", weights of this layer; or who computes them: a `Handler`, through which gradients flow as
                 it lets them. The layer has no weights of experts then.
             path: what the handler calls these experts.
@@ -204,7 +212,10 @@ class MoELayer(nn.Module):
             if own_gate is not None:
                 own_gate.reset_parameters(generator)
             self.experts.reset_parameters(generator)
+        self.capacity = None if capacity is None else Capacity(capacity)
+        self.auxiliary = None if auxiliary is None else AuxiliaryLosses(auxiliary, num_experts)
         self.routing: Routing | None = None
+        self.overflow: Overflow | None = None
 
     def forward(self, hidden: torch.Tensor, info: TokenInfo | None = None) -> torch.Tensor:
         """[..., D] -> [..., D].
@@ -221,12 +232,19 @@ class MoELayer(nn.Module):
         else:
             routing = self.gate(tokens)
         self.routing = routing
+        if self.capacity is not None:
+            routing, self.overflow = self.capacity(routing, self.experts.num_experts)
         out: torch.Tensor = self.experts(tokens, routing.index, routing.weight)
         return out.view(hidden.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has routed nothing yet; besides, torch does not copy tensors that have a history."""
-        return {**self.__dict__, "routing": None}
+        return {**self.__dict__, "routing": None, "overflow": None}
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The MoE layers of a network by path, in its order; of one `MoELayer` itself, under ""."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MoELayer)}
 
 
 def _own_gate(
