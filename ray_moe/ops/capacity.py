@@ -216,7 +216,8 @@ def limit(
     Own choices come before moved ones: a slot that was moved takes only room that is left. Moved slots go, in order of
     priority, each to the best expert for it that still has room. A slot moved by "next" has the weight that it had,
     times how much less probable its new expert is (softmax of the logits; never more): with weights that are such
-    probabilities, this is the new expert's. By "random" it keeps its weight. What is dropped has the weight 0 and the index E.
+    probabilities, this is the new expert's. By "random" it keeps its weight. What is dropped has the weight 0 and the
+    index E.
 
     Args:
         routing: the gate's.
