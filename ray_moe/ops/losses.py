@@ -132,7 +132,8 @@ class UsageLoss(nn.Module):
     loss is the standard deviation of the usages over their mean, 1 / E: 0 when all are alike, sqrt(E - 1) when one has
     everything. A small batch that is uneven by chance costs little then, and an expert that has long been without
     tokens is helped. The counts have no gradient; it goes, whole, to this batch's mean probabilities (straight through,
-    arXiv:1308.3432): `decay` smooths its direction and does not make it smaller.
+    arXiv:1308.3432): `decay` smooths its direction and does not make it smaller. As the gradient of a root does not
+    vanish near balance, and an average lags, a great coefficient overshoots.
     """
 
     usage: torch.Tensor
