@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +115,17 @@ def test_the_sigmoid_gate_is_balanced_without_a_loss() -> None:
         most.append(monitor.report().layers[""].max_violation)
     assert most[0] > 0.6
     assert most[-1] < 0.15
+
+
+def test_the_code_of_the_page_about_balance_runs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "methods" / "balance.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    begin, rest = code.split("\nout = layer(hidden)", 1)
+    names: dict[str, Any] = {"hidden": torch.randn(4, 20, 64), "loss_of": lambda out: out.square().mean()}
+    exec(begin, names)
+    layer = names["layer"]
+    names["optimizer"] = torch.optim.AdamW(layer.parameters())
+    exec(f"out = layer(hidden){rest}", names)
+    assert layer.overflow.wanted.sum() == 160
+    assert layer.overflow.capacity == 25
+    assert layer.gate.bias.any()
