@@ -1,6 +1,6 @@
 """Putting another gate into a model of `transformers`, in place of the routers beside its experts.
 
-Works on every family whose block calls its router with hidden [T, D] alone and takes (logits, weight, index) from it,
+Works on every family whose block calls its router with hidden states alone and takes (logits, weight, index) from it,
 which is asked of each router before it goes. The gate takes the router's place and name, so a checkpoint of the model
 has the gate's weights where the router's were. Loads nothing; called by who trains or studies a model.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,7 +29,10 @@ from ray_moe.types import LayerPath
 SAME = {"weight": "weight", "bias": "e_score_correction_bias"}
 """What a router calls what a gate has."""
 
-_ROUTING, _INFO = "_ray_moe_routing", "_ray_moe_info"
+_ROUTINGS: WeakKeyDictionary[nn.Module, Routing] = WeakKeyDictionary()
+"""Of the last call of each gate. Not in the gate, for a model to be copied after it was used: no history can be."""
+
+_INFO = "_ray_moe_info"
 
 
 def replace_gates(model: nn.Module, settings: GateSettings | str, *, seed: int = 0) -> list[LayerPath]:
@@ -53,7 +57,7 @@ def replace_gates(model: nn.Module, settings: GateSettings | str, *, seed: int =
     found = [_router(model, path) for path in modules]
     if not found:
         raise UnsupportedModel("the model has no experts of transformers' experts interface beside a router")
-    gates = [(path, _made(router, settings, generator)) for path, router in found]
+    gates = [(path, _made(router, top_k, settings, generator)) for path, router, top_k in found]
     for path, gate in gates:
         model.set_submodule(path, gate)
     for experts in modules.values():
@@ -65,7 +69,7 @@ def replace_gates(model: nn.Module, settings: GateSettings | str, *, seed: int =
 
 def routings(model: nn.Module) -> dict[LayerPath, Routing]:
     """What the gates of `replace_gates` have decided in the last call, by path; with its history, for losses."""
-    return {path: module.__dict__[_ROUTING] for path, module in model.named_modules() if _ROUTING in module.__dict__}
+    return {path: _ROUTINGS[module] for path, module in model.named_modules() if module in _ROUTINGS}
 
 
 @contextmanager
@@ -81,42 +85,43 @@ def told(model: nn.Module, info: TokenInfo) -> Iterator[None]:
             gate.__dict__[_INFO] = None
 
 
-def _router(model: nn.Module, experts_path: LayerPath) -> tuple[LayerPath, nn.Module]:
-    """The path and module of the router beside some experts. Raises: `UnsupportedModel`."""
+def _router(model: nn.Module, experts_path: LayerPath) -> tuple[LayerPath, nn.Module, int]:
+    """The path and module of the router beside some experts, and its K. Raises: `UnsupportedModel`."""
     block_path, experts = experts_path.rpartition(".")[0], model.get_submodule(experts_path)
     block = model.get_submodule(block_path)
     number: Any = experts.num_experts
     for name, child in block.named_children():
         weight = getattr(child, "weight", None)
         if child is not experts and isinstance(weight, torch.Tensor) and weight.shape[:-1] == (int(number),):
-            if not _answers_as_expected(child, weight):
+            top_k = _top_k(child, weight)
+            if top_k is None:
                 raise UnsupportedModel(
                     f"the router {block_path}.{name} ({type(child).__name__}) does not answer hidden states with "
                     "(logits, weight, index); no other gate can take its place"
                 )
-            return f"{block_path}.{name}", child
+            return f"{block_path}.{name}", child, top_k
     raise UnsupportedModel(f"there is no router of {number} experts beside {experts_path}; no gate can take its place")
 
 
 @torch.no_grad()
-def _answers_as_expected(router: nn.Module, weight: torch.Tensor) -> bool:
-    """Whether two tokens get logits [2, E], weights [2, K] and an index [2, K]."""
+def _top_k(router: nn.Module, weight: torch.Tensor) -> int | None:
+    """K, if two tokens get logits [2, E], weights [2, K] and an index [2, K]; None if they get anything else."""
     try:
         answer = router(weight.new_zeros(2, weight.shape[1]))
     except (TypeError, RuntimeError, ValueError):  # it wants more than hidden states, or in another shape
-        return False
+        return None
     if not isinstance(answer, tuple) or len(answer) != 3:
-        return False
+        return None
     logits, weights, index = answer
-    is_int = not index.is_floating_point() and index.dtype is not torch.bool
-    return logits.shape == (2, len(weight)) and weights.shape == index.shape and index.ndim == 2 and is_int
+    is_index = index.dtype in (torch.int32, torch.int64) and index.ndim == 2 and weights.shape == index.shape
+    return index.shape[1] if is_index and logits.shape == (2, len(weight)) else None
 
 
-def _made(router: Any, settings: GateSettings | str, generator: torch.Generator) -> nn.Module:
+def _made(router: Any, top_k: int, settings: GateSettings | str, generator: torch.Generator) -> nn.Module:
     """A gate with what it shares with the router, that answers as the router did."""
     if isinstance(settings, str):
         has_top_k = settings in GATES and "top_k" in GATES[settings].__dataclass_fields__
-        settings = make_settings(settings, **({"top_k": int(router.top_k)} if has_top_k else {}))
+        settings = make_settings(settings, **({"top_k": top_k} if has_top_k else {}))
     num_experts, hidden_size = router.weight.shape
     gate: nn.Module = make_gate(settings, hidden_size, num_experts)
     gate.reset_parameters(generator)  # type: ignore[operator]
@@ -126,18 +131,22 @@ def _made(router: Any, settings: GateSettings | str, generator: torch.Generator)
     gate.to(router.weight.device, router.weight.dtype).train(router.training)
     if takes_info(gate):
         gate.__dict__[_INFO] = None
-        gate.register_forward_pre_hook(_with_info)
+    gate.register_forward_pre_hook(_as_gate)
     gate.register_forward_hook(_as_router)
     return gate
 
 
-def _with_info(gate: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _as_gate(gate: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the gate expects, from what the block gives: some have hidden as [B, S, D]."""
     (hidden,) = given
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    if _INFO not in gate.__dict__:
+        return (tokens,)
     info: TokenInfo | None = gate.__dict__[_INFO]
-    return hidden, None if info is None else info.flat(hidden.shape[:-1].numel())
+    return tokens, None if info is None else info.flat(len(tokens))
 
 
 def _as_router(gate: nn.Module, given: Any, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the block expects, from what the gate says."""
-    gate.__dict__[_ROUTING] = routing
+    _ROUTINGS[gate] = routing
     return routing.logits, routing.weight, routing.index

@@ -53,7 +53,8 @@ class GumbelSettings:
     def temperature_at(self, step: int) -> float:
         """Of a step, from 0."""
         progress = min(max(step, 0) / self.anneal_steps, 1.0)
-        return self.temperature * (self.final_temperature / self.temperature) ** progress
+        ratio: float = (self.final_temperature / self.temperature) ** progress
+        return self.temperature * ratio
 
     def build(self, hidden_size: int, num_experts: int) -> GumbelGate:
         if self.max_k is not None:

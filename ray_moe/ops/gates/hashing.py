@@ -75,4 +75,5 @@ def mix(values: torch.Tensor) -> torch.Tensor:
 
 def _shifted(values: torch.Tensor, by: int) -> torch.Tensor:
     """To the right, with zeros from the left."""
-    return (values >> by) & (2 ** (64 - by) - 1)
+    shifted: torch.Tensor = (values >> by) & (2 ** (64 - by) - 1)
+    return shifted

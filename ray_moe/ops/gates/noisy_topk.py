@@ -81,4 +81,6 @@ def expected_load(clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, t
 
 def variation(load: torch.Tensor) -> torch.Tensor:
     """[E] -> the square of its coefficient of variation, 0 when all are alike (equation 11)."""
-    return load.var(correction=0) / load.mean().square().clamp(min=torch.finfo(load.dtype).tiny)
+    square = load.mean().square().clamp(min=torch.finfo(load.dtype).tiny)
+    variation: torch.Tensor = load.var(correction=0) / square
+    return variation

@@ -102,7 +102,7 @@ class SigmoidGate(LinearGate):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         bias = self.bias
-        module: nn.Module = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.bias.dtype.itemsize < bias.dtype.itemsize and self.bias.dtype.itemsize < torch.float32.itemsize:
             self.bias = bias.to(self.bias.device)
-        return module
+        return self

@@ -11,7 +11,7 @@ from torch import nn
 
 from ray_moe.errors import InvalidConfig, InvalidRequest, UnsupportedModel
 from ray_moe.models.gates import replace_gates, routings, told
-from ray_moe.ops.gates.base import TokenInfo
+from ray_moe.ops.gates.base import GateSettings, TokenInfo
 from ray_moe.ops.gates.multi_task import MultiTaskSettings
 from ray_moe.ops.gates.sigmoid import SigmoidSettings
 from ray_moe.ops.gates.topk import TopKSettings
@@ -19,7 +19,7 @@ from tests.tiny_models import build
 
 IDS = torch.arange(3, 27).view(2, 12)
 
-SAME = {
+SAME: dict[str, GateSettings] = {
     "mixtral": TopKSettings(2),
     "qwen3_moe": TopKSettings(3),
     "qwen2_moe": TopKSettings(3, normalize=False),
@@ -43,9 +43,9 @@ def test_the_familys_own_gate_changes_no_logit_and_no_name(family: str, implemen
     assert paths and all(path.endswith("mlp.gate") for path in paths)
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
     assert {name.replace("gate.bias", "gate.e_score_correction_bias") for name in model.state_dict()} == names
-    assert {path: tuple(routing.logits.shape) for path, routing in routings(model).items()} == dict.fromkeys(
-        paths, (24, 6 if family == "mixtral" else 8)
-    )
+    num_experts = 6 if family == "mixtral" else 8
+    shapes = {path: tuple(routing.logits.shape) for path, routing in routings(model).items()}
+    assert shapes == dict.fromkeys(paths, (24, num_experts))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
@@ -90,13 +90,22 @@ def test_no_expert_is_none_in_every_implementation() -> None:
 def test_a_name_takes_the_models_own_k_and_a_seed_its_weights() -> None:
     model = build("qwen3_moe")
     (first, *_) = replace_gates(model, "topk")
-    assert model.get_submodule(first).settings.top_k == 3  # type: ignore[union-attr]
+    assert model.get_submodule(first).settings.top_k == 3
     one, same, other = build("mixtral"), build("mixtral"), build("mixtral")
     for each, seed in ((one, 1), (same, 1), (other, 2)):
         path = replace_gates(each, MultiTaskSettings(2, top_k=2), seed=seed)[0] + ".weight"
     assert torch.equal(one.get_parameter(path), same.get_parameter(path))
     assert not torch.equal(one.get_parameter(path), other.get_parameter(path))
-    assert build("mixtral").bfloat16().get_parameter("model.layers.0.mlp.gate.weight").dtype is torch.bfloat16
+
+
+def test_a_model_that_was_used_can_be_copied() -> None:
+    model = build("mixtral").eval()
+    replace_gates(model, "dynamic_k")
+    expected = model(IDS).logits
+    twin = copy.deepcopy(model)
+    assert not routings(twin)
+    torch.testing.assert_close(twin(IDS).logits, expected)
+    assert routings(twin).keys() == routings(model).keys()
 
 
 def test_gates_have_the_routers_dtype() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def rows(hidden: torch.Tensor, weight: torch.Tensor) -> list[list[float]]:
     ]
 
 
-def best(values: list[float], number: int) -> list[int]:
+def best(values: Sequence[float], number: int) -> list[int]:
     return sorted(range(len(values)), key=lambda place: -values[place])[:number]
 
 
@@ -83,7 +84,7 @@ def test_a_token_has_experts_until_they_are_probable_enough(threshold: float, ma
     routing = gate(tokens())
     assert_weights(routing, expected)
     assert routing.index.shape[1] == max(map(len, expected))
-    assert float(routing.losses["entropy"]) == pytest.approx(entropy)
+    assert routing.losses["entropy"].item() == pytest.approx(entropy)
 
 
 def test_how_many_experts_a_token_has_depends_on_how_sure_the_gate_is() -> None:

@@ -14,7 +14,7 @@ from ray_moe.ops.gates.noisy_topk import NoisyTopKSettings, expected_load, varia
 from ray_moe.ops.gates.registry import make_gate
 from ray_moe.ops.gates.topk import TopKSettings
 from ray_moe.ops.gates.topk_random import TopKRandomSettings
-from tests.unit.ops.gates.gates import EXPERTS, TOKENS, WIDTH, ask, gate_of, spread, tokens
+from tests.unit.ops.gates.gates import EXPERTS, TOKENS, WIDTH, gate_of, spread, tokens
 
 
 def biased(settings: Any, logits: list[float], num_tokens: int) -> tuple[Any, torch.Tensor]:
@@ -33,8 +33,8 @@ def test_noise_load_and_loss_are_those_of_the_paper() -> None:
     routing = gate(hidden)
     load = [0.0] * EXPERTS
     for token in range(TOKENS):
-        clean = [float(hidden[token] @ row) for row in gate.weight]
-        std = [math.log1p(math.exp(float(hidden[token] @ row))) + 0.01 for row in gate.noise_weight]
+        clean = [(hidden[token] @ row).item() for row in gate.weight]
+        std = [math.log1p(math.exp((hidden[token] @ row).item())) + 0.01 for row in gate.noise_weight]
         noisy = [clean[e] + noise[token][e] * std[e] for e in range(EXPERTS)]
         taken = sorted(range(EXPERTS), key=lambda e: -noisy[e])[:top_k]
         total = sum(math.exp(noisy[e]) for e in taken)
@@ -45,7 +45,7 @@ def test_noise_load_and_loss_are_those_of_the_paper() -> None:
             load[expert] += (1 + math.erf((clean[expert] - others[top_k - 1]) / std[expert] / math.sqrt(2))) / 2
     mean = sum(load) / EXPERTS
     square = sum((each - mean) ** 2 for each in load) / EXPERTS / mean**2
-    assert float(routing.losses["load"]) == pytest.approx(square)
+    assert routing.losses["load"].item() == pytest.approx(square)
 
 
 def test_the_expected_load_is_what_noise_drawn_anew_gives_on_average() -> None:
@@ -72,7 +72,7 @@ def test_a_fresh_noisy_gate_uses_all_experts_and_tells_its_load_in_training_only
 def test_the_load_loss_evens_a_collapsed_gate_out() -> None:
     torch.manual_seed(0)
     gate = make_gate(NoisyTopKSettings(1), WIDTH, EXPERTS)
-    gate.weight.data[0] = 3.0
+    gate.weight.data[0] = 0.5
     hidden = torch.rand(400, WIDTH) + 0.5
     assert float((gate(hidden).index == 0).float().mean()) > 0.9
     optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
@@ -158,8 +158,8 @@ def test_outside_training_an_expert_is_kept_that_is_more_probable_than_not() -> 
         assert sorted(e for e in routing.index[token].tolist() if e < EXPERTS) == sorted(kept)
         numbers.add(len(kept))
     assert 1 in numbers and len(numbers) > 2
-    expected = sum(sigmoid(float(logit)) for logit in routing.logits.flatten()) / TOKENS
-    assert float(routing.losses["expected_experts"]) == pytest.approx(expected)
+    expected = sum(sigmoid(logit) for logit in routing.logits.flatten().tolist()) / TOKENS
+    assert routing.losses["expected_experts"].item() == pytest.approx(expected)
 
 
 def test_hard_choices_have_the_gradients_of_soft_ones() -> None:
@@ -187,24 +187,27 @@ def test_the_lower_the_temperature_the_harder() -> None:
         gate.anneal(step)
         torch.manual_seed(1)
         weight = spread(gate(hidden)).clamp(min=1e-9)
-        entropies.append(float(-(weight * weight.log()).sum(1).mean()))
+        entropies.append(-(weight * weight.log()).sum(1).mean().item())
     assert entropies == sorted(entropies, reverse=True) and entropies[2] == entropies[3]
     assert gate.settings.temperature_at(50) == pytest.approx(0.2)
     assert gate.state_dict()["temperature"] == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("target", [1.5, 4.0])
-def test_it_learns_how_many_experts_to_keep(target: float, hard: bool) -> None:
-    torch.manual_seed(0)
-    layer = MoELayer(WIDTH, 4, EXPERTS, gate=GumbelSettings(target=target, hard=hard), seed=0)
+def test_it_learns_how_many_experts_to_keep(hard: bool) -> None:
     hidden = torch.cat([torch.randn(100, WIDTH - 1), torch.ones(100, 1)], dim=1)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = (layer(hidden) - hidden.sin()).square().mean()
-        assert layer.routing is not None
-        (loss + layer.routing.losses["expected_experts"]).backward()
-        optimizer.step()
-    kept = (ask(layer.gate.eval(), hidden).index < EXPERTS).sum(1).float().mean()
-    assert float(kept) == pytest.approx(target, abs=0.8)
+    kept = []
+    for target in (1.5, 4.0):
+        torch.manual_seed(0)
+        layer = MoELayer(WIDTH, 4, EXPERTS, gate=GumbelSettings(target=target, hard=hard), seed=0)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (layer(hidden) - hidden.sin()).square().mean()
+            assert layer.routing is not None
+            (loss + layer.routing.losses["expected_experts"]).backward()
+            optimizer.step()
+        routing = layer.gate.eval()(hidden)
+        assert routing.logits.sigmoid().sum(1).mean().item() == pytest.approx(target, abs=0.3)
+        kept.append(float((routing.index < EXPERTS).sum(1).float().mean()))
+    assert kept[0] < 2.0 and kept[1] > 3.0

@@ -17,6 +17,7 @@ from ray_moe.training.control import LocalControl, LocalHost
 from ray_moe.training.network import make_trainer, whole_state_dict
 from ray_moe.training.settings import StepSettings
 from ray_moe.training.trainees import Trainees
+from ray_moe.training.trainer import Batch
 from ray_moe.transport.local import LocalTransport
 from tests.unit.ops.gates.gates import EXPERTS, OPTIONS, WIDTH, settings_of
 
@@ -40,7 +41,7 @@ class Network(nn.Module):
         return out
 
 
-def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_of(model: Any, batch: Batch) -> torch.Tensor:
     torch.manual_seed(int(batch["seed"]))  # what is random in a micro-batch
     x = batch["x"]
     info = TokenInfo(batch["ids"] % 3, batch["ids"] % 2, batch["ids"])
@@ -48,8 +49,8 @@ def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return loss + sum(0.1 * each for layer in model.layers for each in layer.routing.losses.values())
 
 
-def batches(step: int) -> list[dict[str, torch.Tensor]]:
-    made = []
+def batches(step: int) -> list[Batch]:
+    made: list[Batch] = []
     for micro in range(2):
         seed = 10 * step + micro
         generator = torch.Generator().manual_seed(seed)

@@ -123,7 +123,7 @@ def test_the_bias_moves_against_the_load_until_it_is_even_and_leaves_the_weights
         loads.append(routing.index.flatten().bincount(minlength=EXPERTS))
         gate.update_bias(loads[-1])
     assert loads[0].max() > 2.5 * 2000 / EXPERTS
-    assert loads[-1].max() < 1.1 * 2000 / EXPERTS
+    assert loads[-1].max() < 1.15 * 2000 / EXPERTS
     stays = routing.index == before.index
     assert torch.equal(routing.weight[stays], before.weight[stays])
     assert gate.bias.grad_fn is None and not gate.bias.requires_grad
