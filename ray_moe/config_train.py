@@ -102,6 +102,23 @@ class LoraConfig(Section):
     """Patterns of names of the backbone's linear layers that get one."""
 
 
+class AuxiliaryConfig(Section):
+    """Losses that a gate wants minimised beside: coefficients, for each layer of experts; 0 leaves one out. The loss of
+    a step that is reported has them in it, that of validation has not."""
+
+    load_balancing: NotNegative = 0.0
+    """How unevenly tokens are spread over the experts (GShard, Switch Transformer); 0.01 is usual."""
+    router_z: NotNegative = 0.0
+    """How large the gate's logits are, which makes low precision unstable (ST-MoE); 0.001 is usual."""
+    importance: NotNegative = 0.0
+    """How unevenly the experts' weights are spread (the first sparsely gated layers)."""
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Those that are not 0, by the names of `ops/losses.py`."""
+        return {name: factor for name, factor in self.model_dump().items() if factor}
+
+
 class CheckpointsConfig(Section):
     """Checkpoints of training: a folder for each, readable with any number of actors and workers."""
 
@@ -138,6 +155,7 @@ class TrainConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     serve: bool = False
     """Whether the same actors answer requests meanwhile, with the weights that were published last."""

@@ -33,6 +33,7 @@ from ray_moe.ops.lora import ExpertAdapters
 from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.ops.schedules import ScheduleSettings, factor
 from ray_moe.training.archive import LORA_SCALE, DiskArchive
+from ray_moe.training.auxiliary import LossWithAuxiliary
 from ray_moe.training.control import Promise
 from ray_moe.training.coordinator import Coordinator
 from ray_moe.training.data import open_data, windows_of
@@ -42,7 +43,7 @@ from ray_moe.training.group import Alone, Group, TorchGroup
 from ray_moe.training.loop import LoopSettings, Progress, run
 from ray_moe.training.manifest import fingerprint
 from ray_moe.training.settings import ExchangeSettings, StepSettings
-from ray_moe.training.trainer import Trainer
+from ray_moe.training.trainer import Trainer, causal_lm_loss
 from ray_moe.types import HostAddress, HostId
 
 logger = logging.getLogger(__name__)
@@ -149,13 +150,15 @@ def make_trainer(spec: ServiceSpec, group: Group, checkpoint: Checkpoint | None 
         coordinator = Coordinator(
             train.run_id, control, num_experts, optimizer, settings, archive, adapters=adapters, parts=parts
         )
+    model, coefficients = make_backbone(checkpoint, train, dispatcher, device), train.auxiliary.coefficients
     return Trainer(
-        make_backbone(checkpoint, train, dispatcher, device),
+        model,
         dispatcher,
         optimizer,
         coordinator=coordinator,
         group=group,
         settings=settings,
+        loss=LossWithAuxiliary(model, coefficients) if coefficients else causal_lm_loss,
         schedule=schedule(train),
     )
 

@@ -12,8 +12,10 @@ Shape legend: T tokens, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -70,6 +72,37 @@ def replace_gates(model: nn.Module, settings: GateSettings | str, *, seed: int =
 def routings(model: nn.Module) -> dict[LayerPath, Routing]:
     """What the gates of `replace_gates` have decided in the last call, by path; with its history, for losses."""
     return {path: _ROUTINGS[module] for path, module in model.named_modules() if module in _ROUTINGS}
+
+
+class RoutingRecorder:
+    """What the routers of a model decide, its own or gates that have taken their place. Each thread hears of its own
+    calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises: `UnsupportedModel` for a router of another form than (logits, weight, index)."""
+        self.num_experts: dict[LayerPath, int] = {}
+        """Of each, by its path, in model order."""
+        self._here = threading.local()
+        for experts_path in experts_modules(model):
+            path, router, _ = _router(model, experts_path)
+            self.num_experts[path] = int(model.get_submodule(experts_path).num_experts)  # type: ignore[arg-type]
+            router.register_forward_hook(partial(self._hear, path))
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[LayerPath, Routing]]:
+        """The routings of the last call of each router inside, by path; with their history, for losses."""
+        heard: dict[LayerPath, Routing] = {}
+        self._here.heard = heard
+        try:
+            yield heard
+        finally:
+            self._here.heard = None
+
+    def _hear(self, path: LayerPath, router: nn.Module, given: tuple[Any, ...], answer: tuple[Any, ...]) -> None:
+        heard: dict[LayerPath, Routing] | None = getattr(self._here, "heard", None)
+        if heard is not None:
+            logits, weight, index = answer
+            heard[path] = Routing(index, weight, logits)
 
 
 @contextmanager

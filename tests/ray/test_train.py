@@ -17,6 +17,7 @@ import pytest
 import ray.data
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 from typer.testing import CliRunner
 
 import ray_moe
@@ -62,7 +63,7 @@ def reference(folder: Path) -> tuple[list[float], Any]:
     return one_process(folder, open_data([str(folder / "text")], vocab_size=257), STEPS)
 
 
-def one_process(folder: Path, data: Data, num_steps: int) -> tuple[list[float], Any]:
+def one_process(folder: Path, data: Data, num_steps: int, balancing: float = 0.0) -> tuple[list[float], Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     losses, num = [], 2 * MICRO
@@ -72,6 +73,8 @@ def one_process(folder: Path, data: Data, num_steps: int) -> tuple[list[float], 
         for micro in range(num):
             batch = data.batch(BatchRequest(step, BATCH, WINDOW, micro_batch=micro, num_micro_batches=num))
             loss = model(**batch).loss
+            for logits in model(**batch, output_router_logits=True).router_logits if balancing else ():
+                loss = loss + balancing * load_balancing_loss_func((logits,), logits.shape[-1], ByteModel().top_k)
             (loss / num).backward()
             each.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,11 +106,14 @@ def losses_of(told: list[Progress]) -> dict[int, float]:
     return {progress.step: progress.loss for progress in told if progress.step and not math.isnan(progress.loss)}
 
 
-def test_two_workers_learn_what_one_process_would_and_the_checkpoint_is_its_model(
-    folder: Path, reference: Any, tmp_path: Path
-) -> None:
-    losses, model = reference
-    told = train(folder, checkpoints={"folder": str(tmp_path / "ck"), "every": 4}, logs=str(tmp_path / "logs"))
+def test_two_workers_learn_what_one_process_would_and_the_checkpoint_is_its_model(folder: Path, tmp_path: Path) -> None:
+    losses, model = one_process(folder, open_data([str(folder / "text")], vocab_size=257), STEPS, balancing=0.05)
+    told = train(
+        folder,
+        checkpoints={"folder": str(tmp_path / "ck"), "every": 4},
+        logs=str(tmp_path / "logs"),
+        auxiliary={"load_balancing": 0.05},
+    )
     assert curve(told) == pytest.approx(losses, rel=1e-5)
     assert told[-1].event == f"saved {tmp_path / 'ck' / f'step-{STEPS:08d}'}"
     assert 0 < told[-1].balancedness <= 1
