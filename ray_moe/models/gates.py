@@ -123,17 +123,18 @@ def _router(model: nn.Module, experts_path: LayerPath) -> tuple[LayerPath, nn.Mo
     block_path, experts = experts_path.rpartition(".")[0], model.get_submodule(experts_path)
     block = model.get_submodule(block_path)
     number: Any = experts.num_experts
+    tried = []
     for name, child in block.named_children():
         weight = getattr(child, "weight", None)
         if child is not experts and isinstance(weight, torch.Tensor) and weight.shape[:-1] == (int(number),):
             top_k = _top_k(child, weight)
-            if top_k is None:
-                raise UnsupportedModel(
-                    f"the router {block_path}.{name} ({type(child).__name__}) does not answer hidden states with "
-                    "(logits, weight, index); no other gate can take its place"
-                )
-            return f"{block_path}.{name}", child, top_k
-    raise UnsupportedModel(f"there is no router of {number} experts beside {experts_path}; no gate can take its place")
+            if top_k is not None:
+                return f"{block_path}.{name}", child, top_k
+            tried.append(f"{name} ({type(child).__name__})")
+    raise UnsupportedModel(
+        f"nothing beside {experts_path} answers hidden states with (logits, weight, index) of {number} experts, so "
+        f"that a gate could take its place; tried {', '.join(tried) or 'nothing, for want of weights of that shape'}"
+    )
 
 
 @torch.no_grad()

@@ -76,11 +76,10 @@ def expected_load(clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, t
     greatest = noisy.topk(top_k + 1, dim=-1).values
     last_in, first_out = greatest[:, -2:-1], greatest[:, -1:]
     to_beat = torch.where(noisy > first_out, first_out, last_in)  # the K-th greatest of the others
-    return torch.special.ndtr((clean - to_beat) / std).sum(0)
+    is_in: torch.Tensor = torch.special.ndtr((clean - to_beat) / std)
+    return is_in.sum(0)
 
 
 def variation(load: torch.Tensor) -> torch.Tensor:
     """[E] -> the square of its coefficient of variation, 0 when all are alike (equation 11)."""
-    square = load.mean().square().clamp(min=torch.finfo(load.dtype).tiny)
-    variation: torch.Tensor = load.var(correction=0) / square
-    return variation
+    return load.var(correction=0) / load.mean().square().clamp(min=torch.finfo(load.dtype).tiny)
