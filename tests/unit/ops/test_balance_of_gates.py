@@ -104,9 +104,9 @@ def test_the_sigmoid_gate_is_balanced_without_a_loss() -> None:
     hidden = torch.randn(300, 8) + 0.5
     with torch.no_grad():
         layer.gate.weight[2] += 0.4
-    balancing, monitor = LossFreeBalancing(layer, rate=0.02), UtilizationMonitor(layer)
+    balancing, monitor = LossFreeBalancing(layer, rate=0.005), UtilizationMonitor(layer)
     most = []
-    for _ in range(60):
+    for _ in range(200):
         layer(hidden)
         balancing.observe()
         balancing.step()
