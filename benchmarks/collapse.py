@@ -75,7 +75,8 @@ def collapsed_model(data: Data, seed: int, way: Way) -> ByteLM:
         mean = inputs[0].flatten(0, -2).mean(0)
         layer.gate.weight[:2] += PULL * mean / mean.norm()
 
-    hooks = [block.moe.register_forward_pre_hook(pull) for block in model.blocks]  # layer by layer, as they are reached
+    blocks: list[Any] = list(model.blocks)
+    hooks = [block.moe.register_forward_pre_hook(pull) for block in blocks]  # layer by layer, as they are reached
     with torch.no_grad():
         loss_of(model, data, BatchRequest(0, BATCH, WINDOW, seed=seed))
     for hook in hooks:

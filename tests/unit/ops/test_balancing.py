@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,8 @@ from ray_moe.ops.losses import expert_load
 
 class BiasedGate(nn.Module):
     """Sigmoid scores; the bias takes part in the choice alone."""
+
+    bias: torch.Tensor
 
     def __init__(self, num_experts: int = 4, width: int = 8, top_k: int = 2) -> None:
         super().__init__()
@@ -99,18 +103,18 @@ def test_padding_does_not_count() -> None:
 
 
 def test_only_gates_with_a_bias_that_is_a_buffer_are_balanced() -> None:
-    class Linear(nn.Linear):
+    class Learned(nn.Linear):
         """Its bias is learned: moving it is the optimizer's."""
 
-        def forward(self, hidden: torch.Tensor) -> Routing:
+        def forward(self, hidden: torch.Tensor) -> Any:
             logits = super().forward(hidden)
             return Routing(logits.topk(1).indices, logits.topk(1).values, logits)
 
-    learned, plain = MoELayer(8, 4, 4, gate=Linear(8, 4)), MoELayer(8, 4, 4)
+    learned, plain = MoELayer(8, 4, 4, gate=Learned(8, 4)), MoELayer(8, 4, 4)
     biased = MoELayer(8, 4, 4, gate=BiasedGate())
     assert selection_bias(learned) is None and selection_bias(plain) is None and selection_bias(biased) is not None
     assert list(LossFreeBalancing(nn.Sequential(learned, plain, biased)).layers) == ["2"]
-    with pytest.raises(InvalidConfig, match=r"no gate here has a selection bias, .* \(Linear, TopKGate\)"):
+    with pytest.raises(InvalidConfig, match=r"no gate here has a selection bias, .* \(Learned, TopKGate\)"):
         LossFreeBalancing(nn.Sequential(learned, plain))
     with pytest.raises(InvalidConfig, match="no MoE layers"):
         LossFreeBalancing(nn.Linear(2, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -253,7 +254,8 @@ class Telling(nn.Module):
         return replace(routing, losses={"size": routing.logits.square().mean()} if self.training else {})
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
+    """Three layers one after the other."""
     coefficients = {"load_balancing": 0.01, "router_z": 0.001, "importance": 0.1, "usage": 0.2}
     return nn.Sequential(
         MoELayer(8, 4, 4, auxiliary=coefficients, seed=0),
@@ -287,11 +289,11 @@ def test_the_loss_of_a_network_is_the_sum_over_its_layers(masked) -> None:
     assert model[0].gate.weight.grad is not None and model[2].gate.inner.weight.grad is not None
 
 
-def copy_state(model: nn.Sequential) -> nn.Sequential:
+def copy_state(model: Any) -> Any:
     """A network with the routings of `model` and losses of its own: what looking does to the usage stays there."""
     twin = copy.deepcopy(model)
     for one, other in zip(model, twin, strict=True):
-        other.routing = one.routing  # type: ignore[assignment]
+        other.routing = one.routing
     return twin
 
 

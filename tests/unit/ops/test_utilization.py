@@ -233,7 +233,10 @@ def test_what_cannot_be_revived_says_so_and_stays() -> None:
         (lambda: CollapseSettings(underused=0.01, dead=0.02), "dead is 0.02 and underused 0.01"),
         (lambda: CollapseSettings(min_entropy=2), "min_entropy is 2"),
         (lambda: CollapseSettings(max_underused=-1), "max_underused is -1"),
-        (lambda: RevivalSettings(source="nearest"), "unknown source 'nearest'; give one of busiest, fresh"),
+        (
+            lambda: RevivalSettings(source="nearest"),  # type: ignore[arg-type]
+            "unknown source 'nearest'; give one of busiest, fresh",
+        ),
         (lambda: RevivalSettings(gate_noise=-1), "gate_noise is -1"),
         (lambda: UtilizationMonitor(nn.Linear(2, 2)), "no ray_moe.MoELayer"),
     ],
