@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from ray_moe.errors import InvalidCheckpoint, NotFound
-from ray_moe.models.export import OnWritten, export
+from ray_moe.models.export import export
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.models.lora import without_adapters
+from ray_moe.models.sharded import OnWritten
 from ray_moe.ops.lora import merged
 from ray_moe.training.archive import LORA_SCALE
 from ray_moe.training.checkpoints import BACKBONE, latest
