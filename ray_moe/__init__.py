@@ -8,17 +8,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_moe.client.aio import AsyncClient
     from ray_moe.client.sync import Client
+    from ray_moe.models.merge import MergeSettings, merge
+    from ray_moe.models.upcycle import UpcycleSettings, upcycle
     from ray_moe.ops.layer import MoELayer
     from ray_moe.service.network import remote_trainer
     from ray_moe.service.training import train
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "MoELayer", "__version__", "remote_trainer", "train"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "MergeSettings",
+    "MoELayer",
+    "UpcycleSettings",
+    "__version__",
+    "merge",
+    "remote_trainer",
+    "train",
+    "upcycle",
+]
 
 _LAZY = {
     "Client": "ray_moe.client.sync",
     "AsyncClient": "ray_moe.client.aio",
+    "MergeSettings": "ray_moe.models.merge",
+    "merge": "ray_moe.models.merge",
     "MoELayer": "ray_moe.ops.layer",
+    "UpcycleSettings": "ray_moe.models.upcycle",
+    "upcycle": "ray_moe.models.upcycle",
     "remote_trainer": "ray_moe.service.network",
     "train": "ray_moe.service.training",
 }

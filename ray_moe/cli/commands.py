@@ -416,6 +416,89 @@ def export(
 
 
 @commands.command()
+def upcycle(
+    dense: Annotated[str, typer.Argument(help="Dense checkpoint: a directory, or a name on the hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    experts: Annotated[int, typer.Option(help="Experts in each MoE layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts for each token.")] = 2,
+    parts: Annotated[int, typer.Option(help="Cut each network into so many experts, along its width.")] = 1,
+    noise: Annotated[float, typer.Option(help="Noise on experts' weights, as a multiple of their deviation.")] = 0.0,
+    reinit: Annotated[float, typer.Option(help="Share of each expert's neurons to draw anew.")] = 0.0,
+    shared: Annotated[bool, typer.Option("--shared", help="Add a shared expert that every token meets.")] = False,
+    layers: Annotated[
+        str, typer.Option(help="Which become MoE: all, every:N, last:M, or numbers such as 1,3,8-15.")
+    ] = "all",
+    gate_std: Annotated[
+        float | None, typer.Option(help="Deviation of the gates' weights; the model's initializer_range when not set.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; the model's when not set.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is in OUT.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a Mixture-of-Experts checkpoint of a dense one: its networks become experts."""
+    with told(debug), Interrupts():
+        from ray_moe.cli.upcycle import dtype_of, run
+        from ray_moe.models.upcycle import UpcycleSettings
+
+        settings = UpcycleSettings(
+            num_experts=experts,
+            top_k=top_k,
+            parts=parts,
+            noise=noise,
+            reinit=reinit,
+            shared=shared,
+            layers=layers,
+            gate_std=gate_std,
+            seed=seed,
+            dtype=dtype_of(dtype),
+        )
+        run(dense, out, settings, force)
+
+
+@commands.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(help="Dense checkpoints of one architecture; the first one leads.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    top_k: Annotated[int, typer.Option(help="Experts for each token.")] = 2,
+    backbone: Annotated[str, typer.Option(help="All but the experts: average (of the models) or first.")] = "average",
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Prompts that make the gates, one a line; once for each model, in order."),
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(help="Which become MoE: all, every:N, last:M, or numbers such as 1,3,8-15.")
+    ] = "all",
+    gate_std: Annotated[
+        float | None, typer.Option(help="Deviation of random gates; the model's initializer_range when not set.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; the first's when not set.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is in OUT.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a Mixture-of-Experts checkpoint of several dense ones: an expert for each."""
+    with told(debug), Interrupts():
+        from ray_moe.cli.upcycle import dtype_of, prompts_in, run_merge
+        from ray_moe.models.merge import MergeSettings
+
+        settings = MergeSettings(
+            top_k=top_k,
+            backbone=backbone,
+            prompts=prompts_in(prompts or []),
+            layers=layers,
+            gate_std=gate_std,
+            seed=seed,
+            dtype=dtype_of(dtype),
+        )
+        run_merge(models, out, settings, force)
+
+
+@commands.command()
 def demo(
     train_seconds: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long to train the model.")] = 115,
     cache_dir: Annotated[Path | None, typer.Option(help="Where the trained model is kept.")] = None,
