@@ -98,7 +98,7 @@ def build(config: Any, files: CheckpointFiles) -> Skeleton:
     if not experts:
         raise UnsupportedModel(
             f"this {config.model_type} model is dense: it has no routed experts to put behind actors. "
-            "Serve it as it is, or upcycle it into a Mixture-of-Experts model first."
+            "Serve it as it is, or make a Mixture-of-Experts model of it first: ray-moe upcycle DENSE OUT."
         )
     if quantizer is not None:
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
