@@ -20,6 +20,7 @@ from typing import Protocol
 
 import torch
 
+from ray_moe.errors import InvalidConfig
 from ray_moe.models.checkpoint import CONFIG, Reader
 from ray_moe.models.dense import Dense, ffn_names
 from ray_moe.models.ffn import FFN
@@ -28,6 +29,9 @@ from ray_moe.models.loading import return_free_memory
 from ray_moe.models.moe_targets import CORRECTION, Blueprint, Pairing
 from ray_moe.models.sharded import MAX_FILE_BYTES, OnWritten, ShardPlan, ShardWriter, copy_other_files, free_target
 from ray_moe.models.writing import NewFolder, TensorSpec, check_room, write_file
+
+ROW_ALIGNMENT = 16
+"""Bytes, of which rows of the experts' matrices must be a multiple: `torch._grouped_mm` takes no others."""
 
 Readers = Sequence[Reader]
 """The open files of each dense model, in the order in which they were given."""
@@ -113,7 +117,7 @@ def write_moe(
     Before the folder gets its name, the checkpoint in it is opened as `ray-moe serve` opens it.
 
     Raises:
-        InvalidConfig: the folder is taken, or cannot be written.
+        InvalidConfig: the folder is taken or cannot be written, or the experts are of a width that does not compute.
         InsufficientResources: the disk is full.
         InvalidCheckpoint: a file of the sources has changed.
         UnsupportedModel: a setting of the dense model has no place in the new one.
@@ -121,6 +125,7 @@ def write_moe(
     first = sources[0]
     for source in sources:
         target = free_target(source.files.folder, output.folder, output.overwrite)
+    _check_rows(first, plan, output.dtype)
     config = pairing.config(first.config, plan)
     config.dtype = output.dtype or first.config.dtype or first.dtype
     pieces = list(_pieces(first, pairing, plan, contents, output.dtype))
@@ -150,6 +155,16 @@ def write_moe(
         num_bytes=files.num_bytes,
         same_function=contents.same_function,
     )
+
+
+def _check_rows(dense: Dense, plan: Blueprint, dtype: torch.dtype | None) -> None:
+    """Raises: `InvalidConfig`: `transformers` and the hosts could not compute such experts."""
+    row_bytes = plan.expert_width * (dtype or dense.dtype).itemsize
+    if row_bytes % ROW_ALIGNMENT:
+        raise InvalidConfig(
+            f"experts of width {plan.expert_width} have rows of {row_bytes} bytes; grouped matrix products need a "
+            f"multiple of {ROW_ALIGNMENT}. Choose fewer parts, or a wider dtype"
+        )
 
 
 def _pieces(

@@ -38,10 +38,6 @@ SHARED_PART = 0.5
 """Of the dense output, what comes from the shared expert: what a sigmoid gate of zeros lets through."""
 
 
-ROW_ALIGNMENT = 16
-"""Bytes, of the rows of a matrix that `torch._grouped_mm` takes."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpcycleSettings:
     """How a dense model becomes an MoE model."""
@@ -106,7 +102,11 @@ def upcycle(
     """
     settings = settings or UpcycleSettings()
     source = Dense.open(dense)
-    _check_width(source, settings)
+    if source.width % settings.parts:
+        raise InvalidConfig(
+            f"the width of the networks of {source.name}, {source.width}, cut into {settings.parts} parts leaves a "
+            "remainder; choose a divisor"
+        )
     plan = Blueprint(
         num_experts=settings.num_experts,
         top_k=settings.top_k,
@@ -125,20 +125,6 @@ def upcycle(
         on_progress=on_progress,
     )
     return write_moe([source], pair, plan, _Upcycled(source, settings, pair.target.shared_gate), output)
-
-
-def _check_width(dense: Dense, settings: UpcycleSettings) -> None:
-    """Raises: `InvalidConfig`: the experts would not be as wide as each other, or not as grouped products need them."""
-    width, remainder = divmod(dense.width, settings.parts)
-    where = f"the width of the networks of {dense.name}, {dense.width}, cut into {settings.parts}"
-    if remainder:
-        raise InvalidConfig(f"{where}, leaves a remainder; choose a divisor as parts")
-    row_bytes = width * (settings.dtype or dense.dtype).itemsize
-    if row_bytes % ROW_ALIGNMENT:
-        raise InvalidConfig(
-            f"{where}, gives rows of {row_bytes} bytes; grouped matrix products need a multiple of {ROW_ALIGNMENT}. "
-            "Choose fewer parts, or a wider dtype"
-        )
 
 
 class _Upcycled:

@@ -166,6 +166,12 @@ def test_settings_that_do_not_fit(number: int, settings: dict[str, Any], said: s
     assert not (tmp_path / "moe").exists()
 
 
+def test_experts_that_grouped_products_do_not_take(tmp_path: Path) -> None:
+    tiny_dense.save("mistral", tmp_path / "odd", intermediate_size=42)
+    with pytest.raises(InvalidConfig, match=r"experts of width 42 have rows of 168 bytes; .* multiple of 16"):
+        merge([tmp_path / "odd"] * 2, tmp_path / "moe")
+
+
 def test_a_model_without_a_tokenizer_has_no_prompts(tmp_path: Path) -> None:
     for seed, name in enumerate(("a", "b")):
         tiny_dense.save("mistral", tmp_path / name, seed=seed)

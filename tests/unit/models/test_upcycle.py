@@ -302,7 +302,7 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path: Path) -> None:
         ),
         ("gpt2", {"n_layer": 1, "n_embd": 32, "n_head": 2}, {}, "block of gpt2 models"),
         ("mixtral", {}, {}, "block of mixtral models"),
-        ("mistral", {}, {"num_experts": 9, "parts": 3}, r"64, cut into 3, leaves a remainder"),
+        ("mistral", {}, {"num_experts": 9, "parts": 3}, r"64, cut into 3 parts leaves a remainder"),
         ("mistral", {}, {"num_experts": 32, "parts": 32}, r"rows of 8 bytes; .* multiple of 16"),
     ],
 )
