@@ -499,6 +499,42 @@ def merge(
 
 
 @commands.command()
+def compare_dense(
+    active: Annotated[float, typer.Option(help="Weights a token meets, as a multiple of the dense model's.")] = 0.54,
+    total: Annotated[float, typer.Option(help="All weights, as a multiple of the dense model's.")] = 4.3,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts for each token.")] = 2,
+    hidden_size: Annotated[int, typer.Option(min=32, help="Width of both models.")] = 256,
+    num_layers: Annotated[int, typer.Option(min=1, help="Layers of both models.")] = 4,
+    dense_width: Annotated[int, typer.Option(min=32, help="Width of the dense model's networks.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of a training step.")] = 16,
+    window: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of a window.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each model that are timed.")] = 10,
+    new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens of the answer that is timed.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of the first weights and the batches.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Train and ask a dense and an MoE model side by side: what sparse weights buy on this machine."""
+    with told(debug), Interrupts():
+        from ray_moe.cli.compare import run
+        from ray_moe.models.compare import CompareSettings
+
+        settings = CompareSettings(
+            active=active,
+            total=total,
+            top_k=top_k,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            dense_width=dense_width,
+            batch=batch,
+            window=window,
+            steps=steps,
+            new_tokens=new_tokens,
+            seed=seed,
+        )
+        run(settings)
+
+
+@commands.command()
 def demo(
     train_seconds: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long to train the model.")] = 115,
     cache_dir: Annotated[Path | None, typer.Option(help="Where the trained model is kept.")] = None,
