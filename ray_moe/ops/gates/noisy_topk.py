@@ -15,6 +15,7 @@ from torch import nn
 
 from ray_moe.ops.gates.base import Routing
 from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, project, wide
+from ray_moe.ops.losses import load_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +56,6 @@ class NoisyTopKGate(LinearGate):
             std = nn.functional.softplus(wide(project(hidden, self.noise_weight, self.settings.upcast)))
             std = std + self.settings.least_noise
             noisy = clean + torch.randn_like(clean) * std
-            losses["load"] = variation(expected_load(clean, noisy, std, top_k))
+            losses["load"] = load_loss(clean, noisy, std, top_k)
         values, index = noisy.topk(top_k, dim=-1)
         return Routing(index, values.softmax(-1), noisy, losses)
-
-
-def expected_load(clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, top_k: int) -> torch.Tensor:
-    """How many tokens each expert gets on average if its noise alone is drawn anew (equations 8 to 10).
-
-    Args:
-        clean, noisy: [T, E] logits before and after noise.
-        std: [T, E] standard deviation of the noise.
-        top_k: K.
-
-    Returns: [E], differentiable in all three.
-    """
-    num_experts = clean.shape[-1]
-    if top_k == num_experts:
-        return torch.full_like(clean[:1].sum(0), len(clean))
-    greatest = noisy.topk(top_k + 1, dim=-1).values
-    last_in, first_out = greatest[:, -2:-1], greatest[:, -1:]
-    to_beat = torch.where(noisy > first_out, first_out, last_in)  # the K-th greatest of the others
-    is_in: torch.Tensor = torch.special.ndtr((clean - to_beat) / std)
-    return is_in.sum(0)
-
-
-def variation(load: torch.Tensor) -> torch.Tensor:
-    """[E] -> the square of its coefficient of variation, 0 when all are alike (equation 11)."""
-    return load.var(correction=0) / load.mean().square().clamp(min=torch.finfo(load.dtype).tiny)

@@ -10,10 +10,11 @@ import torch
 
 from ray_moe import MoELayer
 from ray_moe.ops.gates.gumbel import GumbelSettings
-from ray_moe.ops.gates.noisy_topk import NoisyTopKSettings, expected_load, variation
+from ray_moe.ops.gates.noisy_topk import NoisyTopKSettings
 from ray_moe.ops.gates.registry import make_gate
 from ray_moe.ops.gates.topk import TopKSettings
 from ray_moe.ops.gates.topk_random import TopKRandomSettings
+from ray_moe.ops.losses import smooth_load, squared_variation
 from tests.unit.ops.gates.gates import EXPERTS, TOKENS, WIDTH, gate_of, spread, tokens
 
 
@@ -52,7 +53,7 @@ def test_the_expected_load_is_what_noise_drawn_anew_gives_on_average() -> None:
     torch.manual_seed(1)
     clean, std = torch.randn(1, 5).double(), torch.rand(1, 5).double() + 0.5
     noisy = clean + torch.randn(1, 5).double() * std
-    expected = expected_load(clean, noisy, std, 2)
+    expected = smooth_load(clean, noisy, std, 2)
     for expert in range(5):
         drawn = noisy.repeat(40_000, 1)
         drawn[:, expert] = clean[0, expert] + torch.randn(40_000).double() * std[0, expert]
@@ -66,7 +67,7 @@ def test_a_fresh_noisy_gate_uses_all_experts_and_tells_its_load_in_training_only
     assert counts.min() > 400 and counts.max() < 600
     assert "load" in gate(torch.randn(3, WIDTH)).losses
     assert not gate.eval()(torch.randn(3, WIDTH)).losses
-    assert variation(torch.tensor([2.0, 2.0])) == 0
+    assert squared_variation(torch.tensor([2.0, 2.0])) == 0
 
 
 def test_the_load_loss_evens_a_collapsed_gate_out() -> None:
