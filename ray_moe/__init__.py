@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_moe.client.aio import AsyncClient
     from ray_moe.client.sync import Client
+    from ray_moe.models.inspect import inspect
     from ray_moe.models.merge import MergeSettings, merge
     from ray_moe.models.upcycle import UpcycleSettings, upcycle
     from ray_moe.ops.layer import MoELayer
@@ -22,6 +23,7 @@ __all__ = [
     "MoELayer",
     "UpcycleSettings",
     "__version__",
+    "inspect",
     "merge",
     "remote_trainer",
     "train",
@@ -29,13 +31,14 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Client": "ray_moe.client.sync",
     "AsyncClient": "ray_moe.client.aio",
+    "Client": "ray_moe.client.sync",
+    "inspect": "ray_moe.models.inspect",
     "MergeSettings": "ray_moe.models.merge",
     "merge": "ray_moe.models.merge",
-    "MoELayer": "ray_moe.ops.layer",
     "UpcycleSettings": "ray_moe.models.upcycle",
     "upcycle": "ray_moe.models.upcycle",
+    "MoELayer": "ray_moe.ops.layer",
     "remote_trainer": "ray_moe.service.network",
     "train": "ray_moe.service.training",
 }

@@ -15,7 +15,8 @@ BYTE_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb
 
 
 # --- Types of settings ---------------------------------------------------------------------------------------
-def _parse_bytes(value: object) -> object:
+def parse_bytes(value: object) -> object:
+    """A size such as `2GiB` as a number of bytes; anything else but text as it is. Raises: ValueError."""
     if not isinstance(value, str) or value.strip().isdecimal():
         return value
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.strip().lower())
@@ -94,7 +95,7 @@ def _not_bool(value: object) -> object:
 
 Number = BeforeValidator(_not_bool)
 Count = Annotated[int, Field(ge=1), Number]
-Bytes = Annotated[int, BeforeValidator(_parse_bytes), Number]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Number]
 Seconds = Annotated[float, Field(gt=0), Number]
 File = Annotated[str, AfterValidator(_absolute)]
 Devices = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one), Number]

@@ -393,6 +393,65 @@ def simulate(
 
 
 @commands.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint's folder, a config.json, safetensors or GGUF file, or a name on the hub."),
+    ],
+    hosts: Annotated[int | None, typer.Option(min=1, help="Expert hosts whose memory to tell.")] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Run it, or a small model of its configuration, and see what each token uses.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Whether a model is dense, a Mixture of Experts, a dynamic one or a hybrid: evidence, sizes, a configuration."""
+    with told(debug):
+        from ray_moe.cli.inspect import run
+
+        run(model, hosts, measure, as_json)
+
+
+@commands.command()
+def advise(
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint's folder, a config.json, safetensors or GGUF file, or a name on the hub."),
+    ],
+    hosts: Annotated[int, typer.Option(help="Machines there are.")] = 4,
+    memory: Annotated[str, typer.Option(help="Memory of each that weights may take (of its GPU).")] = "64GiB",
+    device: Annotated[str, typer.Option(help="What they compute with: cpu or gpu.")] = "cpu",
+    bandwidth: Annotated[str, typer.Option(help="Bytes a second between two machines.")] = "1250MB",
+    flops: Annotated[float | None, typer.Option(help="FLOP/s that a machine reaches, where you know it.")] = None,
+    memory_bandwidth: Annotated[float | None, typer.Option(help="Bytes a second that it reads of its memory.")] = None,
+    price: Annotated[float, typer.Option(help="Of one machine for an hour.")] = 0.0,
+    requests: Annotated[float, typer.Option(help="Requests a second.")] = 1.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    skew: Annotated[float, typer.Option(help="Zipf exponent of the experts' popularity; 0 is even.")] = 0.5,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of training, for the capacity factor.")] = 4096,
+    top_k: Annotated[float | None, typer.Option(help="Experts per token, where the model does not tell.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    debug: Debug = False,
+) -> None:
+    """How to run a model on these machines for this traffic: actors, replicas, memory, cost, and the rules behind."""
+    with told(debug):
+        from ray_moe.cli.advise import run
+        from ray_moe.policy.advice import Traffic
+
+        machines = {
+            "num_hosts": hosts,
+            "host_bytes": memory,
+            "device": device,
+            "bandwidth": bandwidth,
+            "flops": flops,
+            "memory_bandwidth": memory_bandwidth,
+            "price_per_hour": price,
+        }
+        run(model, machines, Traffic(requests, prompt_tokens, output_tokens, skew, batch_tokens), top_k, as_json)
+
+
+@commands.command()
 def export(
     checkpoint: Annotated[
         Path,

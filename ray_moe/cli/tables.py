@@ -100,7 +100,7 @@ def hosts(
     several_nodes = len({host.node_id for host in statuses}) > 1
     every = STATUS_COLUMNS if rows_per_s is None else LIVE_COLUMNS
     columns = [name for name in every if name != "node" or several_nodes]
-    out = _table("expert hosts")
+    out = plain_table("expert hosts")
     for name in columns:
         out.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
     for host in statuses:
@@ -127,7 +127,7 @@ def hosts(
 
 def hottest(tokens_per_s: Mapping[LayerPath, Sequence[float]]) -> Table:
     """The experts that most tokens go to now, in all layers."""
-    out = _table("hottest experts")
+    out = plain_table("hottest experts")
     for name in ("layer", "expert", "tokens/s", "of the layer"):
         out.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     found = ((rate, layer, expert) for layer, rates in tokens_per_s.items() for expert, rate in enumerate(rates))
@@ -139,7 +139,7 @@ def hottest(tokens_per_s: Mapping[LayerPath, Sequence[float]]) -> Table:
 
 def versions(statuses: Sequence[VersionStatus]) -> Table:
     """A row for each version of the weights."""
-    out = _table("versions of the weights")
+    out = plain_table("versions of the weights")
     for name in ("version", "state", "checkpoint"):
         out.add_column(name, justify="right" if name == "version" else "left", no_wrap=name != "checkpoint")
     for version in statuses:
@@ -151,7 +151,7 @@ def versions(statuses: Sequence[VersionStatus]) -> Table:
 
 def events(happened: Sequence[ClusterEvent]) -> Table:
     """The last of what happened to the cluster, a line each."""
-    out = _table("what happened last")
+    out = plain_table("what happened last")
     for name in ("time", "what"):
         out.add_column(name, no_wrap=True)
     out.add_column("")
@@ -163,7 +163,7 @@ def events(happened: Sequence[ClusterEvent]) -> Table:
 
 def tokens_per_expert(counts: Mapping[LayerPath, Sequence[int]], width: int) -> Table:
     """A heat row for each layer, or for several: taller is busier, within the row."""
-    out = _table("tokens per expert")
+    out = plain_table("tokens per expert")
     out.add_column("layer")
     out.add_column("experts 0 …", no_wrap=True)
     out.add_column("busiest", justify="right")
@@ -201,7 +201,8 @@ def heat(counts: Sequence[int], max_cells: int) -> Text:
     return text
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """A table as all commands show them."""
     return Table(
         title=title,
         title_justify="left",

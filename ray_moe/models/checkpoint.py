@@ -77,13 +77,7 @@ class CheckpointFiles:
         if self._hub_name is not None:
             # A snapshot's folder is named after its commit: configuration and weights are of one version.
             _download(self._hub_name, [*_SMALL_FILES, "*.safetensors"], revision=self.folder.name)
-        index = _read_index(self.folder)
-        tensors: dict[str, TensorHeader] = {}
-        for file in sorted(set(index.values())) if index else [SINGLE]:
-            held = _read_header(self.folder / file)
-            tensors.update({name: header for name, header in held.items() if index.get(name, file) == file})
-        _check_index(self.folder, index, tensors)
-        return tensors
+        return read_headers(self.folder)
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -115,6 +109,17 @@ class Reader:
         for handle in self._open.values():
             handle.__exit__(None, None, None)
         self._open.clear()
+
+
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Every tensor of the weights in `folder`, by its name on disk. Raises: as `CheckpointFiles.tensors`."""
+    index = _read_index(folder)
+    tensors: dict[str, TensorHeader] = {}
+    for file in sorted(set(index.values())) if index else [SINGLE]:
+        held = read_header(folder / file)
+        tensors.update({name: header for name, header in held.items() if index.get(name, file) == file})
+    _check_index(folder, index, tensors)
+    return tensors
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
@@ -171,7 +176,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-def _read_header(path: Path) -> dict[str, TensorHeader]:
+def read_header(path: Path) -> dict[str, TensorHeader]:
     """The tensors of one safetensors file, after checking that the file is as long as its header says."""
     actual_bytes = path.stat().st_size
     with path.open("rb") as file:
