@@ -8,14 +8,14 @@ small, runs no code that comes with a checkpoint. `ray_moe.inspect` and `ray-moe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ray_moe.errors import InvalidCheckpoint, InvalidRequest, NotFound, RayMoEError
+from ray_moe.errors import InvalidCheckpoint, InvalidRequest, NotFound, RayMoEError, UnsupportedModel
 from ray_moe.models import inspect_build, inspect_forward, inspect_module
 from ray_moe.models.inspect_config import read_words
 from ray_moe.models.inspect_files import Files, open_files
@@ -29,9 +29,6 @@ MAX_LOADED_BYTES = 2 * 2**30
 
 MAX_SMALL_GROUPS = 2
 """Of a small model with random weights no more are measured: they are all alike."""
-LARGE_SMALL_PARAMS = 20_000_000
-FEW_TOKENS = 6
-"""With hundreds of experts: some families go through them one by one, and back for each token."""
 
 
 def inspect(model: str | Path | nn.Module, inputs: Any = None, *, measure: bool = True) -> Inspection:
@@ -60,7 +57,7 @@ def inspect(model: str | Path | nn.Module, inputs: Any = None, *, measure: bool 
 # --- A network in memory ---------------------------------------------------------------------------------------------
 def _of_network(model: nn.Module, inputs: Any, measure: bool) -> Inspection:
     case = Case()
-    config = model.config if inspect_build.is_transformers(model) else None
+    config: Any = model.config if inspect_build.is_transformers(model) else None
     words = read_words({} if config is None else config.to_dict())
     found = inspect_module.find(model)
     if config is not None:
@@ -107,11 +104,10 @@ def _of_network(model: nn.Module, inputs: Any, measure: bool) -> Inspection:
 def _measure_network(case: Case, model: nn.Module, found: list[Found], inputs: Any, config: Any) -> None:
     if not found:
         return
-    tries = [lambda: inputs] if inputs is not None else _tries(model, found, config)
     failure: BaseException | None = None
-    for get in tries:
+    for tried in [inputs] if inputs is not None else _guesses(model, found, config):
         try:
-            case.usages = inspect_forward.measure(model, found, get())
+            case.usages = inspect_forward.measure(model, found, tried)
             return
         except Exception as error:  # whatever a network raises that is given what it does not take
             failure = error
@@ -121,10 +117,14 @@ def _measure_network(case: Case, model: nn.Module, found: list[Found], inputs: A
     case.notes.append(f"not measured ({why}); give inputs that it takes")
 
 
-def _tries(model: nn.Module, found: list[Found], config: Any) -> list[Callable[[], Any]]:
-    if config is not None:
-        return [lambda: inspect_build.inputs_of(model)]
-    return [lambda guess=guess: guess for guess in inspect_forward.guesses(model, found)]
+def _guesses(model: nn.Module, found: list[Found], config: Any) -> Iterator[Any]:
+    if config is None:
+        yield from inspect_forward.guesses(model, found)
+        return
+    try:
+        yield inspect_build.inputs_of(model)
+    except UnsupportedModel:
+        return
 
 
 def _measure_small(case: Case, config: Any) -> None:
@@ -132,8 +132,8 @@ def _measure_small(case: Case, config: Any) -> None:
     try:
         model = inspect_build.small(config)
         found = [one for one in inspect_module.find(model) if one.standing != "bare"]
-        large = sum(p.numel() for p in model.parameters()) > LARGE_SMALL_PARAMS
-        inputs = inspect_build.inputs_of(model, FEW_TOKENS if large else inspect_forward.MAX_TOKENS)
+        large = sum(p.numel() for p in model.parameters()) > inspect_forward.LARGE_PARAMS
+        inputs = inspect_build.inputs_of(model, inspect_forward.FEW_TOKENS if large else inspect_forward.MAX_TOKENS)
         case.usages = inspect_forward.measure(model, found[: 1 if large else MAX_SMALL_GROUPS], inputs)
         if found:
             case.notes.append("measured on a small model of this configuration with random weights")
@@ -209,8 +209,8 @@ def _built(case: Case, files: Files) -> tuple[Any, Any]:
 
 
 def _measure_files(case: Case, files: Files, config: Any, weights: Weights | None, found: list[Found]) -> None:
-    loadable = files.folder is not None and files.has_safetensors and weights is not None
-    if loadable and weights is not None and weights.num_bytes <= MAX_LOADED_BYTES:
+    small_enough = weights is not None and files.has_safetensors and weights.num_bytes <= MAX_LOADED_BYTES
+    if files.folder is not None and small_enough:
         try:
             model = inspect_build.load(files.folder, config)
             case.usages = inspect_forward.measure(model, found, inspect_build.inputs_of(model))
@@ -223,10 +223,15 @@ def _measure_files(case: Case, files: Files, config: Any, weights: Weights | Non
 
 def _anatomy_of(model: Any, found: list[Found], config: Any, weights: Weights | None) -> Anatomy:
     total = sum(p.numel() for p in model.parameters())
-    item_bytes = _dtype(config).itemsize if weights is None or not weights.num_params else weights.bytes_per_param
+    if weights is None:
+        weight_bytes = total * _dtype(config).itemsize
+    elif weights.is_packed:
+        weight_bytes = weights.num_bytes
+    else:  # files may have what the model does not use, such as buffers
+        weight_bytes = round(total * weights.bytes_per_param)
     anatomy = Anatomy(
         total_params=total,
-        weight_bytes=round(total * item_bytes) if weights is None else weights.num_bytes,
+        weight_bytes=weight_bytes,
         lookup_params=inspect_module.lookup_params(model, found),
     )
     return _with_costs(anatomy, model, config, _dtype(config).itemsize)

@@ -80,13 +80,20 @@ def class_of(config: Any) -> Any:
 
 
 def on_meta(config: Any, model_class: Any | None = None) -> Any:
-    """The whole model on the meta device, weights that are one and the same tied; of `class_of` unless told otherwise."""
-    config = copy.deepcopy(config)
-    config.quantization_config = None  # its parameters are counted as they are once loaded
+    """The whole model on the meta device, its tied weights tied; of the class of `class_of` unless told otherwise."""
+    config = _plain(config)
     with torch.device("meta"):
         model = (model_class or class_of(config))._from_config(config)
     model.tie_weights()
     return model.eval()
+
+
+def _plain(config: Any) -> Any:
+    """A copy without quantisation: parameters are counted as they are once loaded."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def load(folder: Path, config: Any) -> Any:
@@ -103,8 +110,7 @@ def small(config: Any) -> Any:
     """
     failures: list[Exception] = []
     for narrow, layers in ((True, 8), (True, 2), (False, 8), (False, 2)):  # some families tie the width to other sizes
-        shrunk = copy.deepcopy(config)
-        shrunk.quantization_config = None
+        shrunk = _plain(config)
         for part in [shrunk, *(getattr(shrunk, name, None) for name in shrunk.sub_configs)]:
             if part is not None:
                 _shrink(part, narrow, layers)

@@ -24,6 +24,10 @@ from ray_moe.models.inspect_module import Found
 
 MAX_TOKENS = 16
 """Tokens that are looked at one by one."""
+FEW_TOKENS = 6
+LARGE_PARAMS = 20_000_000
+"""With more weights only a few tokens are looked at: some families go through their experts one by one, and back for
+each token."""
 _IMAGE_SIZES = (32, 28, 64, 224)
 
 
@@ -58,8 +62,11 @@ class Usage:
 
 @dataclass(slots=True)
 class _Call:
+    """The first call of a module, and how often it was called."""
+
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    number: int = 1
 
 
 def measure(model: nn.Module, groups: Sequence[Found], inputs: Any) -> dict[str, Usage]:
@@ -86,6 +93,9 @@ def measure(model: nn.Module, groups: Sequence[Found], inputs: Any) -> dict[str,
         usages = {}
         for group in groups:
             around = [(model.get_submodule(path), calls[path]) for path in paths[group.path] if path in calls]
+            # What is called more often than what is around it computes one expert at a time (DBRX).
+            while len(around) > 1 and around[0][1].number > around[1][1].number:
+                around.pop(0)
             if around:
                 usages[group.path] = _usage(model, group, around)
     return usages
@@ -128,9 +138,10 @@ def _usage(model: nn.Module, group: Found, around: Sequence[tuple[nn.Module, _Ca
             rows_TD = outer_TD if len(outer_TD) < len(rows_TD) else rows_TD
         # Not their sum: that of normalised rows is constant.
         direction_D = torch.randn(rows_TD.shape[-1], generator=torch.Generator().manual_seed(1)).to(rows_TD)
+        looked_at = FEW_TOKENS if sum(p.numel() for p in parameters) > LARGE_PARAMS else MAX_TOKENS
         touched = [
             _touched(group, names, _gradients((row_D * direction_D).sum(), parameters))
-            for row_D in rows_TD[:MAX_TOKENS].unbind(0)
+            for row_D in rows_TD[:looked_at].unbind(0)
         ]
     return Usage(torch.tensor(touched, dtype=torch.bool).reshape(-1, group.num_experts))
 
@@ -180,7 +191,10 @@ def _ancestors(path: str) -> list[str]:
 
 def _recorder(calls: dict[str, _Call], path: str) -> Any:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(path, _Call(args, kwargs))
+        if path in calls:
+            calls[path].number += 1
+        else:
+            calls[path] = _Call(args, kwargs)
 
     return record
 

@@ -10,7 +10,7 @@ Shape legend: D model width, F expert width, E experts, K experts per token.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class Found:
     top_k: int | None = None
     num_shared: int = 0
     shared_params: int = 0
+    unused_params: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -114,7 +115,7 @@ def _stacked(model: nn.Module, path: str, module: nn.Module) -> Found | None:
     """Parameters with a slice, or a block of rows, for each expert."""
     if isinstance(module, _ConvNd):
         return None
-    own = dict(module.named_parameters(recurse=False))
+    own: dict[str, torch.Tensor] = dict(module.named_parameters(recurse=False))
     declared = _declared(module)
     num_experts = declared or next((len(p) for p in own.values() if p.ndim == 3 and min(p.shape[1:]) > 1), 0)
     deep = [p for p in own.values() if p.ndim >= 3 and len(p) >= num_experts]
@@ -136,12 +137,14 @@ def _stacked(model: nn.Module, path: str, module: nn.Module) -> Found | None:
     prefix = f"{path}." if path else ""
     experts = [[(prefix + name, e * number, number) for name, number in rows.items()] for e in range(num_experts)]
     params = sum(own[name][0].numel() * number for name, number in rows.items())
-    return Found(path, _standing(declared is not None, gate), experts, params, gate or _width(matrices))
+    unused = sum(own[name].numel() for name in rows) - num_experts * params
+    standing = _standing(declared is not None, gate)
+    return Found(path, standing, experts, params, gate or _width(matrices), unused_params=unused)
 
 
-def _tables(module: nn.Module, num_experts: int) -> tuple[dict[str, int], dict[str, nn.Parameter]]:
+def _tables(module: nn.Module, num_experts: int) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """Experts of one neuron each, as rows of embeddings (PEER, arXiv:2407.04153)."""
-    tables = {
+    tables: dict[str, torch.Tensor] = {
         f"{name}.weight": child.weight
         for name, child in module.named_children()
         if isinstance(child, nn.Embedding) and child.num_embeddings == num_experts
@@ -171,7 +174,7 @@ def gate_width(beside: Sequence[tuple[int, ...]], num_experts: int, matrices: Se
     return 0
 
 
-def _around(model: nn.Module, path: str, own: dict[str, nn.Parameter] | None = None) -> list[tuple[int, ...]]:
+def _around(model: nn.Module, path: str, own: Mapping[str, torch.Tensor] | None = None) -> list[tuple[int, ...]]:
     """Shapes of the matrices that stand near `path`, but are not in it."""
     parent = model.get_submodule(path.rpartition(".")[0]) if path else model
     skipped = path.rpartition(".")[2]

@@ -216,6 +216,7 @@ def _group(one: Found, usages: dict[str, Usage], words: Words) -> ExpertGroup:
         hidden_size=one.hidden_size,
         num_shared=words.num_shared or one.num_shared if one.num_shared else 0,
         shared_params=one.shared_params,
+        unused_params=one.unused_params,
     )
 
 

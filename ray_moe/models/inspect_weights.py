@@ -21,6 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _NUMBERED = re.compile(r"(?:(.*)_)?(\d+)")
 _FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|feed_?forward|ff|fc[12]|c_fc|intermediate|wi(_\d)?)([._]|$)")
 _GATE_DEPTH = 4
+_MAX_MATRICES = 3
 
 
 def find(shapes: Shapes) -> list[Found]:
@@ -93,10 +94,17 @@ def _banks(shapes: Shapes, scopes: Mapping[str, list[str]]) -> list[Found]:
         parent = path.rpartition(".")[0]
         beside = [shapes[n] for n in scopes.get(parent, ()) if len(shapes[n]) == 2 and not n.startswith(f"{path}.")]
         width = _gate(path, beside, number, [shape for shape in inner.values() if len(shape) == 2])
-        if width and (number > 1 or path.endswith("experts")):
+        if width and (number > 1 or path.endswith("experts")) and ("expert" in path or _is_feed_forward(inner)):
             experts = [[(n, 0, -1) for n in numbered_names[e].values()] for e in range(number)]
             found.append(Found(path, "gated", experts, sum(map(math.prod, inner.values())), width))
     return found
+
+
+def _is_feed_forward(inner: Shapes) -> bool:
+    """Whether these could be one expert, and not a whole layer: few matrices, no convolution, no norm."""
+    sizes = [len(shape) for shape in inner.values()]
+    norms = [name for name, shape in inner.items() if len(shape) == 1 and name.endswith("weight")]
+    return max(sizes) <= 2 and sizes.count(2) <= _MAX_MATRICES and not norms
 
 
 def _stacked(shapes: Shapes, scopes: Mapping[str, list[str]]) -> list[Found]:
@@ -108,7 +116,7 @@ def _stacked(shapes: Shapes, scopes: Mapping[str, list[str]]) -> list[Found]:
         beside = [shapes[n] for p in parents for n in scopes.get(p, ()) if n != name and len(shapes[n]) == 2]
         if len(shape) >= 3 and shape[0] > 1 and min(shape[1:]) > 1:
             width, rows, number = _gate(name, beside, shape[0], [shape[1:]]), 1, shape[0]
-        elif len(shape) == 2 and re.search(r"(^|\.)experts\.(?!.*\d)", name):
+        elif len(shape) == 2 and re.search(r"(^|\.)experts\.(?!(.*\.)?\d+(\.|$))", name):
             above = name[: name.rindex("experts.")].rstrip(".")
             gates = [shapes[n] for n in scopes.get(above, ()) if "experts." not in n and len(shapes[n]) == 2]
             fits = [each for each in gates if shape[0] > each[0] > 1 and shape[0] % each[0] == 0 and each[1] in shape]
@@ -119,8 +127,18 @@ def _stacked(shapes: Shapes, scopes: Mapping[str, list[str]]) -> list[Found]:
             continue
         if width:
             experts = [[(name, e * rows, rows)] for e in range(number)]
-            found.append(Found(container, "gated", experts, math.prod(shape) // number, width))
+            params = math.prod(shape) // number
+            for bias in _biases(shapes, name, number):
+                experts = [[*parts, (bias, e, 1)] for e, parts in enumerate(experts)]
+                params += math.prod(shapes[bias]) // number
+            found.append(Found(container, "gated", experts, params, width))
     return found
+
+
+def _biases(shapes: Shapes, name: str, number: int) -> list[str]:
+    """Of the stacked matrices `name`: [E, F], under one of the two names that they have."""
+    stem = name.removesuffix(".weight")
+    return [bias for bias in (f"{stem}_bias", f"{stem}.bias") if shapes.get(bias, ())[:1] == (number,)]
 
 
 def _gate(path: str, beside: Sequence[tuple[int, ...]], number: int, matrices: Sequence[tuple[int, ...]]) -> int:

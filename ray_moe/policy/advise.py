@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,9 +51,8 @@ def advise(anatomy: Anatomy, hardware: Hardware, traffic: Traffic, top_k: float 
     _check(anatomy, hardware, traffic)
     k = _top_k(anatomy, top_k)
     flops, memory_bandwidth = hardware.speeds
-    active = round(
-        anatomy.total_params - sum((g.num_experts - min(k, g.num_experts)) * g.expert_params for g in anatomy.groups)
-    )
+    groups = tuple(replace(group, top_k=min(k, group.num_experts)) for group in anatomy.groups)
+    active = replace(anatomy, groups=groups).active_params or 0
     step_s = _step_s(anatomy, hardware, traffic, active, memory_bandwidth)
     in_flight = max(1, math.ceil(traffic.requests_per_s * traffic.output_tokens * step_s))
     length = traffic.prompt_tokens + traffic.output_tokens

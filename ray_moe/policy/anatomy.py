@@ -43,6 +43,8 @@ class ExpertGroup:
     """Shared experts beside them, which every token uses."""
     shared_params: int = 0
     """Parameters of those together."""
+    unused_params: int = 0
+    """Parameters in the same tensors that no token uses: rows of experts that compute nothing (LongCat)."""
 
     @property
     def params(self) -> int:
@@ -51,7 +53,8 @@ class ExpertGroup:
     @property
     def idle_params(self) -> float | None:
         """Parameters that a token does not use, in the mean; None where K is not known."""
-        return None if self.top_k is None else (self.num_experts - self.top_k) * self.expert_params
+        idle = None if self.top_k is None else (self.num_experts - self.top_k) * self.expert_params
+        return None if idle is None else idle + self.unused_params
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ MOE = [
     tiny("llama4_text", "hybrid", 2, 6, 2, gated(32, 48)),
     tiny("llama4_text", "moe", 4, 6, 2, gated(32, 48), "llama4, all layers", interleave_moe_layer_step=1),
     tiny("dbrx", "moe", 2, 6, 2, gated(32, 24)),
-    tiny("gemma4_text", "hybrid", 2, 8, 2, gated(32, 24)),
+    tiny("gemma4_text", "moe", 2, 8, 2, gated(32, 24)),
     tiny("jetmoe", "moe", 4, 6, 2, 0),
     tiny("deepseek_v3", "moe", 2, 8, 3, gated(32, 24), "deepseek_v3, no dense layer", first_k_dense_replace=0),
     Case(
@@ -204,6 +204,23 @@ MOE = [
         2,
         8,
         2,
+        gated(32, 24),
+    ),
+    Case(
+        "longcat_flash",
+        {k: v for k, v in TINY["deepseek_v3"].items() if k not in ("n_group", "topk_group", "num_hidden_layers")}
+        | {
+            "num_layers": 2,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 24,
+            "head_dim": 8,
+            "zero_expert_num": 0,
+            "moe_topk": 3,
+        },
+        "moe",
+        2,
+        8,
+        3,
         gated(32, 24),
     ),
     Case("flex_olmo", _TEXT | {"num_experts": 4, "num_experts_per_tok": 2}, "moe", 2, 4, 2, gated(32, 48)),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ray_moe.models.inspect import inspect
 from ray_moe.models.inspect_build import class_of
@@ -68,6 +70,22 @@ def test_jetmoe_has_experts_of_feed_forward_and_of_attention() -> None:
     assert by_layer == [3 * 32 * 48, attention] * 2 or by_layer == [attention, 3 * 32 * 48] * 2
 
 
+def test_experts_that_compute_nothing_make_a_model_dynamic() -> None:
+    """LongCat's gate also chooses among identities (arXiv:2509.01322); their rows in the tensors are never used."""
+    case = next(case for case in MOE if case.family == "longcat_flash")
+    config = replace(case, arguments=case.arguments | {"zero_expert_num": 4}).config
+    torch.manual_seed(0)
+    model = class_of(config)(config).eval()
+    tiny_models.randomize(model)
+    found = inspect(model)
+    counts = [k for tokens in found.k_per_token.values() for k in tokens]
+    assert found.kind == "dynamic_moe"
+    assert min(counts) < max(counts) <= 3
+    unused = 2 * 4 * 2 * 24 * 32  # layers x identities x rows of a gated projection
+    idle = sum((8 - sum(tokens) / len(tokens)) * 3 * 32 * 24 for tokens in found.k_per_token.values())
+    assert found.anatomy.active_params == round(found.anatomy.total_params - unused - idle)
+
+
 @pytest.mark.parametrize(
     ("family", "shared"), [("deepseek_v3", 3 * 32 * 24), ("qwen2_moe", 3 * 32 * 40), ("llama4_text", 3 * 32 * 48)]
 )
@@ -99,18 +117,24 @@ def test_what_generation_keeps_is_what_the_cache_grows_by(family: str) -> None:
     assert inspect(model, measure=False).anatomy.kv_bytes_per_token == kept(3) - kept(2)
 
 
-def test_arithmetic_is_two_for_each_weight_that_is_multiplied_by() -> None:
-    """Of a dense model, against what torch itself counts."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+@torch.no_grad()
+def test_arithmetic_is_what_torch_counts() -> None:
+    """Of a dense model; what it does not count are norms."""
     case = next(case for case in DENSE if case.family == "llama")
-    model = class_of(case.config)(case.config).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.arange(3, 4)[None])
-    anatomy = inspect(model).anatomy
-    counted = counter.get_total_flops()
+    model = class_of(case.config)._from_config(case.config, attn_implementation="eager").eval()
     norms = 2 * sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
-    assert anatomy.flops_per_token(0) == counted - 4 * (anatomy.attention_width or 0) + norms
+    with FlopCounterMode(display=False) as counter:
+        model(torch.tensor([[3]]))
+    assert inspect(model).anatomy.flops_per_token(1) == counter.get_total_flops() + norms
+
+
+def test_a_quantised_model_is_counted_as_it_is_once_loaded(tmp_path: Path) -> None:
+    config = tiny_models.config("deepseek_v3")
+    config.save_pretrained(tmp_path / "plain")
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    config.save_pretrained(tmp_path / "fp8")
+    plain, fp8 = (inspect(tmp_path / name) for name in ("plain", "fp8"))
+    assert (fp8.kind, fp8.basis, fp8.anatomy) == (plain.kind, plain.basis, plain.anatomy)
 
 
 def test_a_network_is_left_as_it_was() -> None:

@@ -41,7 +41,7 @@ class Routed(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self.weights(hidden)
-        return sum(weights[..., e, None] * branch(hidden) for e, branch in enumerate(self.branches))  # type: ignore[return-value]
+        return sum(weights[..., e, None] * branch(hidden) for e, branch in enumerate(self.branches))
 
 
 class TopP(Routed):
@@ -73,7 +73,7 @@ class Network(nn.Module):
         self.head = nn.Linear(D, 50)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.block(self.embed(ids)))  # type: ignore[no-any-return]
+        return self.head(self.block(self.embed(ids)))
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -134,7 +134,7 @@ class NamedExpert(nn.Module):
         hidden = self.embed(ids)
         for each in self.experts:
             hidden = hidden + each(hidden)
-        return self.expert_gate(self.expert_norm(hidden))  # type: ignore[no-any-return]
+        return self.expert_gate(self.expert_norm(hidden))
 
 
 def test_names_make_no_experts() -> None:
@@ -166,7 +166,7 @@ class Mixer(nn.Module):
         hidden = self.patch(image).flatten(2).transpose(1, 2)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(hidden.mean(1))  # type: ignore[no-any-return]
+        return self.head(hidden.mean(1))
 
 
 class MixerBlock(nn.Module):
@@ -177,7 +177,7 @@ class MixerBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.tokens(hidden.transpose(1, 2)).transpose(1, 2)
-        return hidden + self.channels(hidden)  # type: ignore[no-any-return]
+        return hidden + self.channels(hidden)
 
 
 @pytest.mark.parametrize("patches", [16, 64])
