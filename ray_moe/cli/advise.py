@@ -9,7 +9,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.text import Text
 
-from ray_moe.cli.inspect import print_json
+from ray_moe.cli.inspect import folder_of, print_json
 from ray_moe.cli.tables import plain_table
 from ray_moe.config_types import BYTE_UNITS, parse_bytes
 from ray_moe.errors import InvalidConfig
@@ -32,7 +32,7 @@ def run(
     found = inspect(model, measure=False)
     advice = advise(found.anatomy, machines, traffic, top_k)
     rules = tuple(explain(advice, found.anatomy, machines, traffic))
-    config = suggest(found.name, found.anatomy, advice.num_actors, **_settings(advice, machines))
+    config = suggest(folder_of(found.name), found.anatomy, advice.num_actors, **_settings(advice, machines))
     if as_json:
         print_json(
             asdict(advice)
@@ -73,10 +73,10 @@ def _bytes(name: str, text: str) -> int:
 def _settings(advice: Advice, machines: Hardware) -> dict[str, dict[str, object]]:
     experts: dict[str, object] = {"spare_slots": (advice.spare_slots, f"balancedness {advice.balancedness:.2f}")}
     router: dict[str, object] = {
-        "kv_cache_bytes": (f"{-(-advice.kv_cache_bytes // 2**20)}MiB", "requests in flight x their length")
+        "kv_cache_bytes": (f"{-(-advice.kv_cache_bytes // 2**20)}MiB", "requests in flight x their length"),
+        "lifeboat_bytes": (f"{advice.lifeboat_bytes // 2**20}MiB", "what is left of the fullest host, 2 GiB at most"),
     }
     if machines.device == "gpu":
-        experts["num_gpus"], router["num_gpus"] = (0.5, "shared with the router on its host"), 0.5
-        if advice.num_actors > 1:
-            experts["num_gpus"] = (0.5, "the first host's GPU is shared with the router")
+        why = "the router shares the GPU of one of the hosts"
+        experts["num_gpus"], router["num_gpus"] = (0.5, why), (0.5, why)
     return {"experts": experts, "router": router}

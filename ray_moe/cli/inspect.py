@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -58,7 +59,12 @@ def deployment(found: Inspection, num_hosts: int) -> str:
     """Settings as YAML that `ray-moe serve --config` takes; empty for what it does not serve."""
     if not found.anatomy.groups or found.servable is False:
         return ""
-    return suggest(found.name, found.anatomy, num_hosts)
+    return suggest(folder_of(found.name), found.anatomy, num_hosts)
+
+
+def folder_of(name: str) -> str:
+    """What `ray-moe serve` takes for it: of a file named by itself its folder."""
+    return str(Path(name).parent) if Path(name).is_file() else name
 
 
 def pictures(found: Inspection, num_hosts: int) -> Iterator[RenderableType]:

@@ -17,6 +17,8 @@ from torch import nn
 
 from ray_moe.errors import InvalidCheckpoint, InvalidRequest, NotFound, RayMoEError, UnsupportedModel
 from ray_moe.models import inspect_build, inspect_forward, inspect_module
+from ray_moe.models.families import UNSUPPORTED
+from ray_moe.models.huggingface import Checkpoint
 from ray_moe.models.inspect_config import read_words
 from ray_moe.models.inspect_files import Files, open_files
 from ray_moe.models.inspect_headers import Weights, read_weights
@@ -176,7 +178,7 @@ def _of_files(files: Files, measure: bool) -> Inspection:
         case.notes.append("from the configuration's words alone: parameters and memory are not known")
     anatomy = replace(anatomy, groups=groups, stacks=stacks)
     kind, basis = verdict(case, groups, stacks)
-    servable, why_not = _servable(files, weights)
+    servable, why_not = _servable(files, weights, config)
     return Inspection(
         name=files.name,
         family=words.family or (type(model).__name__ if model is not None else "unknown"),
@@ -254,11 +256,19 @@ def _dtype(config: Any) -> Any:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _servable(files: Files, weights: Weights | None) -> tuple[bool | None, str]:
-    if files.folder is None or weights is None or files.config is None or not files.has_safetensors:
+def _servable(files: Files, weights: Weights | None, config: Any) -> tuple[bool | None, str]:
+    """Whether `ray-moe serve` takes it, and why not; None where only its weights could tell."""
+    if files.gguf is not None:
+        return False, "GGUF files are not served; name the safetensors checkpoint that it was made of."
+    if files.config is None:
+        return False, "it has no config.json."
+    model_type = str(files.config.get("model_type"))
+    if model_type in UNSUPPORTED:
+        return False, f"{model_type} models cannot be served: {UNSUPPORTED[model_type]}"
+    if config is not None and config.is_encoder_decoder:
+        return False, f"{model_type} is an encoder-decoder model; only decoder-only language models are served."
+    if files.folder is None or weights is None:
         return None, ""
-    from ray_moe.models.huggingface import Checkpoint
-
     try:
         Checkpoint.open(files.folder)
     except RayMoEError as error:

@@ -130,7 +130,8 @@ def _hear_usages(
     # What depends on the token is sparse; a group that every token uses whole computes as a dense layer does.
     sparse = [path for path, usage in relevant.items() if not usage.uses_all]
     says = kind_of(groups, stacks, case.varies) if sparse else "dense"
-    case.hear("forward", says, f"of the experts of {len(relevant)} layers each of {tokens} tokens uses {often}")
+    layers = "1 layer" if len(relevant) == 1 else f"{len(relevant)} layers"
+    case.hear("forward", says, f"{layers} run with {tokens} tokens: each token uses {often} of the experts")
     for group in groups:
         usage = relevant.get(group.path)
         if usage is None:

@@ -78,7 +78,7 @@ class Advice:
     """What to set, and what it comes to."""
 
     num_actors: int
-    """Hosts that hold experts, each with one actor. The first of them is also the router's."""
+    """Hosts that hold experts, each with one actor. One of them, whichever, is also the router's."""
     experts_per_actor: int
     spare_slots: int
     replicas: tuple[int, ...]
@@ -90,8 +90,10 @@ class Advice:
     balance_weight: float
     kv_cache_bytes: int
     host_bytes: int
-    """Of the fullest host, the router's share included."""
+    """Of the fullest host, the router included."""
     router_bytes: int
+    lifeboat_bytes: int
+    """Room that is left beside them, for experts that the router reads itself while an actor is lost."""
     step_s: float
     """A token of every running request, roughly."""
     cost_per_hour: float
@@ -102,6 +104,8 @@ class Advice:
     hosts_for_arithmetic: int
     flops_per_s: float
     """That the traffic needs."""
+    max_held: int
+    """Experts of each layer on the fullest host, replicas included."""
     warnings: tuple[str, ...] = ()
 
 
@@ -163,9 +167,10 @@ def explain(advice: Advice, anatomy: Anatomy, hardware: Hardware, traffic: Traff
     yield Rule(
         "memory of the fullest host",
         size(advice.host_bytes),
-        f"of {size(hardware.host_bytes)}, {HEADROOM:.0%} kept free; an expert index over all layers has "
-        f"{size(anatomy.column_bytes)}",
+        f"{advice.max_held} expert indices of {size(anatomy.column_bytes)} each (over all layers), and the router, "
+        f"which may be on any of them; of {size(hardware.host_bytes)}, {HEADROOM:.0%} kept free",
     )
+    yield Rule("lifeboat", size(advice.lifeboat_bytes), "what is left of the fullest host, 2 GiB at most")
     yield Rule(
         "cost",
         f"{advice.cost_per_hour:.2f} per hour, {advice.cost_per_million_tokens:.4g} per million tokens",

@@ -10,7 +10,6 @@ Shape legend: T tokens of a batch, E experts of the layer that has most, K exper
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +33,8 @@ from ray_moe.types import Placement
 
 HOP_S = 300e-6
 """From the router to a host of another node and back, beside the bytes."""
+MAX_LIFEBOAT_BYTES = 2 * 2**30
+"""As a service has it by default (`router.lifeboat_bytes`)."""
 _ACTIVATION_BYTES = 4
 
 
@@ -60,7 +61,7 @@ def advise(anatomy: Anatomy, hardware: Hardware, traffic: Traffic, top_k: float 
     router_bytes = anatomy.backbone_bytes + kv_bytes + PROCESS_BYTES
     slots = _slots(anatomy, hardware, router_bytes)
 
-    for_memory = _hosts_for_memory(anatomy, hardware, slots, router_bytes)
+    for_memory = -(-anatomy.num_experts // slots)
     tokens_per_s = traffic.requests_per_s * length
     arithmetic = tokens_per_s * 2 * (active - anatomy.lookup_params)
     for_compute = max(1, math.ceil(arithmetic / (flops * UTILISATION)))
@@ -72,11 +73,12 @@ def advise(anatomy: Anatomy, hardware: Hardware, traffic: Traffic, top_k: float 
         )
     popularity = _popularity(anatomy.num_experts, traffic.skew)
     share = -(-anatomy.num_experts // num_hosts)
-    spare, placement, balancedness = _place(popularity, slots[:num_hosts], share)
+    spare, placement, balancedness = _place(popularity, num_hosts, slots, share)
     homes = placement.hosts_of["layer"]
     held = [sum(_name(number) in hosts for hosts in homes) for number in range(num_hosts)]
     column = anatomy.column_bytes
-    bytes_of = [number * column + (router_bytes if not host else 0) + PROCESS_BYTES for host, number in enumerate(held)]
+    host_bytes = max(held) * column + router_bytes + PROCESS_BYTES
+    left = math.floor(hardware.host_bytes * (1 - HEADROOM)) - host_bytes
     factor = capacity_factor(anatomy.num_experts, k, traffic.batch_tokens, traffic.skew)
     weight = balance_weight(anatomy.num_experts)
     cost = num_hosts * hardware.price_per_hour
@@ -92,8 +94,9 @@ def advise(anatomy: Anatomy, hardware: Hardware, traffic: Traffic, top_k: float 
         capacity_factor=factor,
         balance_weight=weight,
         kv_cache_bytes=kv_bytes,
-        host_bytes=max(bytes_of),
+        host_bytes=host_bytes,
         router_bytes=router_bytes,
+        lifeboat_bytes=min(left, MAX_LIFEBOAT_BYTES),
         step_s=step_s,
         cost_per_hour=cost,
         cost_per_million_tokens=per_million,
@@ -101,6 +104,7 @@ def advise(anatomy: Anatomy, hardware: Hardware, traffic: Traffic, top_k: float 
         hosts_for_weights=for_memory,
         hosts_for_arithmetic=for_compute,
         flops_per_s=arithmetic,
+        max_held=max(held),
         warnings=tuple(warnings),
     )
 
@@ -140,61 +144,44 @@ def _step_s(anatomy: Anatomy, hardware: Hardware, traffic: Traffic, active: int,
     return reading + rounds
 
 
-def _slots(anatomy: Anatomy, hardware: Hardware, router_bytes: int) -> list[int]:
-    """Replicas of each layer that each host may hold; the first host is also the router's."""
-    usable = math.floor(hardware.host_bytes * (1 - HEADROOM)) - PROCESS_BYTES
-    sizes = {"column": anatomy.column_bytes}
-    slots = [
-        slots_in_bytes(max(0, usable - (router_bytes if not host else 0)), sizes) for host in range(hardware.num_hosts)
-    ]
-    return [min(number, anatomy.num_experts) for number in slots]
+def _slots(anatomy: Anatomy, hardware: Hardware, router_bytes: int) -> int:
+    """Replicas of each layer that a host may hold beside the router, which is on one of them, whichever.
 
-
-def _hosts_for_memory(anatomy: Anatomy, hardware: Hardware, slots: Sequence[int], router_bytes: int) -> int:
-    """The fewest hosts, from the first, with a slot for every expert."""
-    usable = math.floor(hardware.host_bytes * (1 - HEADROOM)) - PROCESS_BYTES
-    if usable < router_bytes:
+    Raises: `InsufficientResources` where not all experts find a place.
+    """
+    usable = math.floor(hardware.host_bytes * (1 - HEADROOM)) - PROCESS_BYTES - router_bytes
+    host = f"a host has {size(hardware.host_bytes)}, {HEADROOM:.0%} of which is kept free"
+    if usable < 0:
         raise InsufficientResources(
             f"the router needs {size(router_bytes + PROCESS_BYTES)} (all weights but the routed experts, keys and "
-            f"values), and a host has {size(hardware.host_bytes)}, {HEADROOM:.0%} of which is kept free; "
-            "take larger hosts, or fewer or shorter requests"
+            f"values), and {host}; take larger hosts, or fewer or shorter requests"
         )
-    room = 0
-    for number, held in enumerate(slots, 1):
-        room += held
-        if room >= anatomy.num_experts:
-            return number
     column = anatomy.column_bytes
-    each = usable // max(1, column)
-    enough = (
-        f"{1 + -(-(anatomy.num_experts - slots[0]) // each)} such hosts would do" if each else "a host cannot hold one"
-    )
-    raise InsufficientResources(
-        f"{anatomy.num_experts} experts of {size(column)} each (over all layers) do not fit: {len(slots)} hosts of "
-        f"{size(hardware.host_bytes)} have room for {room}; {enough}; or hold them in 8 bits "
-        "(experts.quantization: int8), or on disk (experts.offload: disk)"
-    )
+    slots = min(slots_in_bytes(usable, {"column": column}), anatomy.num_experts)
+    if slots * hardware.num_hosts < anatomy.num_experts:
+        enough = f"{-(-anatomy.num_experts // slots)} such hosts would do" if slots else "a host cannot hold one"
+        raise InsufficientResources(
+            f"{anatomy.num_experts} experts of {size(column)} each (over all layers) do not fit: beside the router's "
+            f"{size(router_bytes)} {hardware.num_hosts} hosts have room for {slots * hardware.num_hosts} ({host}); "
+            f"{enough}; or hold them in 8 bits (experts.quantization: int8), or on disk (experts.offload: disk)"
+        )
+    return slots
 
 
-def _place(popularity: Floats, slots: Sequence[int], share: int) -> tuple[int, Placement, float]:
+def _place(popularity: Floats, num_hosts: int, slots: int, share: int) -> tuple[int, Placement, float]:
     """(spare slots, placement, balancedness): the fewest spare slots that are enough, or the best."""
     load = {"layer": popularity}
     best: tuple[int, Placement, float] | None = None
     spare = 0
-    while True:
-        hosts = [Capacity(_name(number), min(held, share + spare)) for number, held in enumerate(slots)]
-        if sum(host.slots for host in hosts) >= len(popularity):
-            placement = plan(load, hosts, goals=Goals(min_gain=0.0, cost_per_move=0.0))
-            balance = predict(load, placement, hosts)["layer"]
-            if best is None or balance > best[2] + 1e-9:
-                best = (spare, placement, balance)
-            if balance >= ENOUGH_BALANCE:
-                break
-        if share + spare >= max(slots):
+    while best is None or (best[2] < ENOUGH_BALANCE and share + spare <= slots):
+        hosts = [Capacity(_name(number), share + spare) for number in range(num_hosts)]
+        placement = plan(load, hosts, goals=Goals(min_gain=0.0, cost_per_move=0.0))
+        balance = predict(load, placement, hosts)["layer"]
+        if best is None or balance > best[2] + 1e-9:
+            best = (spare, placement, balance)
+        if share + spare == slots:
             break
-        spare = min(max(1, 2 * spare), max(slots) - share)
-    if best is None:
-        raise InsufficientResources(f"{sum(slots)} slots are too few for {len(popularity)} experts; add hosts")
+        spare = min(max(1, 2 * spare), slots - share)
     return best
 
 

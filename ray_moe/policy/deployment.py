@@ -33,13 +33,6 @@ def suggest(model: str, anatomy: Anatomy, num_hosts: int, **more: dict[str, obje
         kv_bytes = max(2**30, MIN_KV_TOKENS * anatomy.kv_bytes_per_token)
         tokens = kv_bytes // anatomy.kv_bytes_per_token
         sections["router"]["kv_cache_bytes"] = (f"{-(-kv_bytes // _MIB)}MiB", f"{tokens} tokens")
-    column = anatomy.column_bytes
-    if column:
-        lifeboat = max(2**30, 2 * column)
-        sections["router"]["lifeboat_bytes"] = (
-            f"{-(-lifeboat // _MIB)}MiB",
-            f"an expert index over all layers has {_size(column)}",
-        )
     for section, settings in more.items():
         sections.setdefault(section, {}).update(settings)
     lines = [f"model: {json.dumps(model)}"]

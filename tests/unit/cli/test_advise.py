@@ -45,7 +45,7 @@ def test_the_configuration_is_valid_and_says_the_same(model: Path, tmp_path: Pat
     assert config.router.kv_cache_bytes >= told["kv_cache_bytes"]
     assert bool(config.experts.num_gpus) == (device == "gpu")
     assert told["replicas"][0] > told["replicas"][-1]
-    assert len(told["rules"]) == 12
+    assert len(told["rules"]) == 13
     assert "this traffic needs about" in told["warnings"][0]
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, NllbMoeConfig
 from typer.testing import CliRunner, Result
 
 from ray_moe.cli.commands import commands
@@ -31,7 +31,7 @@ def test_a_person_reads_what_it_is_and_why(model: Path) -> None:
     assert result.exit_code == 0, result.output
     out = " ".join(result.stdout.split())
     assert "(deepseek_v3): hybrid (dense and Mixture-of-Experts layers)" in out
-    assert "forward (decides) hybrid of the experts of 1 layers each of 16 tokens uses 3" in out
+    assert "forward (decides) hybrid 1 layer run with 16 tokens: each token uses 3 of the experts" in out
     assert "experts 8 × 1" in out
     assert "k, experts per token 3 (measured: 3)" in out
     assert "shared experts 1" in out
@@ -78,6 +78,20 @@ def test_a_dense_model_has_no_configuration_to_serve(tmp_path: Path) -> None:
     assert "(llama): dense" in result.stdout
     assert "ray-moe serve" not in result.stdout
     assert json.loads(run(tmp_path, "--json").stdout)["deployment"] == ""
+
+
+def test_what_is_not_served_has_no_configuration(tmp_path: Path) -> None:
+    NllbMoeConfig(d_model=32, encoder_layers=4, decoder_layers=4, num_experts=4).save_pretrained(tmp_path)
+    told = json.loads(run(tmp_path, "--json", "--no-measure").stdout)
+    assert (told["kind"], told["servable"], told["deployment"]) == ("hybrid", False, "")
+    assert "nllb-moe models cannot be served" in told["not_servable"]
+
+
+def test_of_a_configuration_alone_the_folder_is_served(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    told = json.loads(run(model / "config.json", "--json", "--no-measure").stdout)
+    assert told["servable"] is None
+    assert told["deployment"].startswith(f'model: "{model}"\n')
 
 
 def test_a_gguf_file_is_read(tmp_path: Path) -> None:
