@@ -33,6 +33,8 @@ from ray_moe.types import Placement
 
 HOP_S = 300e-6
 """From the router to a host of another node and back, beside the bytes."""
+POOR_BALANCE = 0.8
+"""Balancedness below which a warning is due."""
 MAX_LIFEBOAT_BYTES = 2 * 2**30
 """As a service has it by default (`router.lifeboat_bytes`)."""
 _ACTIVATION_BYTES = 4
@@ -74,6 +76,11 @@ def advise(anatomy: Anatomy, hardware: Hardware, traffic: Traffic, top_k: float 
     popularity = _popularity(anatomy.num_experts, traffic.skew)
     share = -(-anatomy.num_experts // num_hosts)
     spare, placement, balancedness = _place(popularity, num_hosts, slots, share)
+    if balancedness < POOR_BALANCE:
+        warnings.append(
+            f"the busiest host is predicted to have {1 / balancedness:.1f} times the mean load: more hosts, or memory "
+            "for more slots in each, make room for replicas of the popular experts"
+        )
     homes = placement.hosts_of["layer"]
     held = [sum(_name(number) in hosts for hosts in homes) for number in range(num_hosts)]
     column = anatomy.column_bytes

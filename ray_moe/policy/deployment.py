@@ -35,7 +35,7 @@ def suggest(model: str, anatomy: Anatomy, num_hosts: int, **more: dict[str, obje
         sections["router"]["kv_cache_bytes"] = (f"{-(-kv_bytes // _MIB)}MiB", f"{tokens} tokens")
     for section, settings in more.items():
         sections.setdefault(section, {}).update(settings)
-    lines = [f"model: {json.dumps(model)}"]
+    lines = [f"model: {json.dumps(model, ensure_ascii=False)}"]
     for section, settings in sections.items():
         if settings:
             lines.append(f"{section}:")

@@ -107,7 +107,7 @@ def test_more_hosts_are_not_used_for_nothing(anatomy: Anatomy, hardware: Hardwar
     hardware = replace(hardware, num_hosts=hardware.num_hosts + 1)
     before = tried(anatomy, hardware, traffic)
     after = tried(anatomy, replace(hardware, num_hosts=hardware.num_hosts + 1), traffic)
-    if before is not None and not before.warnings:
+    if before is not None and before.num_actors < hardware.num_hosts:
         assert after == before
 
 
@@ -151,6 +151,14 @@ def test_what_does_not_fit_says_what_would() -> None:
         advise(model(), Hardware(8, GIB // 2), Traffic())
     with pytest.raises(InsufficientResources, match="a host cannot hold one"):
         advise(model(expert_params=2**28, dense=2**20), Hardware(8, GIB), Traffic(requests_per_s=0))
+
+
+def test_poor_balance_is_a_warning() -> None:
+    small = advise(model(dense=2**20), Hardware(8, 2 * GIB // 3), Traffic(requests_per_s=0, skew=2.0))
+    assert (small.spare_slots, set(small.replicas)) == (0, {1})
+    assert "times the mean load: more hosts, or memory for more slots" in small.warnings[0]
+    roomy = advise(model(dense=2**20), Hardware(8, 64 * GIB, flops=1e6), Traffic(requests_per_s=1e-3, skew=2.0))
+    assert roomy.balancedness >= 0.95
 
 
 def test_too_much_traffic_is_a_warning() -> None:
