@@ -192,10 +192,22 @@ def test_a_mixer_mixes_tokens_not_experts(patches: int, tmp_path: Path) -> None:
         assert inspect(tmp_path).kind == "dense"
 
 
-def test_relu_makes_no_experts_of_neurons() -> None:
+class Heads(nn.Module):
+    """Some outputs, each a module of its own and silent for about half of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(D, 1) for _ in range(E))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([head(hidden).relu() for head in self.heads], -1)
+
+
+@pytest.mark.parametrize("block", [Heads(), nn.Sequential(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D))])
+def test_relu_makes_no_experts_of_neurons(block: nn.Module) -> None:
     torch.manual_seed(0)
-    found = inspect(Network(nn.Sequential(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D))))
-    assert found.kind == "dense"
+    found = inspect(block, torch.randn(16, D))
+    assert (found.kind, found.anatomy.groups) == ("dense", ())
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
