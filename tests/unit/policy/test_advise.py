@@ -154,7 +154,7 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 
 def test_poor_balance_is_a_warning() -> None:
-    small = advise(model(dense=2**20), Hardware(8, 2 * GIB // 3), Traffic(requests_per_s=0, skew=2.0))
+    small = advise(model(dense=2**20), Hardware(8, GIB), Traffic(requests_per_s=0, skew=2.0))
     assert (small.spare_slots, set(small.replicas)) == (0, {1})
     assert "times the mean load: more hosts, or memory for more slots" in small.warnings[0]
     roomy = advise(model(dense=2**20), Hardware(8, 64 * GIB, flops=1e6), Traffic(requests_per_s=1e-3, skew=2.0))
