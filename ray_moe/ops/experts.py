@@ -2,7 +2,8 @@
 
 Works on any experts module of `transformers`' experts interface (a stack of weights `[E, out, in]` with the flags
 `has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`), whatever the family, because only the flags and the
-family's own `_apply_gate` are used. Called by `runtime/expert_host.py`; knows nothing of hosts or routing.
+family's own `_apply_gate` are used; or on a `ComputesRows`, whose experts are no feed-forward networks. Called by
+`runtime/expert_host.py`; knows nothing of hosts or routing.
 
 Shape legend: n rows, D model width, F expert width, E experts held.
 """
@@ -74,22 +75,45 @@ class MovableGroup(SeparableGroup, Protocol):
         ...
 
 
+class ComputesRows(Protocol):
+    """A module with experts of another kind, that says itself what they do. All its own parameters are stacks."""
+
+    def compute_rows(self, rows: torch.Tensor, counts: Sequence[int], weights: Weights) -> torch.Tensor:
+        """[n, D] -> [n, D]: ``counts[0]`` rows through the first of the experts that `weights` gives, and so on."""
+        ...
+
+
+def computes_rows(module: nn.Module) -> bool:
+    """Whether it is a `ComputesRows`. (Its class is asked: a module looks long for what it does not have.)"""
+    return hasattr(type(module), "compute_rows")
+
+
 class StackedExperts:
     """A `MovableGroup` over a module of `transformers`' experts interface."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self.flops_per_row = 2 * sum(p.numel() // p.shape[0] for p in module.parameters() if p.ndim == 3)
+        self.flops_per_row = 2 * sum(p.numel() // p.shape[0] for p in module.parameters() if p.ndim >= 3)
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.module.down_proj.device
-        return device
+        return self._stack.device
+
+    @property
+    def _stack(self) -> torch.Tensor:
+        """One of the stacks."""
+        if computes_rows(self.module):
+            stacks: dict[str, torch.Tensor] = self.module._parameters
+            return next(iter(stacks.values()))
+        stack: torch.Tensor = self.module.down_proj
+        return stack
 
     def run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         return _compute(self.module, rows, counts, lambda name: _Rows(getattr(self.module, name), experts))
 
     def warm_up(self) -> None:
+        if computes_rows(self.module):
+            return  # nobody knows how wide its rows are
         down = self.module.down_proj
         width = down.shape[-1 if self.module.is_transposed else -2]
         with torch.no_grad():
@@ -120,7 +144,7 @@ class StackedExperts:
     def _is_stack(self, name: str) -> bool:
         """Whether the parameter has one row for each expert."""
         parameter = self.module._parameters.get(name)
-        return parameter is not None and parameter.ndim > 0 and len(parameter) == len(self.module.down_proj)
+        return parameter is not None and parameter.ndim > 0 and len(parameter) == len(self._stack)
 
     def _taken(self, name: str, rows: torch.Tensor) -> nn.Parameter | None:
         parameter = self.module._parameters[name]
@@ -225,6 +249,9 @@ Weights = Callable[[str], Sequence[torch.Tensor]]
 
 def _compute(module: Any, rows: torch.Tensor, counts: Sequence[int], weights: Weights) -> torch.Tensor:
     """[n, D] -> [n, D]: ``counts[0]`` rows through the first of the experts that `weights` gives, and so on."""
+    if computes_rows(module):
+        computed: torch.Tensor = module.compute_rows(rows, counts, weights)
+        return computed
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = weights(up_name)
     first = up.stack if isinstance(up, _Rows) else up[0]

@@ -10,7 +10,7 @@ an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, cast
@@ -40,59 +40,20 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-class Experts(nn.Module):
-    """E feed-forward experts: ``down(act(gate(x)) * up(x))`` if `gated`, else ``down(act(up(x)))``.
+class RoutedExperts(nn.Module):
+    """E experts of any kind behind the one contract. What they compute, its subclasses say.
 
-    Parameters, as `transformers` names them: `gate_up_proj` [E, 2F, D] (or `up_proj` [E, F, D]), `down_proj` [E, D, F],
-    and with `bias` the same with ``_bias``, [E, 2F] (or [E, F]) and [E, D]. With a handler there are none.
+    With a handler somebody else computes, and there are no weights here.
     """
 
     is_transposed, is_concatenated, has_post_expert_norm, _is_expert_parallel = False, True, False, False
     _ray_moe_handler: Handler | None = None
     _ray_moe_path: LayerPath = ""
-    down_proj: nn.Parameter
-
-    def __init__(
-        self,
-        hidden_size: int,
-        expert_size: int,
-        num_experts: int,
-        *,
-        activation: str | Activation = "silu",
-        gated: bool = True,
-        bias: bool = False,
-    ) -> None:
-        """
-        Args:
-            hidden_size: D.
-            expert_size: F.
-            num_experts: E.
-            activation: a name of `ACTIVATIONS`, or any function of one tensor.
-            gated: whether the activation is multiplied by a second projection (SwiGLU with "silu").
-            bias: whether the projections have one.
-
-        Raises: `InvalidConfig` for a size below 1 or an unknown activation.
-        """
-        super().__init__()
-        for name, value in {"hidden_size": hidden_size, "expert_size": expert_size, "num_experts": num_experts}.items():
-            if value < 1:
-                raise InvalidConfig(f"{name} is {value}; it must be 1 or more")
-        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, expert_size
-        self.has_gate, self.has_bias = gated, bias
-        self.act_fn = _activation(activation)
-        width, up = (2 * expert_size, "gate_up_proj") if gated else (expert_size, "up_proj")
-        shapes: dict[str, tuple[int, ...]] = {up: (width, hidden_size), "down_proj": (hidden_size, expert_size)}
-        if bias:
-            shapes |= {f"{up}_bias": (width,), "down_proj_bias": (hidden_size,)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
-        self.reset_parameters()
+    num_experts: int
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: uniform within ±1/√(what goes in), as `torch.nn.Linear` has them."""
-        for name, parameter in self.named_parameters(recurse=False):
-            bound = (self.intermediate_dim if name.startswith("down") else self.hidden_dim) ** -0.5
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        """Fresh weights. Raises: `InvalidConfig` for experts that cannot draw them."""
+        raise InvalidConfig(f"{type(self).__name__} came with their weights, and cannot draw fresh ones")
 
     def answer_with(self, handler: Handler, path: LayerPath) -> None:
         """Let `handler` compute, under the name `path`, and give up the weights that are here."""
@@ -124,9 +85,13 @@ class Experts(nn.Module):
         rows = hidden.new_zeros(len(slots), hidden.shape[-1])
         if touched:
             grouped = hidden.index_select(0, order // top_k)
-            out = StackedExperts(self).run(grouped, touched, [counts[expert] for expert in touched])
+            out = self._run(grouped, touched, [counts[expert] for expert in touched])
             rows = rows.index_copy(0, order, out)
         return combine(rows, weight)
+
+    def _run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """[n, D] -> [n, D]: the first ``counts[0]`` rows through ``experts[0]``, and so on."""
+        return StackedExperts(self).run(rows, experts, counts)
 
     def _rows_per_expert(self, slots: torch.Tensor) -> list[int]:
         """[N] -> the number of slots that go to each of the E experts."""
@@ -140,6 +105,58 @@ class Experts(nn.Module):
                 )
         counts: list[int] = slots.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
         return counts
+
+
+class Experts(RoutedExperts):
+    """E feed-forward experts: ``down(act(gate(x)) * up(x))`` if `gated`, else ``down(act(up(x)))``.
+
+    Parameters, as `transformers` names them: `gate_up_proj` [E, 2F, D] (or `up_proj` [E, F, D]), `down_proj` [E, D, F],
+    and with `bias` the same with ``_bias``, [E, 2F] (or [E, F]) and [E, D]. With a handler there are none.
+    """
+
+    down_proj: nn.Parameter
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        activation: str | Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+    ) -> None:
+        """
+        Args:
+            hidden_size: D.
+            expert_size: F.
+            num_experts: E.
+            activation: a name of `ACTIVATIONS`, or any function of one tensor.
+            gated: whether the activation is multiplied by a second projection (SwiGLU with "silu").
+            bias: whether the projections have one.
+
+        Raises: `InvalidConfig` for a size below 1 or an unknown activation.
+        """
+        super().__init__()
+        for name, value in {"hidden_size": hidden_size, "expert_size": expert_size, "num_experts": num_experts}.items():
+            if value < 1:
+                raise InvalidConfig(f"{name} is {value}; it must be 1 or more")
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, expert_size
+        self.has_gate, self.has_bias = gated, bias
+        self.act_fn = activation_of(activation)
+        width, up = (2 * expert_size, "gate_up_proj") if gated else (expert_size, "up_proj")
+        shapes: dict[str, tuple[int, ...]] = {up: (width, hidden_size), "down_proj": (hidden_size, expert_size)}
+        if bias:
+            shapes |= {f"{up}_bias": (width,), "down_proj_bias": (hidden_size,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights: uniform within ±1/√(what goes in), as `torch.nn.Linear` has them."""
+        for name, parameter in self.named_parameters(recurse=False):
+            bound = (self.intermediate_dim if name.startswith("down") else self.hidden_dim) ** -0.5
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
     def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
         gate, up = both.chunk(2, dim=-1)
@@ -160,7 +177,7 @@ class MoELayer(nn.Module):
     def __init__(  # noqa: PLR0913  (as many options as there are)
         self,
         hidden_size: int,
-        expert_size: int,
+        expert_size: int | None,
         num_experts: int,
         top_k: int | None = None,
         *,
@@ -170,48 +187,60 @@ class MoELayer(nn.Module):
         bias: bool = False,
         capacity: CapacitySettings | None = None,
         auxiliary: Mapping[str, float] | None = None,
-        experts: Literal["local"] | Handler = "local",
+        experts: Literal["local"] | Handler | Sequence[nn.Module] | nn.ModuleList | RoutedExperts = "local",
         path: LayerPath = "experts",
         seed: int | None = None,
     ) -> None:
         """
         Args:
             hidden_size: D.
-            expert_size: F.
+            expert_size: F; None where the experts are modules.
             num_experts: E.
             top_k: K, of a gate that is made by its name; None for that gate's own default.
             gate: the name of one in `ops/gates/registry.py`, settings of one (`SwitchSettings(jitter=0.01)`), or a
                 module, hidden [T, D] -> `Routing`, or (hidden, info) -> `Routing`.
             activation: "silu", "gelu", "gelu_tanh" or "relu", or any function of one tensor.
             gated: whether experts multiply the activation by a second projection (SwiGLU with "silu").
-            bias: whether the experts' projections have one.
+            bias: whether the experts' projections have one. None of the three is of experts that are modules.
             capacity: how many slots each expert takes of a batch, and what becomes of the others; None is no limit.
             auxiliary: what each auxiliary loss is multiplied by, by name (`ray_moe.ops.losses.LOSSES`, and those of the
                 gate), such as ``{"load_balancing": 0.01}``; `ray_moe.ops.losses.auxiliary_loss` adds them up.
-            experts: "local", weights of this layer; or who computes them: a `Handler`, through which gradients flow as
-                it lets them. The layer has no weights of experts then.
+            experts: "local", weights of this layer; or a list of E modules, [n, D] -> [n, D], of any kind
+                (`ops/architectures/module_experts.py`); or who computes them: a `Handler`, through which gradients flow
+                as it lets them. The layer has no weights of experts then.
             path: what the handler calls these experts.
-            seed: makes the first weights (not those of a gate that is a module) the same each time; None to draw them
-                from torch's own generator.
+            seed: makes the first weights (not those of a gate or of experts that are modules) the same each time; None
+                to draw them from torch's own generator.
 
         Raises: `InvalidConfig` for sizes or names that cannot be.
         """
         super().__init__()
-        # What a handler answers for needs no memory, not even for a moment.
-        with nullcontext() if isinstance(experts, str) else torch.device("meta"):
-            stack = Experts(hidden_size, expert_size, num_experts, activation=activation, gated=gated, bias=bias)
-        if not isinstance(experts, str):
-            stack.answer_with(experts, path)
+        self.hidden_size = hidden_size
+        stack = _own_experts(experts)
+        if stack is None:
+            if expert_size is None:
+                raise InvalidConfig("expert_size is None, which is for experts that are modules (experts=[...])")
+            # What a handler answers for needs no memory, not even for a moment.
+            with nullcontext() if isinstance(experts, str) else torch.device("meta"):
+                stack = Experts(hidden_size, expert_size, num_experts, activation=activation, gated=gated, bias=bias)
+            if not isinstance(experts, str):
+                stack.answer_with(cast(Handler, experts), path)
+        elif stack.num_experts != num_experts or expert_size is not None:
+            raise InvalidConfig(
+                f"experts are {stack.num_experts} modules; num_experts is {num_experts} and has to be as many, "
+                f"expert_size is {expert_size} and has to be None"
+            )
         own_gate: Any = _own_gate(gate, top_k, hidden_size, num_experts)
         self.gate: Any = gate if own_gate is None else own_gate
         self._gate_takes_info = takes_info(self.gate)
-        self.experts = stack
+        self.experts: Any = stack  # `Experts`, or `RoutedExperts` of another kind
         if seed is not None:
             device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
             generator = torch.Generator(device).manual_seed(seed)
             if own_gate is not None:
                 own_gate.reset_parameters(generator)
-            self.experts.reset_parameters(generator)
+            if isinstance(stack, Experts):
+                stack.reset_parameters(generator)
         self.capacity = None if capacity is None else Capacity(capacity)
         self.auxiliary = None if auxiliary is None else AuxiliaryLosses(auxiliary, num_experts)
         self.routing: Routing | None = None
@@ -227,6 +256,12 @@ class MoELayer(nn.Module):
         Raises: `InvalidRequest` for an `info` that is about other tokens, or lacks what the gate needs.
         """
         tokens = hidden.reshape(-1, hidden.shape[-1])
+        routing = self.route(tokens, info)
+        out: torch.Tensor = self.experts(tokens, routing.index, routing.weight)
+        return out.view(hidden.shape)
+
+    def route(self, tokens: torch.Tensor, info: TokenInfo | None = None) -> Routing:
+        """[T, D] -> where they go: what the gate chose, and a capacity has room for. Arguments and errors as above."""
         if self._gate_takes_info:
             routing: Routing = self.gate(tokens, None if info is None else info.flat(len(tokens)))
         else:
@@ -234,8 +269,7 @@ class MoELayer(nn.Module):
         self.routing = routing
         if self.capacity is not None:
             routing, self.overflow = self.capacity(routing, self.experts.num_experts)
-        out: torch.Tensor = self.experts(tokens, routing.index, routing.weight)
-        return out.view(hidden.shape)
+        return routing
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has routed nothing yet; besides, torch does not copy tensors that have a history."""
@@ -245,6 +279,17 @@ class MoELayer(nn.Module):
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """The MoE layers of a network by path, in its order; of one `MoELayer` itself, under ""."""
     return {path: module for path, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+def _own_experts(experts: Any) -> RoutedExperts | None:
+    """The experts that a layer was given as modules; None where they are weights of its own, or somebody else's."""
+    if isinstance(experts, RoutedExperts):
+        return experts
+    if isinstance(experts, (list, tuple, nn.ModuleList)):
+        from ray_moe.ops.architectures.module_experts import module_experts  # which needs this module
+
+        return module_experts(experts)
+    return None
 
 
 def _own_gate(
@@ -265,7 +310,8 @@ def _own_gate(
     return made
 
 
-def _activation(activation: str | Activation) -> Activation:
+def activation_of(activation: str | Activation) -> Activation:
+    """The function of that name. Raises: `InvalidConfig` for an unknown one."""
     if not isinstance(activation, str):
         return activation
     if activation not in ACTIVATIONS:

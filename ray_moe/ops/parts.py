@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ray_moe.errors import InvalidCheckpoint, InvalidConfig, UnsupportedModel
+from ray_moe.ops.experts import computes_rows
 from ray_moe.types import LayerPath
 
 Tensors = Mapping[str, torch.Tensor]
@@ -57,6 +58,8 @@ def axes_of(experts: nn.Module, path: LayerPath, num_parts: int) -> Axes:
         InvalidConfig: their width is no multiple of `num_parts`.
     """
     module: Any = experts
+    if computes_rows(module):
+        raise _no_parts(path, "they are modules of another kind than a feed-forward network")
     if module.has_bias or module.has_post_expert_norm:
         what = "biases" if module.has_bias else "a norm on what they put out"
         raise _no_parts(path, f"they have {what}, which a part of an expert has no part of")

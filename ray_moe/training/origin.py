@@ -36,7 +36,10 @@ class Origin:
             for path, module in modules.items()
         }
         if not modules:
-            raise InvalidConfig("the model has no experts: no ray_moe.MoELayer, and no experts of transformers")
+            raise InvalidConfig(
+                "the model has no experts that hosts can hold: no ray_moe.MoELayer, and no experts of transformers "
+                "(those of a layer that are modules of different kinds stay where the layer is)"
+            )
         if empty := [path for path, stacks in self._stacks.items() if not stacks]:
             raise InvalidConfig(f"the experts {empty} are elsewhere already; give a model whose experts are in it")
         self.modules: Mapping[LayerPath, nn.Module] = {p: without_experts(module) for p, module in modules.items()}
