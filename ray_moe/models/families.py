@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import Concatenate, ConversionOps, Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+)
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 UNSUPPORTED: dict[str, str] = {
@@ -65,6 +72,21 @@ class GatedExperts(nn.Module):
         super().__init__()
         self.num_experts = len(gate_up_EGD)
         self.gate_up_proj = gate_up_EGD
+        self.down_proj = down_EDF
+        self.act_fn = act_fn
+
+    forward = grouped_mm_experts_forward
+
+
+@use_experts_implementation(has_gate=False)
+class PlainExperts(nn.Module):
+    """Experts without a gate of their own, down(act(up(x))). An index of E is "no expert" to them."""
+
+    def __init__(self, config: Any, up_EFD: nn.Parameter, down_EDF: nn.Parameter, act_fn: Any) -> None:
+        """`up_EFD` is [E, F, D], `down_EDF` is [E, D, F]."""
+        super().__init__()
+        self.num_experts = len(up_EFD)
+        self.up_proj = up_EFD
         self.down_proj = down_EDF
         self.act_fn = act_fn
 
@@ -178,6 +200,36 @@ def _jetmoe_conversions(config: Any) -> list[Any]:
     ]
 
 
+# --- Switch Transformers: a module for each expert, and a gate that answers a mask, of zeros where it drops a token ---
+def _adapt_switch(block: Any, config: Any) -> None:
+    every = [block.experts[f"expert_{number}"] for number in range(block.experts.num_experts)]
+    up, down = (
+        nn.Parameter(torch.stack([w.detach() for w in each]))
+        for each in ([expert.wi.weight for expert in every], [expert.wo.weight for expert in every])
+    )
+    experts: Any = PlainExperts(config, up, down, every[0].act)
+    experts._is_expert_parallel = True  # without it transformers takes every index for an expert
+    block.experts = experts
+    block._is_hf_initialized = True  # transformers would initialise experts that are no longer modules
+    block.forward = MethodType(_switch_forward, block)
+
+
+def _switch_forward(block: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """[B, S, D] -> [B, S, D], as `SwitchTransformersSparseMLP` does. Capacity counts within each sequence."""
+    chosen_BSE, weight_BS1, _ = block.router(hidden)
+    is_kept = chosen_BSE.amax(-1, keepdim=True) > 0
+    index_T1 = torch.where(is_kept, chosen_BSE.argmax(-1, keepdim=True), block.experts.num_experts).view(-1, 1)
+    out: torch.Tensor = block.experts(hidden.flatten(0, -2), index_T1, weight_BS1.reshape(-1, 1))
+    return out.view(hidden.shape)
+
+
+def _switch_conversions(config: Any) -> list[Any]:
+    return [
+        WeightConverter(f"mlp.experts.expert_*.{name}.weight", f"mlp.experts.{stack}", [MergeModulelist(dim=0)])
+        for name, stack in (("wi", "up_proj"), ("wo", "down_proj"))
+    ]
+
+
 # --- Step 3.7: the interface's own contract, only not declared ------------------------------------------------------
 def _adapt_step3p7(block: Any, config: Any) -> None:
     with torch.device("meta"):
@@ -202,5 +254,6 @@ _FAMILIES = {
     "llama4_text": _Family("Llama4TextMoe", _adapt_llama4),
     "dbrx": _Family("DbrxFFN", _adapt_dbrx, _dbrx_conversions),
     "jetmoe": _Family("JetMoeMoE", _adapt_jetmoe, _jetmoe_conversions),
+    "switch_transformers": _Family("SwitchTransformersSparseMLP", _adapt_switch, _switch_conversions),
     "step3p7": _Family("Step3p7SparseMoeBlock", _adapt_step3p7),
 }

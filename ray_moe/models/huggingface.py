@@ -60,8 +60,14 @@ class Checkpoint:
     """Held while experts are loaded through the skeleton."""
 
     @classmethod
-    def open(cls, model: str | Path) -> Checkpoint:
+    def open(cls, model: str | Path, *, encoder_decoder: bool = False) -> Checkpoint:
         """Find and check the checkpoint `model`, a directory or a name on the Hugging Face hub; load nothing.
+
+        Args:
+            model: which one.
+            encoder_decoder: whether to open a model with an encoder, too. Services do not: their engine generates with
+                a decoder alone. With `load_backbone`, `load_experts` and `experts.install` it runs in a process of
+                one's own.
 
         Raises:
             NotFound: there is no such checkpoint.
@@ -69,7 +75,7 @@ class Checkpoint:
             UnsupportedModel: the checkpoint is sound, but its experts cannot be served apart.
         """
         files = CheckpointFiles.open(model)
-        config = read_config(files)
+        config = read_config(files, encoder_decoder)
         skeleton = build(config, files)
         layout = classify(skeleton, files.tensors)
         backbone_bytes = try_backbone(skeleton, layout, files.tensors)

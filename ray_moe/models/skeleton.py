@@ -1,7 +1,7 @@
 """From a checkpoint's configuration to its model without weights, or to the reason why it cannot be served.
 
-Decides the class as `AutoModelForCausalLM` does, never runs code from the checkpoint, and reads no tensor. Called by
-`models/huggingface.py`.
+Decides the class as `AutoModelForCausalLM` (or `AutoModelForSeq2SeqLM`) does, never runs code from the checkpoint, and
+reads no tensor. Called by `models/huggingface.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 from transformers.utils.generic import ContextManagers
 
@@ -46,8 +47,10 @@ class Skeleton:
     quantizer: Any | None
 
 
-def read_config(files: CheckpointFiles) -> Any:
+def read_config(files: CheckpointFiles, encoder_decoder: bool = False) -> Any:
     """The checkpoint's configuration, as `transformers` understands it.
+
+    Args: encoder_decoder: whether a model that has an encoder beside its decoder will do.
 
     Raises:
         InvalidCheckpoint: a value in it is out of place.
@@ -68,9 +71,10 @@ def read_config(files: CheckpointFiles) -> Any:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidCheckpoint(f"transformers refuses {files.folder / CONFIG}: {_one_line(error)}") from error
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder and not encoder_decoder:
         raise UnsupportedModel(
-            f"{model_type} is an encoder-decoder model; only decoder-only language models are served."
+            f"{model_type} is an encoder-decoder model; only decoder-only language models are served. In a process of "
+            "your own its experts can be apart: Checkpoint.open(model, encoder_decoder=True)."
         )
     return config
 
@@ -108,7 +112,8 @@ def build(config: Any, files: CheckpointFiles) -> Skeleton:
 
 def _resolve_class(config: Any) -> tuple[Any, Any]:
     """The model class, and the part of the configuration it takes."""
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+    decoders = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    for mapping in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,) if config.is_encoder_decoder else decoders:
         if type(config) not in mapping:
             continue
         model_class = mapping[type(config)]
