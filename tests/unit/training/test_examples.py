@@ -20,3 +20,40 @@ def test_a_language_model_of_ones_own_learns(tmp_path: Path) -> None:
     assert unseen[0] > 5
     assert unseen[-1] < 3.5
     assert "\ndef " in run.stdout
+
+
+def run(name: str, *options: str) -> str:
+    command = [sys.executable, "-W", "error", f"examples/{name}.py", *options]
+    made = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=150)
+    assert made.returncode == 0, made.stderr
+    return made.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    return [float(number) for number in re.findall(pattern, text)]
+
+
+def test_a_vision_transformer_with_experts_learns() -> None:
+    said = run("vision_moe", "--steps", "60", "--width", "32", "--layers", "2", "--batch", "32")
+    accuracy = numbers(r"step \d+: loss [\d.]+, accuracy ([\d.]+)", said)
+    assert accuracy[0] < 0.3
+    assert accuracy[-1] > 0.4
+    assert said.count("room for") == 6
+    assert "dropped" in said
+
+
+def test_a_recommender_of_two_tasks_learns_both() -> None:
+    said = run("recommender", "--steps", "101")
+    areas = re.findall(r"step (\d+): .* AUC ([\d.]+) clicks, ([\d.]+) likes", said)
+    assert len(areas) == 4
+    for step, click, like in areas:
+        assert (float(click) > 0.6 and float(like) > 0.6) == (step != "0"), said
+
+
+def test_one_stack_over_vision_and_text_learns() -> None:
+    said = run("multimodal", "--steps", "60", "--width", "32")
+    accuracy, loss = numbers(r"accuracy ([\d.]+)", said), numbers(r"loss ([\d.]+)", said)
+    assert loss[0] > 2.2
+    assert loss[-1] < 1.7
+    assert accuracy[-1] > 0.3
+    assert re.search(r"vision \[\d+, \d+, 0, 0, \d+, \d+\], text \[0, 0, \d+, \d+, \d+, \d+\]", said)
