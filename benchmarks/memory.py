@@ -30,7 +30,7 @@ from ray_moe.models.huggingface import Checkpoint
 from ray_moe.models.loading import return_free_memory
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.ops.optimizers import Offload, Optimizer, OptimizerKind, OptimizerSettings
-from ray_moe.ops.quantization import Int8Experts
+from ray_moe.ops.quantization import QuantizedExperts
 from ray_moe.policy.placement import place_by_index
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.offload import Residents, offload_to_files
@@ -103,7 +103,7 @@ def weights(folder: Path, quick: bool, num_parts: int, backbone: bool, int8: boo
             module = checkpoint.load_experts({path: range(0, layer.num_experts, num_parts)})[path]
             group: Any = StackedExperts(module)
             if int8:
-                group = Int8Experts(group)
+                group = QuantizedExperts(group)
             num_bytes += group.nbytes if int8 else _bytes_of(module)
             kept.append(group)
             del module

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ray_moe.models.huggingface import Checkpoint
     from ray_moe.ops.experts import StackedExperts
-    from ray_moe.ops.quantization import Int8Experts
+    from ray_moe.ops.quantization import QuantizedExperts
     from ray_moe.runtime.offload import OffloadedExperts
     from ray_moe.transport.host_server import HostServer
 
@@ -273,8 +273,8 @@ class ExpertActor:
             checkpoint = self._open(self._versions[version].base)
             for layer, ids in layers.items():
                 arrays = weights[version][layer]
-                if self._quantization == "int8":
-                    group = checkpoint.int8_experts_from(layer, ids, arrays, device=self._home)
+                if self._quantization != "none":
+                    group = checkpoint.quantized_experts_from(layer, ids, arrays, self._quantization, self._home)
                     self._hold_group(layer, ids, group, version)
                 else:
                     module = checkpoint.experts_from(layer, ids, arrays, device=self._home)
@@ -301,7 +301,7 @@ class ExpertActor:
         from ray_moe.ops.quantization import make_group
         from ray_moe.runtime.offload import offload_to_files
 
-        def read(expert: int) -> StackedExperts | Int8Experts:
+        def read(expert: int) -> StackedExperts | QuantizedExperts:
             module = checkpoint.load_experts({layer: [expert]}, device=self._device)[layer]
             return make_group(module, self._quantization)
 
@@ -314,7 +314,7 @@ class ExpertActor:
         self._hold_group(layer, experts, make_group(module, self._quantization), version)
 
     def _hold_group(
-        self, layer: LayerPath, experts: list[int], group: StackedExperts | Int8Experts, version: int
+        self, layer: LayerPath, experts: list[int], group: StackedExperts | QuantizedExperts, version: int
     ) -> None:
         if self._offload == "cpu":
             from ray_moe.runtime.offload import offload_to_cpu
@@ -326,7 +326,11 @@ class ExpertActor:
             self._serve(layer, experts, group, version)
 
     def _serve(
-        self, layer: LayerPath, experts: list[int], group: StackedExperts | Int8Experts | OffloadedExperts, version: int
+        self,
+        layer: LayerPath,
+        experts: list[int],
+        group: StackedExperts | QuantizedExperts | OffloadedExperts,
+        version: int,
     ) -> None:
         if self._device != "cpu":
             group.warm_up()

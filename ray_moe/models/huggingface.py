@@ -26,7 +26,7 @@ from ray_moe.models.skeleton import Skeleton, build, read_config
 from ray_moe.models.trial import num_bytes, try_backbone, try_experts
 from ray_moe.ops.experts import ExpertArrays, unpack
 from ray_moe.ops.parts import ExpertParts, axes_of
-from ray_moe.ops.quantization import Int8Experts, Quantization, int8_bytes
+from ray_moe.ops.quantization import Quantization, QuantizedExperts, quantized_bytes
 from ray_moe.types import LayerPath, LayerSpec
 
 OnProgress = Callable[[int], None]
@@ -169,7 +169,7 @@ class Checkpoint:
         layers = self.layers.values()
         if quantization == "none":
             return tuple(layers)
-        return tuple(replace(each, expert_bytes=int8_bytes(self._frame(each.path, [0]))) for each in layers)
+        return tuple(replace(each, expert_bytes=quantized_bytes(self._frame(each.path, [0]))) for each in layers)
 
     def check_same_architecture(self, other: Checkpoint) -> None:
         """Whether `other`'s weights can take the place of these: every one has the same name, shape and dtype.
@@ -262,12 +262,17 @@ class Checkpoint:
             raise WireError(f"this is not a copy of experts {sorted(set(ids))} of {path}: {error}") from error
         return shard.requires_grad_(False)
 
-    def int8_experts_from(
-        self, path: LayerPath, ids: Sequence[int], arrays: ExpertArrays, device: str | torch.device = "cpu"
-    ) -> Int8Experts:
+    def quantized_experts_from(
+        self,
+        path: LayerPath,
+        ids: Sequence[int],
+        arrays: ExpertArrays,
+        quantization: Quantization,
+        device: str | torch.device = "cpu",
+    ) -> QuantizedExperts:
         """The same of experts that the host holds in 8 bits; nothing is quantised anew. Raises: as `experts_from`."""
         tensors = {name: tensor.to(device) for name, tensor in unpack(arrays).items()}
-        return Int8Experts.from_tensors(self._frame(path, ids), tensors)
+        return QuantizedExperts.from_tensors(self._frame(path, ids), tensors, quantization)
 
     def _frame(self, path: LayerPath, ids: Sequence[int]) -> nn.Module:
         """How the experts `ids` of a layer compute, on the meta device. Raises: `NotFound`."""

@@ -17,7 +17,7 @@ from math import prod
 import torch
 
 from ray_moe.errors import InvalidRequest, WireError
-from ray_moe.ops.quantization import Int8Tensor, quantize
+from ray_moe.ops.quantization import ScaledTensor, quantize
 
 SCALES_PER_OCTAVE = 4
 LARGEST_SCALE = 2.0**24
@@ -53,7 +53,7 @@ def unpack_rows(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     scale = packed[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     if not ((scale >= 0) & torch.isfinite(scale)).all():
         raise WireError("a row in 8 bits has a scale that is negative or not finite")
-    return Int8Tensor(packed[:, :-SCALE_BYTES].view(torch.int8), scale).dequantize(dtype)
+    return ScaledTensor(packed[:, :-SCALE_BYTES].view(torch.int8), scale).dequantize(dtype)
 
 
 @dataclass(frozen=True, slots=True)

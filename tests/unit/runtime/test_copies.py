@@ -9,7 +9,7 @@ import torch
 from ray_moe.errors import NotFound, WireError
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import StackedExperts, pack, unpack
-from ray_moe.ops.quantization import Int8Experts, make_group
+from ray_moe.ops.quantization import Quantization, QuantizedExperts, make_group
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.transport.base import ExpertCall
 from tests import tiny_models
@@ -99,21 +99,22 @@ def test_every_dtype_travels_as_plain_numbers(dtype: torch.dtype) -> None:
     assert torch.equal(unpack(packed)["w"].view(torch.uint8), tensor.view(torch.uint8))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int8_compute", "fp8"])
 def test_experts_in_8_bits_are_copied_with_the_same_bits_and_have_the_bytes_that_are_planned_for(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint, kind: Quantization
 ) -> None:
     ids = [0, 2, 5]
-    group = make_group(checkpoint.load_experts({PATH: ids})[PATH], "int8")
-    assert isinstance(group, Int8Experts)
+    group = make_group(checkpoint.load_experts({PATH: ids})[PATH], kind)
+    assert isinstance(group, QuantizedExperts)
     donor, taker = ExpertHost("expert-0"), ExpertHost("expert-1")
     donor.hold(PATH, ids, group)
     arrays = donor.export(PATH, [5, 0])
-    taker.hold(PATH, [0, 5], checkpoint.int8_experts_from(PATH, [5, 0], arrays))
+    taker.hold(PATH, [0, 5], checkpoint.quantized_experts_from(PATH, [5, 0], arrays, kind))
     call = ExpertCall(PATH, 1, torch.randn(4, 32).to(torch.bfloat16), None, None, [0, 5], [1, 3])
     here, there = donor.run([call])[0], taker.run([call])[0]
     assert torch.equal(here.rows, there.rows)  # type: ignore[union-attr]
-    planned = {layer.path: layer.expert_bytes for layer in checkpoint.layers_as("int8")}
+    planned = {layer.path: layer.expert_bytes for layer in checkpoint.layers_as(kind)}
     assert sum(tensor.nbytes for tensor in group.tensors([0])[0].values()) == planned[PATH]
     assert checkpoint.layers_as("none") == tuple(checkpoint.layers.values())
     with pytest.raises(WireError):
-        checkpoint.int8_experts_from(PATH, [0], arrays)
+        checkpoint.quantized_experts_from(PATH, [0], arrays, kind)

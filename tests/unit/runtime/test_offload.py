@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ray_moe.errors import ExpertFailed, StaleRouting
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import StackedExperts, unpack
-from ray_moe.ops.quantization import Int8Experts, Quantization, make_group
+from ray_moe.ops.quantization import Quantization, QuantizedExperts, make_group
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.offload import OffloadedExperts, Residents, offload_to_cpu, offload_to_files
 from ray_moe.transport.base import ExpertCall, ExpertReply
@@ -42,7 +42,7 @@ class Files:
         self.most = 0
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __call__(self, expert: int) -> StackedExperts | Int8Experts:
+    def __call__(self, expert: int) -> StackedExperts | QuantizedExperts:
         if expert in self.broken:
             raise OSError(f"expert {expert} is gone")
         group = make_group(self.whole.shard([expert]), self.kind)
