@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ray_moe.models.merge import MergeSettings, merge
     from ray_moe.models.upcycle import UpcycleSettings, upcycle
     from ray_moe.ops.layer import MoELayer
+    from ray_moe.ops.methods.driver import Methods
     from ray_moe.service.network import remote_trainer
     from ray_moe.service.training import train
 
@@ -20,6 +21,7 @@ __all__ = [
     "AsyncClient",
     "Client",
     "MergeSettings",
+    "Methods",
     "MoELayer",
     "UpcycleSettings",
     "__version__",
@@ -39,6 +41,7 @@ _LAZY = {
     "UpcycleSettings": "ray_moe.models.upcycle",
     "upcycle": "ray_moe.models.upcycle",
     "MoELayer": "ray_moe.ops.layer",
+    "Methods": "ray_moe.ops.methods.driver",
     "remote_trainer": "ray_moe.service.network",
     "train": "ray_moe.service.training",
 }

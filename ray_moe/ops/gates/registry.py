@@ -10,9 +10,11 @@ from typing import Any
 
 from ray_moe.errors import InvalidConfig
 from ray_moe.ops.gates.base import GateSettings
+from ray_moe.ops.gates.dense_to_sparse import DenseToSparseSettings
 from ray_moe.ops.gates.dynamic_k import DynamicKSettings
 from ray_moe.ops.gates.expert_choice import ExpertChoiceSettings
 from ray_moe.ops.gates.gumbel import GumbelSettings
+from ray_moe.ops.gates.hard_concrete import HardConcreteSettings
 from ray_moe.ops.gates.hashing import HashSettings
 from ray_moe.ops.gates.hierarchical import HierarchicalSettings
 from ray_moe.ops.gates.modality import ModalitySettings
@@ -31,6 +33,8 @@ GATES: dict[str, Any] = {
     "expert_choice": ExpertChoiceSettings,
     "dynamic_k": DynamicKSettings,
     "gumbel": GumbelSettings,
+    "dense_to_sparse": DenseToSparseSettings,
+    "hard_concrete": HardConcreteSettings,
     "sigmoid": SigmoidSettings,
     "hierarchical": HierarchicalSettings,
     "hash": HashSettings,

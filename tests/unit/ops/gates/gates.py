@@ -27,6 +27,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic_k with a bound": ("dynamic_k", {"threshold": 0.9, "max_k": 3, "normalize": True}),
     "gumbel": ("gumbel", {}),
     "gumbel, hard": ("gumbel", {"hard": True, "max_k": 4, "target": 2.0}),
+    "dense_to_sparse": ("dense_to_sparse", {}),
+    "dense_to_sparse of few": ("dense_to_sparse", {"temperature": 0.4, "noise": 0.5, "threshold": 0.2}),
+    "hard_concrete": ("hard_concrete", {}),
+    "hard_concrete, half open": ("hard_concrete", {"initial": 0.5, "top_k": 3, "normalize": False}),
     "sigmoid": ("sigmoid", {}),
     "sigmoid in groups": ("sigmoid", {"num_groups": 3, "top_groups": 2, "top_k": 3, "scale": 2.5}),
     "hierarchical": ("hierarchical", {}),
@@ -46,6 +50,10 @@ RANDOM = {"switch with jitter", "noisy_topk", "noisy_topk of all", "topk_random"
     "topk_random as GShard",
     "gumbel",
     "gumbel, hard",
+    "dense_to_sparse",
+    "dense_to_sparse of few",
+    "hard_concrete",
+    "hard_concrete, half open",
 }
 """Those that draw in training."""
 
