@@ -1,0 +1,230 @@
+"""Experts in 8 bits: what they take, what they cost in quality and in time, and training them in 8 bits.
+
+`python benchmarks/quantization.py [--quick]`. The network of `examples/moe_layer_lm.py` is trained on the sources of
+Python's standard library; then its experts are held in each of the forms of `experts.quantization`. The same network is
+trained with its experts in 8 bits, with and without what rounding takes away. Only the table of times depends on the
+machine. Results go to `benchmarks/results/quantization.{json,md}`.
+
+Shape legend: D model width, F expert width, n rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks import report
+from examples.moe_layer_lm import ByteLM, loss_of
+from ray_moe.models.byte_level import END
+from ray_moe.ops.dispatch import combine
+from ray_moe.ops.experts import StackedExperts
+from ray_moe.ops.layer import Experts, moe_layers
+from ray_moe.ops.losses import auxiliary_loss
+from ray_moe.ops.optimizers import OptimizerSettings
+from ray_moe.ops.quantization import Quantization, QuantizedExperts, make_group
+from ray_moe.ops.quantized_training import Compensation, train_in_8_bits
+from ray_moe.ops.schedules import ScheduleSettings, factor
+from ray_moe.training.data import BatchRequest, Data, open_data
+
+WIDTH, LAYERS, EXPERTS, WINDOW, BATCH = 64, 2, 8, 128, 8
+STEPS, SEEDS = 300, (0, 1)
+LR = 4e-3
+SHAPES = ((256, 512), (1024, 2816))
+"""D and F of the expert that is timed: of a small model, and of one that is wider than the caches."""
+ROWS = (1, 16, 256)
+
+KINDS: tuple[Quantization, ...] = get_args(Quantization)
+TRAINED: tuple[Compensation | str, ...] = ("float32", *get_args(Compensation))
+
+
+def network(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return ByteLM(WIDTH, LAYERS, EXPERTS, WINDOW)
+
+
+def train(model: Any, data: Data, num_steps: int, seed: int, compensation: str = "float32") -> Any:
+    """Train in place; the experts in 8 bits if told so. Returns what holds them then, or None."""
+    schedule = ScheduleSettings("cosine", warmup_steps=min(20, num_steps), total_steps=num_steps)
+    settings = OptimizerSettings(lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    experts = None if compensation == "float32" else train_in_8_bits(model, settings, compensation)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(num_steps):
+        (loss_of(model, data, BatchRequest(step, BATCH, WINDOW, seed=seed)) + auxiliary_loss(model)).backward()
+        mine = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = (sum(float(g.square().sum()) for g in mine) + (experts.grad_norm() ** 2 if experts else 0)) ** 0.5
+        scale, lr = min(1.0, 1 / (norm + 1e-6)), LR * factor(schedule, step + 1)
+        for grad in mine:
+            grad.mul_(scale)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        if experts is not None:
+            experts.step(lr, grads_scale=scale)
+    return experts
+
+
+@torch.no_grad()
+def unseen(model: Any, data: Data, num_batches: int) -> float:
+    """Nats per byte of files that were kept apart."""
+    requests = [BatchRequest(step, 4 * BATCH, WINDOW, split="validation") for step in range(num_batches)]
+    return statistics.mean(float(loss_of(model, data, request)) for request in requests)
+
+
+class Served:
+    """Answers for a layer's experts from a group, as a host does."""
+
+    def __init__(self, groups: Mapping[str, Any]) -> None:
+        self.groups = groups
+
+    def __call__(self, path: str, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        slots, top_k = index.reshape(-1), index.shape[-1]
+        order, counts = slots.argsort(stable=True), slots.bincount(minlength=EXPERTS).tolist()
+        touched = [expert for expert, count in enumerate(counts) if count]
+        out = self.groups[path].run(hidden[order // top_k], touched, [counts[expert] for expert in touched])
+        return combine(torch.empty_like(out).index_copy(0, order, out), weight)
+
+
+def bytes_of(group: Any) -> int:
+    if isinstance(group, QuantizedExperts):
+        return group.nbytes
+    return sum(p.nbytes for p in group.module.parameters())
+
+
+@torch.no_grad()
+def held(model: Any, data: Data, kind: Quantization, num_batches: int) -> dict[str, float]:
+    """Bytes of the experts, the loss, and how far logits are from those of the weights as they are."""
+    small = copy.deepcopy(model)
+    groups = {path: make_group(copy.deepcopy(layer.experts), kind) for path, layer in moe_layers(model).items()}
+    for path, layer in moe_layers(small).items():
+        layer.experts.answer_with(Served(groups), path)
+    tokens = data.batch(BatchRequest(0, 4 * BATCH, WINDOW, split="validation"))["input_ids"]
+    wanted, given = model(tokens), small(tokens)
+    return {
+        "bytes": sum(bytes_of(group) for group in groups.values()),
+        "loss": unseen(small, data, num_batches),
+        "error": float((given - wanted).norm() / wanted.norm()),
+        "agree": float((given.argmax(-1) == wanted.argmax(-1)).float().mean()),
+    }
+
+
+@torch.no_grad()
+def timed(width: int, size: int, rounds: int, block_s: float) -> dict[str, dict[str, list[float]]]:
+    """Median seconds of each round, by number of rows and form; of one expert."""
+    torch.manual_seed(0)
+    groups = {kind: make_group(Experts(width, size, 1).requires_grad_(False), kind) for kind in KINDS}
+    whole = Experts(width, size, 1).requires_grad_(False).bfloat16()
+    named: dict[str, tuple[Any, torch.dtype]] = {kind: (group, torch.float32) for kind, group in groups.items()}
+    named["none, bfloat16"] = (StackedExperts(whole), torch.bfloat16)
+    times = {}
+    for num_rows in ROWS:
+        rows = torch.randn(num_rows, width)
+        contestants = [
+            report.Contestant(name, partial(group.run, rows.to(dtype), [0], [num_rows]))
+            for name, (group, dtype) in named.items()
+        ]
+        times[str(num_rows)] = report.interleave(contestants, rounds, block_s)
+    return times
+
+
+def page(
+    forms: Mapping[str, Sequence[Mapping[str, float]]],
+    times: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    trained: Mapping[str, Sequence[Mapping[str, float]]],
+    num_steps: int,
+) -> str:
+    def mean(runs: Sequence[Mapping[str, float]], key: str) -> float:
+        return statistics.mean(run[key] for run in runs)
+
+    whole = mean(forms["none"], "bytes")
+    cells = {}
+    for kind, runs in forms.items():
+        worse = [100 * (run["loss"] / exact["loss"] - 1) for run, exact in zip(runs, forms["none"], strict=True)]
+        cells[f"`{kind}`"] = [
+            f"{mean(runs, 'bytes') / 1024:,.0f} ({whole / mean(runs, 'bytes'):.2f}×)",
+            f"{100 * mean(runs, 'error'):.2f} %",
+            f"{100 * mean(runs, 'agree'):.1f} %",
+            f"{mean(runs, 'loss'):.4f}",
+            f"{statistics.mean(worse):+.3f} %",
+        ]
+    tables = []
+    for shape, by_rows in times.items():
+        names = [name for name in next(iter(by_rows.values())) if name != "none"]
+        lines = {f"`{name}`": [report.cell(each[name], each["none"]) for each in by_rows.values()] for name in names}
+        micros = ", ".join(f"{rows}: {1e6 * statistics.median(each['none']):,.0f}" for rows, each in by_rows.items())
+        columns = [f"{rows} row{'s' if rows != '1' else ''}" for rows in by_rows]
+        tables.append(f"D and F {shape} (microseconds of `none` by rows: {micros}):\n\n{report.table(columns, lines)}")
+    lines = {}
+    exact = trained["float32"]
+    for name, runs in trained.items():
+        worse = [100 * (run["loss"] / other["loss"] - 1) for run, other in zip(runs, exact, strict=True)]
+        spread = (
+            "" if name == "float32" else f"{statistics.mean(worse):+.2f} % ({min(worse):+.2f} to {max(worse):+.2f})"
+        )
+        title = "float32" if name == "float32" else f"int8, compensation `{name}`"
+        lines[title] = [f"{mean(runs, 'bytes') / 1024:,.0f}", f"{mean(runs, 'loss'):.4f}", spread]
+    between = "\n\n"  # no backslash within an f-string before Python 3.12
+    return f"""# Experts in 8 bits
+
+The network of `examples/moe_layer_lm.py` (width {WIDTH}, {LAYERS} layers, {EXPERTS} experts), trained for {num_steps}
+steps; means of {len(exact)} seeds. Experts held in each form of `experts.quantization`: KiB of their weights, how far
+logits are from those of float32 (norm over norm), how often the most probable byte is the same, and nats a byte of
+files that were kept apart.
+
+{report.table(["KiB", "error of logits", "same byte", "loss", "beside `none`"], cells)}
+
+## Time
+
+One expert, one thread, as a multiple of float32 weights (median, least and greatest of the rounds).
+
+{between.join(tables)}
+
+## Training in 8 bits
+
+The same training with the experts' weights as int8 codes (`ops/quantized_training.py`): KiB of weights and
+compensations between steps, without gradients and optimizer state, and the loss as above, of the codes alone.
+
+{report.table(["KiB", "loss", "beside float32"], lines)}"""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; nothing is written")
+    quick: bool = arguments.parse_args().quick
+    torch.set_num_threads(1)
+    num_steps, seeds, num_batches = (6, SEEDS[:1], 1) if quick else (STEPS, SEEDS, 8)
+    data = open_data("stdlib", vocab_size=END + 1)
+    forms: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    trained: dict[str, list[dict[str, float]]] = {name: [] for name in TRAINED}
+    for seed in seeds:
+        for name in TRAINED:
+            model = network(seed)
+            experts = train(model, data, num_steps, seed, name)
+            model.eval()
+            whole = sum(p.nbytes for layer in moe_layers(model).values() for p in layer.experts.parameters())
+            trained[name].append(
+                {"loss": unseen(model, data, num_batches), "bytes": experts.nbytes if experts else whole}
+            )
+            if experts is None:
+                for kind in KINDS:
+                    forms[kind].append(held(model, data, kind, num_batches))
+            print(name, trained[name][-1], flush=True)
+    rounds, block_s = (1, 0.01) if quick else (5, 0.1)
+    times = {f"{width} and {size}": timed(width, size, rounds, block_s) for width, size in SHAPES}
+    text = page(forms, times, trained, num_steps)
+    print(text)
+    if not quick:
+        report.write("quantization", text, {"steps": num_steps, "forms": forms, "times": times, "training": trained})
+
+
+if __name__ == "__main__":
+    main()
