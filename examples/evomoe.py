@@ -1,6 +1,6 @@
 """EvoMoE (arXiv:2112.14397) beside a plain MoE, on the sources of Python's standard library, in the same budget.
 
-`python examples/evomoe.py [--steps 120] [--data stdlib]`: one process, no download, about a minute on one core. The
+`python examples/evomoe.py [--steps 400] [--data stdlib]`: one process, no download, about a minute on one core. The
 network is that of `examples/moe_layer_lm.py`. EvoMoE trains one expert, makes many of it, and lets a gate go from dense
 to sparse. Tokens have many experts while the gate is dense, so the budget is not steps but rows through experts: the
 plain MoE, with one expert a token all along, is trained until it has computed as many.
@@ -38,7 +38,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
         self.rows, self.steps, self.seconds = 0, 0, 0.0
 
-    def train(self, is_done: Callable[[], bool], methods: Methods | None = None, every: int = 20) -> None:
+    def train(self, is_done: Callable[[], bool], methods: Methods | None = None, every: int = 50) -> None:
         """Steps until `is_done`; the number of the step is all that the methods go by."""
         begin = time.perf_counter()
         while not is_done():
@@ -69,17 +69,17 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--steps", type=int, default=120, help="of EvoMoE; the plain MoE has as many rows")
-    parser.add_argument("--diversify", type=int, help="the first step with many experts; a third of the steps")
-    parser.add_argument("--anneal", type=int, help="steps from dense to sparse; a third of the steps")
+    parser.add_argument("--steps", type=int, default=400, help="of EvoMoE; the plain MoE has as many rows")
+    parser.add_argument("--diversify", type=int, help="the first step with many experts; half of the steps")
+    parser.add_argument("--anneal", type=int, help="steps from dense to sparse; a fifth of the steps")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
-    diversify = arguments.diversify if arguments.diversify is not None else arguments.steps // 3
-    anneal = arguments.anneal if arguments.anneal is not None else max(arguments.steps // 3, 1)
+    diversify = arguments.diversify if arguments.diversify is not None else arguments.steps // 2
+    anneal = arguments.anneal if arguments.anneal is not None else max(arguments.steps // 5, 1)
     data = open_data(arguments.data, vocab_size=END + 1)
 
     print("EvoMoE")

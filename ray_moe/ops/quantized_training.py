@@ -15,9 +15,10 @@ Shape legend: T tokens, D model width, E experts, K experts per token, N = T*K s
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -255,6 +256,9 @@ class _Weight(torch.autograd.Function):
         return None, None, None
 
 
+_weight = cast("Callable[[torch.Tensor, _Stack, int], torch.Tensor]", _Weight.apply)
+
+
 class _Layer:
     """The experts of one layer."""
 
@@ -301,7 +305,7 @@ class _Layer:
         touched = [expert for expert, count in enumerate(counts) if count]
         others = {n: p for n, p in self.others._parameters.items() if p is not None}
         experts = [
-            {name: _Weight.apply(anchor, stack, expert) for name, stack in self.stacks.items()}
+            {name: _weight(anchor, stack, expert) for name, stack in self.stacks.items()}
             | {name: other[expert] for name, other in others.items()}
             for expert in touched
         ]
@@ -318,7 +322,8 @@ class _Layer:
 
     @property
     def nbytes(self) -> int:
-        return sum(stack.nbytes for stack in self.stacks.values()) + sum(p.nbytes for p in self.others.parameters())
+        others: int = sum(p.nbytes for p in self.others.parameters())
+        return others + sum(stack.nbytes for stack in self.stacks.values())
 
     def weights(self) -> dict[str, torch.Tensor]:
         whole = {name: stack.small.dequantize(stack.dtype) for name, stack in self.stacks.items()}

@@ -189,6 +189,7 @@ def test_unknown_keys_from_elsewhere_name_their_source(tmp_path: Path) -> None:
         ("experts: {offload: cpu}", "experts: offload: cpu is for actors on GPUs; set num_gpus, or offload: disk"),
         ("experts: {offload: disk, max_bytes: 1}", "memory has resident_bytes of experts, so leave max_bytes out"),
         ("experts: {offload: tape}", "experts.offload = 'tape' (c.yaml): should be 'none', 'cpu' or 'disk'"),
+        ("experts: {quantization: fp4}", "should be 'none', 'int8', 'int8_compute' or 'fp8'"),
         ("train: {optimizer: {offload: tape}}", "should be 'none', 'cpu' or 'disk'"),
         ("ray: {address: somewhere}", "should be 'local', 'auto' or the HOST:PORT of a running cluster"),
         ("router: {device: tpu}", "should be 'auto', 'cpu', 'cuda' or 'cuda:N'"),

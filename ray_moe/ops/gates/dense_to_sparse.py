@@ -52,7 +52,8 @@ class DenseToSparseSettings:
         """Of a step, from 0."""
         if step >= self.anneal_steps:
             return self.final_temperature
-        return self.temperature * (self.final_temperature / self.temperature) ** (max(step, 0) / self.anneal_steps)
+        ratio = self.final_temperature / self.temperature
+        return self.temperature * math.pow(ratio, max(step, 0) / self.anneal_steps)
 
     def build(self, hidden_size: int, num_experts: int) -> DenseToSparseGate:
         if self.final_k is not None:

@@ -84,7 +84,7 @@ class Ramp:
             return self.last
         done = (step - self.begin) / self.steps
         if self.shape == "exponential":
-            return self.first * (self.last / self.first) ** done
+            return self.first * math.pow(self.last / self.first, done)
         if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self.first + (self.last - self.first) * done

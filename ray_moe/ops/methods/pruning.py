@@ -66,7 +66,7 @@ def check_prunable(layer: MoELayer, num_experts: int, top_k: int | None = None) 
     gate, kind = layer.gate, type(layer.gate).__name__
     if not list(layer.experts.parameters()):
         raise InvalidConfig("these experts are elsewhere, so none can be taken out here; bring them home first")
-    settings = getattr(gate, "settings", None)
+    settings: Any = getattr(gate, "settings", None)
     in_groups = hasattr(settings, "own") or getattr(settings, "num_groups", 1) != 1 or takes_info(gate)
     rows = [p for p in gate.parameters() if p.ndim and len(p) == layer.experts.num_experts]
     if in_groups or not rows:

@@ -158,7 +158,8 @@ def measure_use(model: nn.Module, sites: Iterable[Site], evaluate: Callable[[], 
     uses: dict[str, Use] = {}
     hooks = []
     for site in sites:
-        uses[site.path] = use = Use(*(torch.zeros(site.num_experts, dtype=torch.float64) for _ in range(2)))
+        none = torch.zeros(site.num_experts, dtype=torch.float64)
+        uses[site.path] = use = Use(none.clone(), none.clone())
         hooks.append(site.gate.register_forward_hook(_Counting(use, site.path)))
     try:
         with evaluating(model):

@@ -1,10 +1,12 @@
 import copy
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_moe.config import ExpertsConfig
 from ray_moe.errors import InvalidRequest, WireError
 from ray_moe.models.experts import experts_modules
 from ray_moe.ops.experts import StackedExperts, pack, unpack
@@ -75,6 +77,11 @@ def test_zeros_stay_zeros(to):
 def test_what_is_not_finite_is_refused(wrong, to):
     with pytest.raises(InvalidRequest, match="cannot be quantised"):
         quantize(torch.tensor([1.0, wrong]), to=to)
+
+
+def test_each_form_can_be_asked_for_in_the_configuration():
+    assert get_args(ExpertsConfig.model_fields["quantization"].annotation) == get_args(Quantization)
+    assert [*KINDS] == [kind for kind in get_args(Quantization) if kind != "none"]
 
 
 @pytest.fixture(params=["mixtral", "gpt_oss"])

@@ -116,8 +116,7 @@ def test_what_is_accumulated_is_the_sum_and_can_be_forgotten() -> None:
     loss(model, 0).backward()
     loss(model, 1).backward()
     for name in one[0]:
-        (given,) = {stack.grad for stack in [list(training.layers.values())[-1].stacks[name]]}
-        torch.testing.assert_close(given, one[0][name] + one[1][name])  # type: ignore[operator]
+            torch.testing.assert_close(given, one[0][name] + one[1][name])  # type: ignore[operator]
     training.zero_grad()
     assert training.grad_norm() == 0
 
@@ -227,6 +226,27 @@ def test_a_model_of_transformers_learns_in_8_bits(family: str) -> None:
     assert all(training.group(path).nbytes for path in training.layers)
 
 
+def test_optimizer_state_can_be_in_8_bits_too() -> None:
+    """A matrix of 4,096 numbers or more has its moments in bytes."""
+    torch.manual_seed(0)
+    layer = MoELayer(64, 64, 2, 1, seed=0)
+    training = train_in_8_bits(layer, OptimizerSettings(kind="adamw8bit", lr=3e-3))
+    hidden, wanted = torch.randn(32, 64), torch.randn(32, 64)
+    losses = []
+    for step in range(20):
+        value = nn.functional.mse_loss(layer(hidden), wanted)
+        value.backward()
+        training.step()
+        losses.append(float(value.detach()))
+        if step == 9:
+            saved = {name: tensor.clone() for name, tensor in training.state_dict().items()}
+    assert losses[-1] < 0.97 * losses[0]
+    assert saved[".gate_up_proj.exp_avg"].dtype is torch.uint8
+    training.load_state_dict(saved)
+    again = [float(nn.functional.mse_loss(layer(hidden), wanted).detach())]
+    assert again == losses[10:11]
+
+
 def test_tokens_that_go_to_nobody_are_zero_and_wrong_ones_refused() -> None:
     layer = MoELayer(4, 4, 3, seed=0)
     training = train_in_8_bits(layer, ADAM)
@@ -265,16 +285,16 @@ def test_with_compensation_a_network_comes_closer_to_what_it_learns_in_float() -
             if experts is None
             else None
         )
-        for step in range(80):
+        for step in range(120):
             value = loss(model, step % 4)
             value.backward()
             (rest or experts).step()
             model.zero_grad()
         with torch.no_grad():
             last[compensation] = sum(float(loss(model, step)) for step in range(4)) / 4
-    assert last["int8"] == pytest.approx(last["float"], rel=0.1)
-    assert last["bfloat16"] == pytest.approx(last["float"], rel=0.1)
-    assert last["none"] > 1.02 * last["int8"]
+    assert last["int8"] == pytest.approx(last["float"], rel=0.01)
+    assert last["bfloat16"] == pytest.approx(last["float"], rel=0.01)
+    assert last["none"] > 1.1 * last["float"]
 
 
 def test_double_networks_are_computed_in_double() -> None:

@@ -73,7 +73,7 @@ def test_then_all_experts_are_masked_copies_with_its_momenta_once() -> None:
 
 
 def test_noise_makes_copies_differ_by_as_much_as_it_says() -> None:
-    layer = MoELayer(40, 40, 3, gate=GATE)
+    layer: Any = MoELayer(40, 40, 3, gate=GATE)
     methods = Methods(layer, [EvoMoE(diversify=1, mask=0.0, noise=0.2)])
     methods.apply(0)
     first = layer.experts.down_proj[0].detach().clone()
@@ -96,7 +96,7 @@ def test_a_token_has_all_experts_and_then_fewer_and_then_one() -> None:
 
 @pytest.mark.parametrize("annealed", [False, True])
 def test_a_gate_is_the_softmax_of_its_temperature_above_the_threshold(annealed: bool) -> None:
-    layer = MoELayer(WIDTH, 4, EXPERTS, gate=DenseToSparseSettings(threshold=0.15, anneal_steps=8), seed=0).double()
+    layer: Any = MoELayer(WIDTH, 4, EXPERTS, gate=DenseToSparseSettings(threshold=0.15, anneal_steps=8), seed=0).double()
     layer.eval()
     layer.gate.anneal(8 if annealed else 4)
     temperature = 2.0 * (0.2 / 2.0) ** (1.0 if annealed else 0.5)
