@@ -15,7 +15,6 @@ Shape legend: T tokens, D model width, E experts, K experts per token, N = T*K s
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, cast, get_args

@@ -32,7 +32,8 @@ class Methods:
         """
         Args:
             model: any network with `MoELayer`s, or a model of `transformers` with routers beside its experts.
-            methods: in the order in which they are applied.
+            methods: in the order in which they are applied. An earlier `Methods` of this network goes on until its
+                `remove`.
             optimizer: of its parameters, for methods that change them (`EvoMoE`, `Sparsify`, `Search`).
 
         Raises:

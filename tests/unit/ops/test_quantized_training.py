@@ -101,24 +101,27 @@ def test_gradients_of_all_else_are_those_of_the_rounded_weights() -> None:
         torch.testing.assert_close(p.grad, plain.get_parameter(name).grad)
     for path, layer in training.layers.items():
         for name, stack in layer.stacks.items():
-            grad = plain.get_parameter(f"{path}.{name}" if "experts" in path else f"{path}.experts.{name}").grad
-            torch.testing.assert_close(stack.grad, grad)
+            torch.testing.assert_close(stack.grad, plain.get_parameter(f"{path}.experts.{name}").grad)
 
 
 def test_what_is_accumulated_is_the_sum_and_can_be_forgotten() -> None:
     model = small_network()
     training = train_in_8_bits(model, ADAM)
-    one = []
-    for step in (0, 1):
-        loss(model, step).backward()
-        one.append({name: stack.grad for layer in training.layers.values() for name, stack in layer.stacks.items()})
-        training.zero_grad()
+
+    def gradients() -> dict[tuple[str, str], Any]:
+        return {(path, n): stack.grad for path, layer in training.layers.items() for n, stack in layer.stacks.items()}
+
     loss(model, 0).backward()
+    first = gradients()
+    training.zero_grad()
     loss(model, 1).backward()
-    for name in one[0]:
-            torch.testing.assert_close(given, one[0][name] + one[1][name])  # type: ignore[operator]
+    second = gradients()
     training.zero_grad()
     assert training.grad_norm() == 0
+    loss(model, 0).backward()
+    loss(model, 1).backward()
+    for name, given in gradients().items():
+        torch.testing.assert_close(given, first[name] + second[name])
 
 
 @every

@@ -78,7 +78,7 @@ def test_noise_makes_copies_differ_by_as_much_as_it_says() -> None:
     methods.apply(0)
     first = layer.experts.down_proj[0].detach().clone()
     methods.apply(1)
-    error = layer.experts.down_proj[1] - first
+    error = layer.experts.down_proj[1].detach() - first
     assert float(error.square().mean().sqrt() / first.square().mean().sqrt()) == pytest.approx(0.2, rel=0.1)
 
 
@@ -96,7 +96,9 @@ def test_a_token_has_all_experts_and_then_fewer_and_then_one() -> None:
 
 @pytest.mark.parametrize("annealed", [False, True])
 def test_a_gate_is_the_softmax_of_its_temperature_above_the_threshold(annealed: bool) -> None:
-    layer: Any = MoELayer(WIDTH, 4, EXPERTS, gate=DenseToSparseSettings(threshold=0.15, anneal_steps=8), seed=0).double()
+    layer: Any = MoELayer(
+        WIDTH, 4, EXPERTS, gate=DenseToSparseSettings(threshold=0.15, anneal_steps=8), seed=0
+    ).double()
     layer.eval()
     layer.gate.anneal(8 if annealed else 4)
     temperature = 2.0 * (0.2 / 2.0) ** (1.0 if annealed else 0.5)
