@@ -15,6 +15,7 @@ Shape legend: T tokens, D model width, E experts, K experts per token, N = T*K s
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -81,9 +82,8 @@ class Int8Training:
 
     def grad_norm(self) -> float:
         """Of all gradients together, for clipping by ``step(grads_scale=...)``."""
-        return (
-            sum(float(grad.float().square().sum()) for layer in self.layers.values() for grad in layer.grads()) ** 0.5
-        )
+        squares = (float(grad.float().square().sum()) for layer in self.layers.values() for grad in layer.grads())
+        return math.sqrt(math.fsum(squares))
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
