@@ -38,7 +38,7 @@ def test_a_vision_transformer_with_experts_learns() -> None:
     accuracy = numbers(r"step \d+: loss [\d.]+, accuracy ([\d.]+)", said)
     assert accuracy[0] < 0.3
     assert accuracy[-1] > 0.4
-    assert said.count("room for") == 6
+    assert said.count("% of the choices by p") == 6
     assert "dropped" in said
 
 

@@ -86,7 +86,7 @@ def test_stages_keep_what_is_used_most_and_say_what_it_cost() -> None:
     methods: Any = None
 
     def evaluate() -> float:
-        return float(loss_of(model, 1000))
+        return float(loss_of(model, 1000).detach())
 
     sparsify = Sparsify([Stage(4, 4, top_k=2), Stage(8, 2, top_k=1)], evaluate)
     methods = Methods(model, [sparsify], optimizer)
