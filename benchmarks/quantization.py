@@ -38,7 +38,8 @@ from ray_moe.training.data import BatchRequest, Data, open_data
 
 WIDTH, LAYERS, EXPERTS, WINDOW, BATCH = 64, 2, 8, 128, 8
 STEPS, SEEDS = 300, (0, 1)
-LR = 4e-3
+LR, TUNE_LR = 4e-3, 1e-4
+"""Peak learning rates: from fresh weights, and when what was trained in float32 is trained on."""
 SHAPES = ((256, 512), (1024, 2816))
 """D and F of the expert that is timed: of a small model, and of one that is wider than the caches."""
 ROWS = (1, 16, 256)
@@ -52,17 +53,19 @@ def network(seed: int) -> Any:
     return ByteLM(WIDTH, LAYERS, EXPERTS, WINDOW)
 
 
-def train(model: Any, data: Data, num_steps: int, seed: int, compensation: str = "float32") -> Any:
+def train(
+    model: Any, data: Data, num_steps: int, seed: int, compensation: str = "float32", rate: float = LR, begin: int = 0
+) -> Any:
     """Train in place; the experts in 8 bits if told so. Returns what holds them then, or None."""
     schedule = ScheduleSettings("cosine", warmup_steps=min(20, num_steps), total_steps=num_steps)
-    settings = OptimizerSettings(lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    settings = OptimizerSettings(lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     experts = None if compensation == "float32" else train_in_8_bits(model, settings, compensation)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(num_steps):
-        (loss_of(model, data, BatchRequest(step, BATCH, WINDOW, seed=seed)) + auxiliary_loss(model)).backward()
+        (loss_of(model, data, BatchRequest(begin + step, BATCH, WINDOW, seed=seed)) + auxiliary_loss(model)).backward()
         mine = [p.grad for p in model.parameters() if p.grad is not None]
         norm = (sum(float(g.square().sum()) for g in mine) + (experts.grad_norm() ** 2 if experts else 0)) ** 0.5
-        scale, lr = min(1.0, 1 / (norm + 1e-6)), LR * factor(schedule, step + 1)
+        scale, lr = min(1.0, 1 / (norm + 1e-6)), rate * factor(schedule, step + 1)
         for grad in mine:
             grad.mul_(scale)
         optimizer.param_groups[0]["lr"] = lr
@@ -140,6 +143,7 @@ def page(
     forms: Mapping[str, Sequence[Mapping[str, float]]],
     times: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
     trained: Mapping[str, Sequence[Mapping[str, float]]],
+    tuned: Mapping[str, Sequence[Mapping[str, float]]],
     num_steps: int,
 ) -> str:
     def mean(runs: Sequence[Mapping[str, float]], key: str) -> float:
@@ -163,22 +167,24 @@ def page(
         micros = ", ".join(f"{rows}: {1e6 * statistics.median(each['none']):,.0f}" for rows, each in by_rows.items())
         columns = [f"{rows} row{'s' if rows != '1' else ''}" for rows in by_rows]
         tables.append(f"D and F {shape} (microseconds of `none` by rows: {micros}):\n\n{report.table(columns, lines)}")
-    lines = {}
-    exact = trained["float32"]
-    for name, runs in trained.items():
-        worse = [100 * (run["loss"] / other["loss"] - 1) for run, other in zip(runs, exact, strict=True)]
-        spread = (
-            "" if name == "float32" else f"{statistics.mean(worse):+.2f} % ({min(worse):+.2f} to {max(worse):+.2f})"
-        )
-        title = "float32" if name == "float32" else f"int8, compensation `{name}`"
-        lines[title] = [f"{mean(runs, 'bytes') / 1024:,.0f}", f"{mean(runs, 'loss'):.4f}", spread]
+
+    def learned(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+        lines, exact = {}, results["float32"]
+        for name, runs in results.items():
+            worse = [100 * (run["loss"] / other["loss"] - 1) for run, other in zip(runs, exact, strict=True)]
+            spread = f"{statistics.mean(worse):+.2f} % ({min(worse):+.2f} to {max(worse):+.2f})"
+            title = "float32" if name == "float32" else f"int8, compensation `{name}`"
+            cells = [f"{mean(runs, 'bytes') / 1024:,.0f}", f"{mean(runs, 'loss'):.4f}"]
+            lines[title] = [*cells, "" if name == "float32" else spread]
+        return report.table(["KiB", "loss", "beside float32"], lines)
+
     between = "\n\n"  # no backslash within an f-string before Python 3.12
     return f"""# Experts in 8 bits
 
 The network of `examples/moe_layer_lm.py` (width {WIDTH}, {LAYERS} layers, {EXPERTS} experts), trained for {num_steps}
-steps; means of {len(exact)} seeds. Experts held in each form of `experts.quantization`: KiB of their weights, how far
-logits are from those of float32 (norm over norm), how often the most probable byte is the same, and nats a byte of
-files that were kept apart.
+steps; means of {len(forms["none"])} seeds. Experts held in each form of `experts.quantization`: KiB of their weights,
+how far logits are from those of float32 (norm over norm), how often the most probable byte is the same, and nats a byte
+of files that were kept apart.
 
 {report.table(["KiB", "error of logits", "same byte", "loss", "beside `none`"], cells)}
 
@@ -193,7 +199,12 @@ One expert, one thread, as a multiple of float32 weights (median, least and grea
 The same training with the experts' weights as int8 codes (`ops/quantized_training.py`): KiB of weights and
 compensations between steps, without gradients and optimizer state, and the loss as above, of the codes alone.
 
-{report.table(["KiB", "loss", "beside float32"], lines)}"""
+{learned(trained)}
+
+The float32 network of each seed trained on for {num_steps // 2} steps with a learning rate of {TUNE_LR:g}, where
+updates are small beside the steps of the codes:
+
+{learned(tuned)}"""
 
 
 def main() -> None:
@@ -205,25 +216,33 @@ def main() -> None:
     data = open_data("stdlib", vocab_size=END + 1)
     forms: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     trained: dict[str, list[dict[str, float]]] = {name: [] for name in TRAINED}
+    tuned: dict[str, list[dict[str, float]]] = {name: [] for name in TRAINED}
     for seed in seeds:
+        first = network(seed)
+        train(first, data, num_steps, seed)
+        for kind in KINDS:
+            forms[kind].append(held(copy.deepcopy(first).eval(), data, kind, num_batches))
         for name in TRAINED:
-            model = network(seed)
-            experts = train(model, data, num_steps, seed, name)
-            model.eval()
-            whole = sum(p.nbytes for layer in moe_layers(model).values() for p in layer.experts.parameters())
-            trained[name].append(
-                {"loss": unseen(model, data, num_batches), "bytes": experts.nbytes if experts else whole}
-            )
-            if experts is None:
-                for kind in KINDS:
-                    forms[kind].append(held(model, data, kind, num_batches))
-            print(name, trained[name][-1], flush=True)
+            for results, start, options in (
+                (trained, network(seed), {}),
+                (tuned, copy.deepcopy(first), {"rate": TUNE_LR, "begin": num_steps}),
+            ):
+                whole = sum(p.nbytes for layer in moe_layers(start).values() for p in layer.experts.parameters())
+                number = num_steps if results is trained else num_steps // 2
+                experts = train(start, data, number, seed, name, **options)
+                loss = unseen(start.eval(), data, num_batches)
+                results[name].append({"loss": loss, "bytes": experts.nbytes if experts else whole})
+                print(name, results[name][-1], flush=True)
     rounds, block_s = (1, 0.01) if quick else (5, 0.1)
     times = {f"{width} and {size}": timed(width, size, rounds, block_s) for width, size in SHAPES}
-    text = page(forms, times, trained, num_steps)
+    text = page(forms, times, trained, tuned, num_steps)
     print(text)
     if not quick:
-        report.write("quantization", text, {"steps": num_steps, "forms": forms, "times": times, "training": trained})
+        report.write(
+            "quantization",
+            text,
+            {"steps": num_steps, "forms": forms, "times": times, "training": trained, "tuning": tuned},
+        )
 
 
 if __name__ == "__main__":
