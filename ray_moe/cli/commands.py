@@ -562,17 +562,22 @@ def compare_dense(
     active: Annotated[float, typer.Option(help="Weights a token meets, as a multiple of the dense model's.")] = 0.54,
     total: Annotated[float, typer.Option(help="All weights, as a multiple of the dense model's.")] = 4.3,
     top_k: Annotated[int, typer.Option(min=1, help="Experts for each token.")] = 2,
-    hidden_size: Annotated[int, typer.Option(min=32, help="Width of both models.")] = 256,
-    num_layers: Annotated[int, typer.Option(min=1, help="Layers of both models.")] = 4,
-    dense_width: Annotated[int, typer.Option(min=32, help="Width of the dense model's networks.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Windows of a training step.")] = 16,
+    hidden_size: Annotated[int, typer.Option(min=32, help="Width of the models.")] = 512,
+    num_layers: Annotated[int, typer.Option(min=1, help="Layers of the models.")] = 2,
+    dense_width: Annotated[int, typer.Option(min=32, help="Width of the dense model's networks.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of a training step.")] = 32,
     window: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of a window.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each model that are timed.")] = 10,
-    new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens of the answer that is timed.")] = 48,
+    steps: Annotated[int, typer.Option(min=0, help="Training steps of each model that are timed; 0 for none.")] = 3,
+    answers: Annotated[int, typer.Option(min=0, help="Answers of each model that are timed; 0 for none.")] = 5,
+    prompt: Annotated[int, typer.Option(min=1, max=512, help="Tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens of an answer after the first.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the first weights and the batches.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Train and ask a dense and an MoE model side by side: what sparse weights buy on this machine."""
+    """Train and ask a dense and an MoE model side by side: what sparse weights buy on this machine.
+
+    After 100 steps or more it also tells the loss of each after the same time.
+    """
     with told(debug), Interrupts():
         from ray_moe.cli.compare import run
         from ray_moe.models.compare import CompareSettings
@@ -587,6 +592,8 @@ def compare_dense(
             batch=batch,
             window=window,
             steps=steps,
+            answers=answers,
+            prompt=prompt,
             new_tokens=new_tokens,
             seed=seed,
         )

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import statistics
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ray_moe.cli.terminal import ProgressView
 from ray_moe.cli.upcycle import format_count
-from ray_moe.models.compare import CompareSettings, Comparison, compare
+from ray_moe.models.compare import CompareSettings, Comparison, Spread, compare
+
+COLUMNS = ("", "weights", "active", "trains (tokens/s)", "without update", "first token (ms)", "token (ms)")
 
 
 def run(settings: CompareSettings) -> None:
-    """Train and ask both models, showing how far it is, and print what was measured."""
+    """Train and ask the models, showing how far it is, and print what was measured."""
     with ProgressView(Console(stderr=True)) as view:
-        view.update("training", 0, 0, "a dense and an MoE model in turns")
-        made = compare(settings, lambda done, total: view.update("training", done, total, f"step {done} of {total}"))
+        view.update("making", 0, 0, "a dense model, a small one and an MoE model")
+        made = compare(settings, lambda what, done, total: view.update(what, done, total, f"turn {done} of {total}"))
     console = Console()
     console.print(table(made, settings.batch * settings.window))
-    dense, moe = made.losses_after_the_same_time()
-    console.print(f"loss after the same time: dense {dense:.2f}, moe {moe:.2f} nats per byte", highlight=False)
+    console.print("Each / dense: median of the turns (least-most). Trains: how many times as fast.", highlight=False)
+    losses = made.losses_after_the_same_time()
+    if losses is not None:
+        texts = (f"{each.name} {loss:.3f}" for each, loss in zip(made.models, losses, strict=True))
+        console.print(f"loss after the same time: {', '.join(texts)} nats per byte", highlight=False)
 
 
 def table(made: Comparison, tokens: int) -> Table:
-    """One row for each model and one for their ratio; `tokens` of a step."""
+    """One row for each model, and one for each beside the dense one; `tokens` of a step."""
     out = Table(header_style="bold", box=SIMPLE_HEAD)
-    for name in ("", "weights", "active", "trains (tokens/s)", "answers (ms/token)"):
+    for name in COLUMNS:
         out.add_column(name, justify="right" if name else "left")
-    for each in (made.dense, made.moe):
-        numbers = (f"{tokens / each.step_s:.0f}", f"{1000 * each.token_s:.2f}")
-        out.add_row(each.name, format_count(each.total), format_count(each.active), *numbers)
-    ratios = (made.moe.total / made.dense.total, made.moe.active / made.dense.active, made.speedup, made.latency)
-    out.add_row("moe / dense", *(f"{ratio:.2f}" for ratio in ratios))
+    for each in made.models:
+        rates = (_median([tokens / step_s for step_s in taken], 0) for taken in (each.step_s, each.gradient_s))
+        times = (_median([1000 * taken_s for taken_s in taken], 2) for taken in (each.prompt_s, each.token_s))
+        out.add_row(each.name, format_count(each.total), format_count(each.active), *rates, *times)
+    for each in (made.small, made.moe):
+        sizes = (f"{each.total / made.dense.total:.2f}", f"{each.active / made.dense.active:.2f}")
+        speedups = (made.speedup(each), made.speedup(each, with_update=False))
+        out.add_row(
+            f"{each.name} / dense", *sizes, *map(_cell, (*speedups, made.first_token(each), made.latency(each)))
+        )
     return out
+
+
+def _median(numbers: list[float], digits: int) -> str:
+    return f"{statistics.median(numbers):.{digits}f}" if numbers else "-"
+
+
+def _cell(ratio: Spread | None) -> str:
+    return "-" if ratio is None else str(ratio)

@@ -1,8 +1,9 @@
 """A dense and an MoE model of a chosen ratio of active weights, trained and asked side by side.
 
-Both are byte-level models with the same attention, made here and trained on Python's own library; steps alternate, so
-that whatever else the machine does falls on both. Says what sparse weights buy on this machine: steps in a second, time
-to a token, and the loss after the same time. Called by `cli/compare.py`.
+All are byte-level models with the same attention, made here. They train on Python's own library and are asked to go on
+with it. They take turns, in rotating order, so that whatever else the machine does falls on all of them, and every
+ratio is taken turn by turn. A third model, dense and with as many weights as are active in the MoE model, tells what
+choosing costs from what the size alone does. Called by `cli/compare.py` and `benchmarks/compare_dense.py`.
 
 The published pattern: with 54 % of the active weights (7 of 13 billion) and 4.3 times the weights, training 1.75 times
 as fast and answers in 0.51 of the time.
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,72 +25,128 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from ray_moe.errors import InvalidConfig
 from ray_moe.models.byte_level import END, MAX_TOKENS
 from ray_moe.models.demo import corpus
+from ray_moe.models.experts import compute_touched
 
 _ROUND = 16
 """Widths of experts are multiples of it: rows of 16 bytes in every dtype."""
 
+_ENOUGH_STEPS = 100
+"""Losses of fewer steps say nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareSettings:
-    """The two models, and what they do."""
+    """The models, and what they do."""
 
     active: float = 0.54
     """Weights that a token meets in the MoE model, as a multiple of the dense model's."""
     total: float = 4.3
     """All weights, likewise."""
     top_k: int = 2
-    hidden_size: int = 256
-    num_layers: int = 4
-    dense_width: int = 2048
+    hidden_size: int = 512
+    num_layers: int = 2
+    dense_width: int = 8192
     """F of the dense model."""
-    batch: int = 16
+    batch: int = 32
     """B."""
     window: int = 256
     """S."""
-    steps: int = 10
-    """Training steps of each model; the first one is not timed."""
-    new_tokens: int = 48
-    """Tokens of an answer that is timed."""
+    steps: int = 3
+    """Training steps of each model; one more goes first and is not timed. None for no training."""
+    answers: int = 5
+    """Answers of each model; one more goes first and is not timed. None for no answers."""
+    prompt: int = 128
+    """Tokens of a prompt."""
+    new_tokens: int = 16
+    """Tokens of an answer, after the first one."""
     learning_rate: float = 1e-3
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """Of a ratio, turn by turn."""
+
+    median: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f}-{self.most:.2f})"
+
+
+@dataclass(slots=True)
 class Measured:
-    """One of the models."""
+    """One of the models, and what it took in each turn."""
 
     name: str
     total: int
     active: int
-    step_s: float
-    """Median time of a training step."""
-    token_s: float
-    """Median time of a token of a single answer."""
-    losses: tuple[float, ...]
-    """Nats per byte on each step's batch."""
+    """Weights that a token meets; of the embeddings it is a row."""
+    gradient_s: list[float] = field(default_factory=list)
+    """Forward and backward of a training step."""
+    update_s: list[float] = field(default_factory=list)
+    """Its update of the weights."""
+    losses: list[float] = field(default_factory=list)
+    """Nats per byte on the step's batch, which is new to the model."""
+    prompt_s: list[float] = field(default_factory=list)
+    """From a prompt to the first token."""
+    token_s: list[float] = field(default_factory=list)
+    """Each further token: the median of an answer."""
+
+    @property
+    def step_s(self) -> list[float]:
+        return [gradient_s + update_s for gradient_s, update_s in zip(self.gradient_s, self.update_s, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
+    """Ratios are None for what was not done."""
+
     dense: Measured
+    small: Measured
+    """Dense, with as many weights as are active in the MoE model."""
     moe: Measured
 
     @property
-    def speedup(self) -> float:
-        """How many times as fast the MoE model trains, on the same tokens."""
-        return self.dense.step_s / self.moe.step_s
+    def models(self) -> tuple[Measured, ...]:
+        return self.dense, self.small, self.moe
 
-    @property
-    def latency(self) -> float:
-        """Its time to a token, as a multiple of the dense model's."""
-        return self.moe.token_s / self.dense.token_s
+    def speedup(self, model: Measured, *, with_update: bool = True) -> Spread | None:
+        """How many times as fast as the dense model one trains, on the same tokens."""
+        if with_update:
+            return spread(self.dense.step_s, model.step_s)
+        return spread(self.dense.gradient_s, model.gradient_s)
 
-    def losses_after_the_same_time(self) -> tuple[float, float]:
-        """Of (dense, MoE): when the one that is first through its steps is done."""
+    def first_token(self, model: Measured) -> Spread | None:
+        """A model's time to the first token, as a multiple of the dense model's."""
+        return spread(model.prompt_s, self.dense.prompt_s)
+
+    def latency(self, model: Measured) -> Spread | None:
+        """A model's time to a further token, likewise."""
+        return spread(model.token_s, self.dense.token_s)
+
+    def losses_after_the_same_time(self) -> tuple[float, ...] | None:
+        """Of each model, when the one that is first through its steps is done: the mean of the tenth before.
+
+        None after fewer than 100 steps.
+        """
         num_steps = len(self.dense.losses)
-        time_s = num_steps * min(self.dense.step_s, self.moe.step_s)
-        at = [min(max(int(time_s / each.step_s), 1), num_steps) - 1 for each in (self.dense, self.moe)]
-        return self.dense.losses[at[0]], self.moe.losses[at[1]]
+        if num_steps < _ENOUGH_STEPS:
+            return None
+        steps_s = [statistics.median(each.step_s) for each in self.models]
+        done = [min(int(num_steps * min(steps_s) / step_s), num_steps) for step_s in steps_s]
+        last = num_steps // 10
+        return tuple(
+            statistics.mean(each.losses[max(end - last, 0) : max(end, 1)])
+            for each, end in zip(self.models, done, strict=True)
+        )
+
+
+def spread(of: Sequence[float], to: Sequence[float]) -> Spread | None:
+    """Of ``of / to``."""
+    each = [a / b for a, b in zip(of, to, strict=True)]
+    return Spread(statistics.median(each), min(each), max(each)) if each else None
 
 
 def expert_sizes(settings: CompareSettings) -> tuple[int, int]:
@@ -98,9 +155,10 @@ def expert_sizes(settings: CompareSettings) -> tuple[int, int]:
     Raises:
         InvalidConfig: no experts can be so small, or so few.
     """
-    dense = _count(_dense(settings))
-    rest = dense - settings.num_layers * 3 * settings.hidden_size * settings.dense_width
     neuron = settings.num_layers * 3 * settings.hidden_size
+    with torch.device("meta"):
+        dense = _count(LlamaForCausalLM(_dense_config(settings)))
+    rest = dense - neuron * settings.dense_width
     width = round((settings.active * dense - rest) / (neuron * settings.top_k) / _ROUND) * _ROUND
     if width < _ROUND:
         raise InvalidConfig(
@@ -113,56 +171,82 @@ def expert_sizes(settings: CompareSettings) -> tuple[int, int]:
     return width, number
 
 
-def compare(settings: CompareSettings, on_step: Callable[[int, int], None] = lambda done, total: None) -> Comparison:
-    """Train both models, in turns, and ask both. `on_step` is told the steps that are done, and how many there will be.
+def compare(settings: CompareSettings, on_turn: Callable[[str, int, int], None] = lambda *_: None) -> Comparison:
+    """Train the models, in turns, and ask them. `on_turn` is told what is done, how often it was, and will have been.
 
     Raises:
         InvalidConfig: there are no such models.
         InsufficientResources: this Python comes without the sources of its library.
     """
-    models = [_dense(settings), _moe(settings)]
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=settings.learning_rate) for model in models]
-    data, generator = corpus(), torch.Generator().manual_seed(settings.seed)
-    times: list[list[float]] = [[], []]
-    losses: list[list[float]] = [[], []]
-    for step in range(settings.steps + 1):
-        starts = torch.randint(len(data) - settings.window, (settings.batch, 1), generator=generator)
-        tokens_BS = data[starts + torch.arange(settings.window)].long()
-        for number, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            started_s = time.perf_counter()
-            optimizer.zero_grad()
-            loss = model(tokens_BS, labels=tokens_BS).loss
-            loss.backward()
-            optimizer.step()
-            if step:
-                times[number].append(time.perf_counter() - started_s)
-                losses[number].append(float(loss.detach()))
-        on_step(step + 1, settings.steps + 1)
-    tokens_s = _answer(models, settings)
-    measured = [
-        Measured(name, *_weights(model), statistics.median(taken), token_s, tuple(curve))
-        for name, model, taken, token_s, curve in zip(("dense", "moe"), models, times, tokens_s, losses, strict=True)
+    width, number = expert_sizes(settings)
+    small = replace(settings, dense_width=settings.top_k * width)
+    models = [
+        _made(LlamaForCausalLM, _dense_config(settings), settings.seed),
+        _made(LlamaForCausalLM, _dense_config(small), settings.seed),
+        _made(MixtralForCausalLM, _moe_config(settings, width, number), settings.seed),
     ]
+    measured = [Measured(name, *_weights(each)) for name, each in zip(("dense", "small", "moe"), models, strict=True)]
+    data, generator = corpus(), torch.Generator().manual_seed(settings.seed)
+
+    def windows(number: int, length: int) -> torch.Tensor:
+        starts = torch.randint(len(data) - length, (number, 1), generator=generator)
+        return data[starts + torch.arange(length)].long()
+
+    if settings.steps:
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=True) for model in models]
+        for turn in range(settings.steps + 1):
+            tokens_BS = windows(settings.batch, settings.window)
+            for each in _rotated(turn):
+                _train(models[each], optimizers[each], tokens_BS, measured[each] if turn else None)
+            on_turn("training", turn + 1, settings.steps + 1)
+        del optimizers
+    if settings.answers:
+        for turn in range(settings.answers + 1):
+            tokens_BS = windows(1, settings.prompt + settings.new_tokens)
+            for each in _rotated(turn):
+                _answer(models[each].eval(), tokens_BS, settings.prompt, measured[each] if turn else None)
+            on_turn("asking", turn + 1, settings.answers + 1)
     return Comparison(*measured)
 
 
-@torch.no_grad()
-def _answer(models: list[Any], settings: CompareSettings) -> list[float]:
-    """Median time of a token of each, generated one by one with a cache, in turns."""
-    prompt = torch.arange(32, 64)[None]
-    states = [(model.eval(), model(prompt, use_cache=True)) for model in models]
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(settings.new_tokens):
-        for number, (model, state) in enumerate(states):
-            token = state.logits[:, -1:].argmax(-1)
-            started_s = time.perf_counter()
-            states[number] = (model, model(token, past_key_values=state.past_key_values, use_cache=True))
-            times[number].append(time.perf_counter() - started_s)
-    return [statistics.median(each) for each in times]
+def _rotated(turn: int) -> list[int]:
+    return [(turn + number) % 3 for number in range(3)]
+
+
+def _train(model: Any, optimizer: torch.optim.Optimizer, tokens_BS: torch.Tensor, into: Measured | None) -> None:
+    """One step. The MoE model's loss has that of its balance beside it, as it is trained everywhere."""
+    options = {"output_router_logits": True} if hasattr(model, "router_aux_loss_coef") else {}
+    started_s = time.perf_counter()
+    out = model(tokens_BS, labels=tokens_BS, **options)
+    out.loss.backward()
+    learnt_s = time.perf_counter()
+    optimizer.step()
+    optimizer.zero_grad()
+    done_s = time.perf_counter()
+    if into is not None:
+        into.gradient_s.append(learnt_s - started_s)
+        into.update_s.append(done_s - learnt_s)
+        beside = model.router_aux_loss_coef * out.aux_loss if options else 0.0
+        into.losses.append(float((out.loss - beside).detach()))
+
+
+@torch.inference_mode()
+def _answer(model: Any, tokens_BS: torch.Tensor, prompt: int, into: Measured | None) -> None:
+    """One answer with a cache. Its tokens are given, so that all models go on with the same text."""
+    started_s = time.perf_counter()
+    state = model(tokens_BS[:, :prompt], use_cache=True, logits_to_keep=1)
+    prompt_s, tokens_s = time.perf_counter() - started_s, []
+    for token_BS in tokens_BS[:, prompt:].split(1, dim=1):
+        started_s = time.perf_counter()
+        state = model(token_BS, past_key_values=state.past_key_values, use_cache=True)
+        tokens_s.append(time.perf_counter() - started_s)
+    if into is not None:
+        into.prompt_s.append(prompt_s)
+        into.token_s.append(statistics.median(tokens_s))
 
 
 def _common(settings: CompareSettings) -> dict[str, Any]:
-    heads = max(settings.hidden_size // 32, 1)
+    heads = max(settings.hidden_size // 64, 1)
     return {
         "vocab_size": END + 1,
         "hidden_size": settings.hidden_size,
@@ -173,18 +257,25 @@ def _common(settings: CompareSettings) -> dict[str, Any]:
     }
 
 
-def _dense(settings: CompareSettings) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return LlamaForCausalLM(LlamaConfig(**_common(settings), intermediate_size=settings.dense_width))
+def _dense_config(settings: CompareSettings) -> LlamaConfig:
+    return LlamaConfig(**_common(settings), intermediate_size=settings.dense_width)
 
 
-def _moe(settings: CompareSettings) -> Any:
-    width, number = expert_sizes(settings)
-    experts = {"intermediate_size": width, "num_local_experts": number, "num_experts_per_tok": settings.top_k}
+def _moe_config(settings: CompareSettings, width: int, number: int) -> MixtralConfig:
+    return MixtralConfig(
+        **_common(settings),
+        intermediate_size=width,
+        num_local_experts=number,
+        num_experts_per_tok=settings.top_k,
+    )
+
+
+def _made(model: type[Any], config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return MixtralForCausalLM(MixtralConfig(**_common(settings), **experts))
+        torch.manual_seed(seed)
+        made = model(config)
+    compute_touched(made)
+    return made
 
 
 def _count(model: Any) -> int:

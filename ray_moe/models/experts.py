@@ -21,7 +21,8 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ray_moe.ops.layer import Handler
+from ray_moe.ops.experts import StackedExperts
+from ray_moe.ops.layer import Handler, run_slots
 from ray_moe.ops.parts import Axes, cut
 from ray_moe.policy.parts import whole_of
 from ray_moe.types import LayerPath
@@ -61,6 +62,21 @@ def install(model: nn.Module, handler: Handler) -> None:
         module.__dict__[_PATH] = path
         if hasattr(module, "config"):
             module.config = copies[id(module.config)]
+
+
+def compute_touched(model: nn.Module) -> None:
+    """Let the experts modules of `model` compute with those experts that a batch touches, and with their own weights.
+
+    `transformers`' grouped product on the CPU calls a product for every expert, also for those without rows.
+    """
+    modules: dict[LayerPath, Any] = dict(experts_modules(model))
+
+    def handler(path: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        experts = modules[path]
+        counts = index.reshape(-1).bincount(minlength=experts.num_experts)[: experts.num_experts].tolist()
+        return run_slots(StackedExperts(experts).run, hidden, index, weight, counts)
+
+    install(model, handler)
 
 
 def make_shard(experts: nn.Module, ids: Sequence[int]) -> nn.Module:

@@ -78,16 +78,7 @@ class RoutedExperts(nn.Module):
         """
         if self._ray_moe_handler is not None:
             return self._ray_moe_handler(self._ray_moe_path, hidden, index, weight)
-        slots, top_k = index.reshape(-1), index.shape[-1]
-        counts = self._rows_per_expert(slots)
-        order = slots.argsort(stable=True)[: sum(counts)]  # "no expert" is last
-        touched = [expert for expert, count in enumerate(counts) if count]
-        rows = hidden.new_zeros(len(slots), hidden.shape[-1])
-        if touched:
-            grouped = hidden.index_select(0, order // top_k)
-            out = self._run(grouped, touched, [counts[expert] for expert in touched])
-            rows = rows.index_copy(0, order, out)
-        return combine(rows, weight)
+        return run_slots(self._run, hidden, index, weight, self._rows_per_expert(index.reshape(-1)))
 
     def _run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """[n, D] -> [n, D]: the first ``counts[0]`` rows through ``experts[0]``, and so on."""
@@ -274,6 +265,33 @@ class MoELayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has routed nothing yet; besides, torch does not copy tensors that have a history."""
         return {**self.__dict__, "routing": None, "overflow": None}
+
+
+def run_slots(
+    run: Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor],
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    counts: Sequence[int],
+) -> torch.Tensor:
+    """The weighted sum of each token's experts, [T, D], by those that are touched alone.
+
+    Args:
+        run: computes rows that are grouped by expert, as `ExpertGroup.run` does.
+        hidden: [T, D].
+        index: [T, K] integers in 0..E; E means "no expert".
+        weight: [T, K].
+        counts: how many slots go to each of the E experts.
+    """
+    slots, top_k = index.reshape(-1), index.shape[-1]
+    order = slots.argsort(stable=True)[: sum(counts)]  # "no expert" is last
+    touched = [expert for expert, count in enumerate(counts) if count]
+    rows = hidden.new_zeros(len(slots), hidden.shape[-1])
+    if touched:
+        grouped = hidden.index_select(0, order // top_k)
+        out = run(grouped, touched, [counts[expert] for expert in touched])
+        rows = rows.index_copy(0, order, out)
+    return combine(rows, weight)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ray_moe.models.experts import drop_parameters, experts_modules, install, make_shard, moe_block
+from ray_moe.models.experts import compute_touched, drop_parameters, experts_modules, install, make_shard, moe_block
 from ray_moe.models.families import adapt
 from tests import tiny_models
 
@@ -38,6 +38,19 @@ def test_the_handler_answers_for_this_model_only() -> None:
     assert torch.equal(other(TOKENS).logits, before)
     paths = [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
     assert asked == [(path, (9, 32), (9, 2), (9, 2)) for path in paths]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_those_that_are_touched_compute_what_all_do(family: str) -> None:
+    model, plain = tiny_models.build(family), tiny_models.build(family)
+    compute_touched(model)
+    for tokens in (TOKENS, TOKENS[:, :1]):
+        for each in (model, plain):
+            each.zero_grad()
+            each(tokens, labels=tokens, output_router_logits=False).logits.square().sum().backward()
+        torch.testing.assert_close(model(tokens).logits, plain(tokens).logits)
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_handler_that_is_a_module_does_not_become_a_part_of_the_model() -> None:
