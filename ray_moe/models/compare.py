@@ -30,6 +30,8 @@ from ray_moe.models.experts import compute_touched
 _ROUND = 16
 """Widths of experts are multiples of it: rows of 16 bytes in every dtype."""
 
+Clock = Callable[[], float]
+
 _ENOUGH_STEPS = 100
 """Losses of fewer steps say nothing."""
 
@@ -171,8 +173,18 @@ def expert_sizes(settings: CompareSettings) -> tuple[int, int]:
     return width, number
 
 
-def compare(settings: CompareSettings, on_turn: Callable[[str, int, int], None] = lambda *_: None) -> Comparison:
-    """Train the models, in turns, and ask them. `on_turn` is told what is done, how often it was, and will have been.
+def compare(
+    settings: CompareSettings,
+    on_turn: Callable[[str, int, int], None] = lambda *_: None,
+    clock: Clock = time.perf_counter,
+) -> Comparison:
+    """Train the models, in turns, and ask them.
+
+    Args:
+        settings: what is compared.
+        on_turn: told what is done, how often it was, and how often it will have been.
+        clock: what times are taken with. With one thread, `time.process_time` leaves out what other processes of a
+            shared machine took of its core.
 
     Raises:
         InvalidConfig: there are no such models.
@@ -197,14 +209,14 @@ def compare(settings: CompareSettings, on_turn: Callable[[str, int, int], None] 
         for turn in range(settings.steps + 1):
             tokens_BS = windows(settings.batch, settings.window)
             for each in _rotated(turn):
-                _train(models[each], optimizers[each], tokens_BS, measured[each] if turn else None)
+                _train(models[each], optimizers[each], tokens_BS, clock, measured[each] if turn else None)
             on_turn("training", turn + 1, settings.steps + 1)
         del optimizers
     if settings.answers:
         for turn in range(settings.answers + 1):
             tokens_BS = windows(1, settings.prompt + settings.new_tokens)
             for each in _rotated(turn):
-                _answer(models[each].eval(), tokens_BS, settings.prompt, measured[each] if turn else None)
+                _answer(models[each].eval(), tokens_BS, settings.prompt, clock, measured[each] if turn else None)
             on_turn("asking", turn + 1, settings.answers + 1)
     return Comparison(*measured)
 
@@ -213,16 +225,18 @@ def _rotated(turn: int) -> list[int]:
     return [(turn + number) % 3 for number in range(3)]
 
 
-def _train(model: Any, optimizer: torch.optim.Optimizer, tokens_BS: torch.Tensor, into: Measured | None) -> None:
+def _train(
+    model: Any, optimizer: torch.optim.Optimizer, tokens_BS: torch.Tensor, clock: Clock, into: Measured | None
+) -> None:
     """One step. The MoE model's loss has that of its balance beside it, as it is trained everywhere."""
     options = {"output_router_logits": True} if hasattr(model, "router_aux_loss_coef") else {}
-    started_s = time.perf_counter()
+    started_s = clock()
     out = model(tokens_BS, labels=tokens_BS, **options)
     out.loss.backward()
-    learnt_s = time.perf_counter()
+    learnt_s = clock()
     optimizer.step()
     optimizer.zero_grad()
-    done_s = time.perf_counter()
+    done_s = clock()
     if into is not None:
         into.gradient_s.append(learnt_s - started_s)
         into.update_s.append(done_s - learnt_s)
@@ -231,15 +245,15 @@ def _train(model: Any, optimizer: torch.optim.Optimizer, tokens_BS: torch.Tensor
 
 
 @torch.inference_mode()
-def _answer(model: Any, tokens_BS: torch.Tensor, prompt: int, into: Measured | None) -> None:
+def _answer(model: Any, tokens_BS: torch.Tensor, prompt: int, clock: Clock, into: Measured | None) -> None:
     """One answer with a cache. Its tokens are given, so that all models go on with the same text."""
-    started_s = time.perf_counter()
+    started_s = clock()
     state = model(tokens_BS[:, :prompt], use_cache=True, logits_to_keep=1)
-    prompt_s, tokens_s = time.perf_counter() - started_s, []
+    prompt_s, tokens_s = clock() - started_s, []
     for token_BS in tokens_BS[:, prompt:].split(1, dim=1):
-        started_s = time.perf_counter()
+        started_s = clock()
         state = model(token_BS, past_key_values=state.past_key_values, use_cache=True)
-        tokens_s.append(time.perf_counter() - started_s)
+        tokens_s.append(clock() - started_s)
     if into is not None:
         into.prompt_s.append(prompt_s)
         into.token_s.append(statistics.median(tokens_s))
