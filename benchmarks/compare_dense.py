@@ -131,8 +131,8 @@ def page(sizes: str, losses: str, limit: Mapping[str, float]) -> str:
 {BASE.active} of its active weights and {BASE.total} times its weights, {BASE.top_k} experts for each token; *small* is
 dense, with as many weights as are active in the MoE model, so that what is left between them is the price of choosing.
 Models take turns; a ratio is the median of its turns (least-most). Times are those of the process on its core, which
-others shared with it; on a machine of its own they are those of the clock. The published pattern: training 1.75 times as fast,
-and answers in 0.51 of the time.
+others shared with it; on a machine of its own they are those of the clock. The published pattern: training 1.75 times
+as fast, and answers in 0.51 of the time.
 
 At its best, one thread of this machine reads weights for a token at {limit["bytes_per_s"] / 1e9:.1f} GB/s and
 multiplies matrices at {limit["flops_per_s"] / 1e9:.0f} GFLOP/s. Of these, a model uses what its active weights need: 4
