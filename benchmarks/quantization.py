@@ -223,13 +223,10 @@ def main() -> None:
         for kind in KINDS:
             forms[kind].append(held(copy.deepcopy(first).eval(), data, kind, num_batches))
         for name in TRAINED:
-            for results, start, options in (
-                (trained, network(seed), {}),
-                (tuned, copy.deepcopy(first), {"rate": TUNE_LR, "begin": num_steps}),
-            ):
+            for results, start, rate in ((trained, network(seed), LR), (tuned, copy.deepcopy(first), TUNE_LR)):
                 whole = sum(p.nbytes for layer in moe_layers(start).values() for p in layer.experts.parameters())
-                number = num_steps if results is trained else num_steps // 2
-                experts = train(start, data, number, seed, name, **options)
+                number, begin = (num_steps, 0) if results is trained else (num_steps // 2, num_steps)
+                experts = train(start, data, number, seed, name, rate, begin)
                 loss = unseen(start.eval(), data, num_batches)
                 results[name].append({"loss": loss, "bytes": experts.nbytes if experts else whole})
                 print(name, results[name][-1], flush=True)
