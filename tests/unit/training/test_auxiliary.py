@@ -64,7 +64,7 @@ def test_what_is_validated_has_no_auxiliary_loss() -> None:
 
 
 def test_a_model_whose_routers_cannot_be_heard_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="does not answer hidden states with"):
+    with pytest.raises(UnsupportedModel, match="answers hidden states with"):
         LossWithAuxiliary(build("gemma4_text"), COEFFICIENTS)
 
 
