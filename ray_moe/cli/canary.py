@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ray_moe.cli.target import Target, asks_a_service
-from ray_moe.cli.terminal import told
+from ray_moe.cli.terminal import Debug, told
 
 canary = typer.Typer(
     help="Try out another version of one expert of a running service.",
@@ -17,7 +17,6 @@ canary = typer.Typer(
 )
 
 Timeout = Annotated[float, typer.Option(min=0.001, metavar="SECONDS", help="Give up after this.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 
 @canary.command()

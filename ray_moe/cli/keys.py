@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_moe.cli.terminal import told
+from ray_moe.cli.terminal import Debug, told
 from ray_moe.errors import InvalidConfig, NotFound
 from ray_moe.service.keys import ROLES, ApiKey, check_name, check_roles, digest_of, editing, new_key, read_keys
 from ray_moe.service.limits import Limits
@@ -27,7 +27,6 @@ keys = typer.Typer(
 )
 
 KeysFile = Annotated[Path, typer.Option("--file", metavar="FILE", help="The file of keys, server.keys_file.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _COLUMNS = ("id", "name", "roles", "made", "expires (UTC)", "limits")

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -28,6 +29,9 @@ USER_ERRORS = (
     errors.InsufficientResources,
 )
 """What whoever typed the command can change; exit code 2. Everything else ends with 1."""
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+"""The option that every command has."""
 
 LINE_EVERY_S = 10.0
 """Where there is no terminal, progress is a line this often."""
