@@ -28,11 +28,12 @@ from examples.moe_layer_lm import ByteLM, loss_of
 from ray_moe.models.byte_level import END
 from ray_moe.ops.dispatch import combine
 from ray_moe.ops.experts import StackedExperts
-from ray_moe.ops.layer import Experts, moe_layers
+from ray_moe.ops.layer import moe_layers
 from ray_moe.ops.losses import auxiliary_loss
 from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.ops.quantization import Quantization, QuantizedExperts, make_group
 from ray_moe.ops.quantized_training import Compensation, train_in_8_bits
+from ray_moe.ops.routed_experts import Experts
 from ray_moe.ops.schedules import ScheduleSettings, factor
 from ray_moe.training.data import BatchRequest, Data, open_data
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.train_step_work import Problem, take_stdout
 from ray_moe.models.experts import expert_rows
 from ray_moe.ops.gates.topk import TopKGate
-from ray_moe.ops.layer import Experts
 from ray_moe.ops.optimizers import OptimizerSettings
+from ray_moe.ops.routed_experts import Experts
 from ray_moe.policy.ownership import assign
 from ray_moe.runtime.expert_host import ExpertHost, Outcome
 from ray_moe.runtime.host_loop import HostLoop

@@ -25,7 +25,8 @@ from benchmarks.train_step_work import Layer, Problem, answer, take_stdout
 from ray_moe.ops.dispatch import combine
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.ops.gates.topk import TopKGate
-from ray_moe.ops.layer import Experts, MoELayer
+from ray_moe.ops.layer import MoELayer
+from ray_moe.ops.routed_experts import Experts
 from ray_moe.transport.allocator import tune_malloc
 
 

@@ -22,8 +22,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ray_moe.ops.experts import StackedExperts
-from ray_moe.ops.layer import Handler, run_slots
 from ray_moe.ops.parts import Axes, cut
+from ray_moe.ops.routed_experts import Handler, run_slots
 from ray_moe.policy.parts import whole_of
 from ray_moe.types import LayerPath
 

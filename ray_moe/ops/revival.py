@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ray_moe.errors import InvalidConfig
-from ray_moe.ops.layer import Experts, MoELayer
+from ray_moe.ops.layer import MoELayer
+from ray_moe.ops.routed_experts import Experts
 
 Source = Literal["busiest", "fresh"]
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ray_moe.models.experts import experts_modules, install
 from ray_moe.models.families import adapt
 from ray_moe.models.huggingface import Checkpoint
-from ray_moe.ops.layer import Handler
+from ray_moe.ops.routed_experts import Handler
 from ray_moe.types import LayerPath
 from tests import tiny_models
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ray_moe.errors import InvalidConfig
-from ray_moe.ops.layer import Activation, activation_of
+from ray_moe.ops.routed_experts import Activation, activation_of
 
 
 class FeedForward(nn.Module):

@@ -27,7 +27,7 @@ from torch import nn
 
 from ray_moe.errors import InvalidConfig, InvalidRequest
 from ray_moe.ops.experts import Weights
-from ray_moe.ops.layer import Handler, RoutedExperts
+from ray_moe.ops.routed_experts import Handler, RoutedExperts
 from ray_moe.types import LayerPath
 
 DOT = ":"

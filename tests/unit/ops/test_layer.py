@@ -18,7 +18,7 @@ from ray_moe.models.experts import drop_parameters, experts_modules, install, ma
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.ops.gates.base import Routing, TokenInfo
 from ray_moe.ops.gates.topk import TopKGate, TopKSettings
-from ray_moe.ops.layer import ACTIVATIONS, Experts
+from ray_moe.ops.routed_experts import ACTIVATIONS, Experts
 from ray_moe.policy.placement import place_by_index
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.moe_layer import ExpertDispatcher

@@ -14,8 +14,8 @@ from ray_moe.errors import InvalidCheckpoint, InvalidConfig, UnsupportedModel
 from ray_moe.models.experts import expert_rows, experts_modules
 from ray_moe.models.families import adapt
 from ray_moe.ops.experts import SeparateExperts
-from ray_moe.ops.layer import Experts
 from ray_moe.ops.parts import Axis, ExpertParts, axes_of, cut, join
+from ray_moe.ops.routed_experts import Experts
 from tests import tiny_models
 
 PATH = "layer"
