@@ -69,3 +69,12 @@ def test_evomoe_runs_beside_a_plain_moe_in_the_same_budget(tmp_path: Path) -> No
     rows = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) rows", said)]
     assert 0 <= rows[1] - rows[0] < 4 * 32  # within one step of the plain one
     assert max(numbers(r"([\d.]+) experts a token", said)) > 1.3
+
+
+def test_a_dense_model_becomes_a_mixture_and_learns_on(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("all work and no play makes jack a dull boy. " * 200)
+    sizes = ["--width", "32", "--layers", "1", "--experts", "4", "--window", "32", "--batch", "4"]
+    said = run("upcycle", "--data", str(tmp_path / "text.txt"), "--steps", "30", "--more", "30", *sizes)
+    assert numbers(r"logits differ by ([\d.e-]+)", said)[0] < 1e-5
+    before, dense, moe = numbers(r"([\d.]+) nats per byte", said)
+    assert max(dense, moe) < before - 0.2
