@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ray_moe
 from ray_moe import UpcycleSettings
-from ray_moe.models.byte_level import END, no_progress_bars, write
+from ray_moe.models.byte_level import END, write
 from ray_moe.models.moe_writing import NewMoE
+from ray_moe.models.quiet import no_progress_bars
 from ray_moe.training.data import BatchRequest, Data, open_data
 
 

@@ -8,17 +8,16 @@ checkpoint to start from (`write_new`).
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from ray_moe.models.quiet import no_progress_bars
 
 END = 256
 """The token after each file; tokens 0 to 255 are the bytes themselves."""
@@ -79,18 +78,6 @@ def write(path: Path, model: Any) -> None:
     with no_progress_bars():
         model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """The bars of `transformers` for half a second of work would cut through ours."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def byte_tokenizer() -> Any:

@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ray_moe import __version__
 from ray_moe.errors import InsufficientResources, InvalidConfig
 from ray_moe.models import byte_level
-from ray_moe.models.byte_level import END, ByteModel, library_files, new_model, no_progress_bars
+from ray_moe.models.byte_level import END, ByteModel, library_files, new_model
+from ray_moe.models.quiet import no_progress_bars
 
 MIN_CORPUS_BYTES = 1_000_000
 _RECEIPT = "training.json"

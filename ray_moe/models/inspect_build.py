@@ -20,6 +20,7 @@ from transformers.models.auto import modeling_auto as auto
 from ray_moe.errors import UnsupportedModel
 from ray_moe.models.inspect_forward import MAX_TOKENS
 from ray_moe.models.inspect_module import Found
+from ray_moe.models.quiet import no_progress_bars
 
 MAX_SMALL_PARAMS = 100_000_000
 """A shrunken model is no larger than this."""
@@ -98,7 +99,8 @@ def _plain(config: Any) -> Any:
 
 def load(folder: Path, config: Any) -> Any:
     """The model of a checkpoint, in float32, on the CPU."""
-    return class_of(config).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    with no_progress_bars():
+        return class_of(config).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def small(config: Any) -> Any:

@@ -7,21 +7,20 @@ are wanted, lazily, and works on those. Called by `models/huggingface.py`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ray_moe.errors import InvalidCheckpoint
 from ray_moe.models.experts import make_shard
 from ray_moe.models.layout import LayerTensors
 from ray_moe.models.lazy import LazyTensor, TensorSource
+from ray_moe.models.quiet import no_progress_bars
 from ray_moe.models.skeleton import Skeleton
 from ray_moe.types import LayerPath
 
@@ -34,7 +33,7 @@ def fill(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str | to
     Raises:
         InvalidCheckpoint: the tensors do not have the shapes that the configuration asks for.
     """
-    with _no_progress_bars():
+    with no_progress_bars():
         report, _ = convert_and_load_state_dict_in_model(
             skeleton.model, dict(tensors), _settings(skeleton, device), None
         )
@@ -123,15 +122,3 @@ def _settings(skeleton: Skeleton, device: str | torch.device) -> LoadStateDictCo
 
 
 _ADVICE = "Fetch configuration and weights of one version."
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Loading goes in many small steps; who wants a bar passes `on_progress`."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

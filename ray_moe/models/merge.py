@@ -21,12 +21,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_moe.errors import InvalidConfig, InvalidRequest
-from ray_moe.models.byte_level import no_progress_bars
 from ray_moe.models.dense import Dense
 from ray_moe.models.ffn import FFN, gate_rows, seeded
 from ray_moe.models.layer_choice import chosen_layers
 from ray_moe.models.moe_targets import Blueprint, Pairing, pairing
 from ray_moe.models.moe_writing import NewMoE, Output, Readers, write_moe
+from ray_moe.models.quiet import no_progress_bars
 from ray_moe.models.sharded import MAX_FILE_BYTES, OnWritten
 
 _MAY_DIFFER = {
