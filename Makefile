@@ -21,8 +21,9 @@ test: $(STAMP)  ## the whole suite
 	@$(PY) -m pytest -n 2 --dist loadgroup tests/arch tests/unit tests/sim tests/parity
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray
 
-# Unit tests that open sockets, start processes or train take as long as all others; `make test` has them.
-SLOWER := transport service client training
+# Unit tests that open sockets, start processes, build whole models or train take longer than all others; `make test` has
+# them.
+SLOWER := transport service client training models ops/gates ops/methods ops/architectures
 
 check: $(STAMP)  ## format, lint, types, import layers, unit tests without sockets (a minute)
 	@$(BIN)/ruff format --check .
