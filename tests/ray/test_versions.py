@@ -264,10 +264,12 @@ def test_a_controller_that_dies_during_a_publish_takes_it_back(checkpoints, serv
 
 def test_a_router_that_restarts_has_all_versions_and_streams_go_on_in_theirs(checkpoints, serve):
     service = serve(checkpoints.folders[0], router={"num_actors": 2})
+    with Client(service.address) as first:
+        await_status(first, has_routers(2), what="two routers")  # so that those who come now know both
     with Client(service.address) as admin, clients(service.address) as answers:
         admin.publish(str(checkpoints.folders[1]))
         answers.wait_for(1)
-        status = await_status(admin, lambda status: has_routers(2)(status) and is_loaded(status), what="two routers")
+        status = await_status(admin, lambda status: has_routers(2)(status) and is_loaded(status), what="all loaded")
         os.kill(status.router.pid, signal.SIGKILL)
         with Client([router.grpc_address for router in status.routers]) as other:
             other.rollback(0)
