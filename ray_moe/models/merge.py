@@ -138,6 +138,7 @@ class _Merged:
     """The tensors of the new model."""
 
     same_function = False
+    shared = None
 
     def __init__(self, models: Sequence[Dense], settings: MergeSettings, gates: Mapping[int, torch.Tensor]) -> None:
         self._models = models
@@ -162,9 +163,6 @@ class _Merged:
 
     def expert(self, layer: int, number: int, readers: Readers) -> FFN:
         return self._models[number].ffn(readers[number], layer)
-
-    def shared(self, layer: int, readers: Readers) -> FFN:
-        raise NotImplementedError("merged models have no shared expert")
 
 
 def _check(settings: MergeSettings, num_models: int) -> None:

@@ -55,8 +55,9 @@ class Contents(Protocol):
 
     def expert(self, layer: int, number: int, readers: Readers) -> FFN: ...
 
-    def shared(self, layer: int, readers: Readers) -> FFN:
-        """The shared expert, if the blueprint has one."""
+    @property
+    def shared(self) -> Callable[[int, Readers], FFN] | None:
+        """What makes the shared expert of a layer; None for contents that have none."""
         ...
 
 
@@ -200,9 +201,9 @@ def _moe_pieces(
     yield _Piece(layer, {target.gate(layer): gate}, lambda readers: [contents.gate(layer)])
     for name, spec in target.zeros(layer, plan, width, dtypes[0]).items():
         yield _Piece(layer, {name: spec}, lambda readers, spec=spec: [torch.zeros(spec.shape, dtype=spec.dtype)])  # type: ignore[misc]
-    if plan.shared:
+    if plan.shared and (shared := contents.shared) is not None:
         specs = ffn_specs(target.shared_expert(layer), plan.dense_width)
-        yield _Piece(layer, specs, lambda readers: _matrices(contents.shared(layer, readers)))
+        yield _Piece(layer, specs, lambda readers: _matrices(shared(layer, readers)))
     for number in range(plan.num_experts):
         specs = ffn_specs(target.expert(layer, number), plan.expert_width)
         yield _Piece(
