@@ -73,8 +73,7 @@ def compute_touched(model: nn.Module) -> None:
 
     def handler(path: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         experts = modules[path]
-        counts = index.reshape(-1).bincount(minlength=experts.num_experts)[: experts.num_experts].tolist()
-        return run_slots(StackedExperts(experts).run, hidden, index, weight, counts)
+        return run_slots(StackedExperts(experts).run, hidden, index, weight, experts.num_experts)
 
     install(model, handler)
 

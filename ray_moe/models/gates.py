@@ -26,6 +26,7 @@ from ray_moe.errors import UnsupportedModel
 from ray_moe.models.experts import experts_modules
 from ray_moe.ops.gates.base import GateSettings, Routing, TokenInfo, takes_info
 from ray_moe.ops.gates.registry import GATES, make_gate, make_settings
+from ray_moe.ops.gates.routers import allow_no_expert, routers_beside
 from ray_moe.types import LayerPath
 
 SAME = {"weight": "weight", "bias": "e_score_correction_bias"}
@@ -63,9 +64,7 @@ def replace_gates(model: nn.Module, settings: GateSettings | str, *, seed: int =
     for path, gate in gates:
         model.set_submodule(path, gate)
     for experts in modules.values():
-        # Without expert parallelism transformers takes every index for an expert, also the one that means "none".
-        marked: Any = experts
-        marked._is_expert_parallel = True
+        allow_no_expert(experts)
     return [path for path, _ in gates]
 
 
@@ -124,13 +123,11 @@ def _router(model: nn.Module, experts_path: LayerPath) -> tuple[LayerPath, nn.Mo
     block = model.get_submodule(block_path)
     number: Any = experts.num_experts
     tried = []
-    for name, child in block.named_children():
-        weight = getattr(child, "weight", None)
-        if child is not experts and isinstance(weight, torch.Tensor) and weight.shape[:-1] == (int(number),):
-            top_k = _top_k(child, weight)
-            if top_k is not None:
-                return f"{block_path}.{name}", child, top_k
-            tried.append(f"{name} ({type(child).__name__})")
+    for name, child in routers_beside(block, experts):
+        top_k = _top_k(child)
+        if top_k is not None:
+            return f"{block_path}.{name}", child, top_k
+        tried.append(f"{name} ({type(child).__name__})")
     raise UnsupportedModel(
         f"nothing beside {experts_path} answers hidden states with (logits, weight, index) of {number} experts, so "
         f"that a gate could take its place; tried {', '.join(tried) or 'nothing, for want of weights of that shape'}"
@@ -138,8 +135,9 @@ def _router(model: nn.Module, experts_path: LayerPath) -> tuple[LayerPath, nn.Mo
 
 
 @torch.no_grad()
-def _top_k(router: nn.Module, weight: torch.Tensor) -> int | None:
+def _top_k(router: Any) -> int | None:
     """K, if two tokens get logits [2, E], weights [2, K] and an index [2, K]; None if they get anything else."""
+    weight: torch.Tensor = router.weight
     try:
         answer = router(weight.new_zeros(2, weight.shape[1]))
     except (TypeError, RuntimeError, ValueError):  # it wants more than hidden states, or in another shape

@@ -10,37 +10,15 @@ Shape legend: E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from ray_moe.errors import InvalidConfig, InvalidRequest
+from ray_moe.ops.gates.sigmoid import Rule, bias_update
 from ray_moe.ops.layer import MoELayer, moe_layers
 from ray_moe.ops.losses import expert_load
-
-Rule = Literal["sign", "proportional"]
-
-
-def bias_update(load: torch.Tensor, rate: float, rule: Rule = "sign") -> torch.Tensor:
-    """What to add to a selection bias after a step: more for experts with less than the mean load.
-
-    "sign" adds or takes away `rate`, as the paper's algorithm 1 does. "proportional" adds `rate` times how far the load
-    is from the mean, over the mean, so that it does not depend on the number of tokens: smoother near balance, and
-    stronger for what is overrun.
-
-    Args:
-        load: [E] slots of each expert in the step, of all micro-batches and workers.
-        rate: the paper's u; 0.001 there.
-        rule: which.
-
-    Returns: [E], float32 or wider; zeros for a step without tokens.
-    """
-    wide = load.to(torch.promote_types(load.dtype, torch.float32))
-    error = wide.mean() - wide
-    if rule == "sign":
-        return rate * error.sign()
-    return rate * error / wide.mean().clamp(min=torch.finfo(wide.dtype).tiny)
 
 
 class LossFreeBalancing:

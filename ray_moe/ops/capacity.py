@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ray_moe.errors import InvalidConfig, InvalidRequest
-from ray_moe.ops.gates.base import Routing
+from ray_moe.ops.gates.base import Routing, wide
 from ray_moe.ops.rerouting import count_slots, find_room, rank
 
 Policy = Literal["drop", "next", "random", "none"]
@@ -272,14 +272,12 @@ def _token_order(routing: Routing, priority: Priority) -> torch.Tensor:
     """[T] the tokens, those who come first first."""
     if priority == "position":
         return torch.arange(len(routing.index), device=routing.index.device)
-    logits = routing.logits.detach()
-    wide = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return wide.amax(-1).argsort(descending=True, stable=True)
+    return wide(routing.logits.detach()).softmax(-1).amax(-1).argsort(descending=True, stable=True)
 
 
 def _ratio(routing: Routing, new_index: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     """[T, K] how much less probable the expert of a moved slot is than the one that had no room; 1 elsewhere."""
-    logits = routing.logits.to(torch.promote_types(routing.logits.dtype, torch.float32))
+    logits = wide(routing.logits)
 
     def of(index: torch.Tensor) -> torch.Tensor:
         return logits.gather(1, index.long().where(moved, 0))

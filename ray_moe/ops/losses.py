@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ray_moe.errors import InvalidConfig, InvalidRequest
-from ray_moe.ops.gates.base import Routing
+from ray_moe.ops.gates.base import Routing, wide
 
 TINY = 1e-12
 
@@ -35,7 +35,7 @@ def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None) -> t
 
     Returns: scalar, float32 or wider.
     """
-    probability = _mean(_wide(routing.logits).softmax(-1), mask)
+    probability = _mean(wide(routing.logits).softmax(-1), mask)
     load = expert_load(routing, mask).to(probability)
     return len(load) * torch.dot(load / _num_tokens(routing.logits, mask), probability)
 
@@ -51,7 +51,7 @@ def router_z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> tor
 
     Returns: scalar, float32 or wider.
     """
-    return _mean(_wide(logits).logsumexp(-1).square(), mask)
+    return _mean(wide(logits).logsumexp(-1).square(), mask)
 
 
 def importance_loss(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,7 +66,7 @@ def importance_loss(routing: Routing, mask: torch.Tensor | None = None) -> torch
 
     Returns: scalar, float32 or wider.
     """
-    weight = _wide(routing.weight)
+    weight = wide(routing.weight)
     if mask is not None:
         weight = weight.masked_fill(~mask.reshape(-1, 1).bool(), 0)
     return squared_variation(_sum_by_expert(routing, weight))
@@ -110,7 +110,7 @@ def smooth_load(
 
     Returns: [E], float32 or wider.
     """
-    clean, noisy, std = _wide(clean_logits), _wide(noisy_logits), _wide(noise_std)
+    clean, noisy, std = wide(clean_logits), wide(noisy_logits), wide(noise_std)
     num_experts = clean.shape[-1]
     if top_k >= num_experts:
         probabilities = torch.ones_like(clean)
@@ -162,7 +162,7 @@ class UsageLoss(nn.Module):
         if self.training and torch.is_grad_enabled():
             # Not in place: `module.to(dtype)` may have made the buffer one of a low precision.
             self.usage = usage.detach()
-        probability = _mean(_wide(routing.logits).softmax(-1), mask)
+        probability = _mean(wide(routing.logits).softmax(-1), mask)
         usage = usage + probability - probability.detach()
         return (squared_variation(usage) + TINY).sqrt()  # at 0 a root has no gradient
 
@@ -283,10 +283,6 @@ def _sum_by_expert(routing: Routing, values: torch.Tensor) -> torch.Tensor:
     num_experts = routing.logits.shape[-1]
     sums = values.new_zeros(num_experts + 1)
     return sums.scatter_add(0, routing.index.reshape(-1).long(), values.reshape(-1))[:num_experts]
-
-
-def _wide(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _num_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | int:

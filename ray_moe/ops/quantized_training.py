@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -24,12 +24,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ray_moe.errors import InvalidConfig, InvalidRequest
-from ray_moe.ops.dispatch import combine
+from ray_moe.errors import InvalidConfig
 from ray_moe.ops.experts import SeparateExperts, mapped_module
 from ray_moe.ops.layer import moe_layers
 from ray_moe.ops.optimizers import Optimizer, OptimizerSettings
 from ray_moe.ops.quantization import QuantizedExperts, ScaledTensor, quantize
+from ray_moe.ops.routed_experts import run_slots
 from ray_moe.types import LayerPath
 
 Compensation = Literal["none", "int8", "bfloat16"]
@@ -282,33 +282,25 @@ class _Layer:
         self.anchor = next(iter(mine.values())).new_zeros(()).requires_grad_()
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        slots, top_k = index.reshape(-1), index.shape[-1]
-        if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) <= self.num_experts:
-            raise InvalidRequest(
-                f"a token is sent to none of experts 0 to {self.num_experts}, the last for none of them"
-            )
-        counts: list[int] = slots.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
-        order = slots.argsort(stable=True)[: sum(counts)]
-        rows = hidden.new_zeros(len(slots), hidden.shape[-1])
-        if sum(counts):
-            grouped = hidden.index_select(0, order // top_k)
-            if torch.is_grad_enabled():
-                out: Any = checkpoint(self._run, grouped, self.anchor, counts, use_reentrant=False)
-            else:
-                out = self._run(grouped, self.anchor, counts)
-            rows = rows.index_copy(0, order, out)
-        return combine(rows, weight)
+        return run_slots(self._run_again, hidden, index, weight, self.num_experts)
 
-    def _run(self, rows: torch.Tensor, anchor: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """[n, D] -> [n, D]: ``counts[e]`` rows through each expert e."""
-        touched = [expert for expert, count in enumerate(counts) if count]
+    def _run_again(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """[n, D] -> [n, D]: the first ``counts[0]`` rows through ``experts[0]``, and so on; again going backward."""
+        if not torch.is_grad_enabled():
+            return self._run(rows, self.anchor, experts, counts)
+        out: Any = checkpoint(self._run, rows, self.anchor, experts, counts, use_reentrant=False)
+        return cast(torch.Tensor, out)
+
+    def _run(
+        self, rows: torch.Tensor, anchor: torch.Tensor, experts: Sequence[int], counts: Sequence[int]
+    ) -> torch.Tensor:
         others = {n: p for n, p in self.others._parameters.items() if p is not None}
-        experts = [
+        matrices = [
             {name: _weight(anchor, stack, expert) for name, stack in self.stacks.items()}
             | {name: other[expert] for name, other in others.items()}
-            for expert in touched
+            for expert in experts
         ]
-        return SeparateExperts(self.others, experts).run(rows, [counts[expert] for expert in touched])
+        return SeparateExperts(self.others, matrices).run(rows, list(counts))
 
     def grads(self) -> list[torch.Tensor]:
         of_stacks = [stack.grad for stack in self.stacks.values()]

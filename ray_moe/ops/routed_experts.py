@@ -72,24 +72,11 @@ class RoutedExperts(nn.Module):
         """
         if self._ray_moe_handler is not None:
             return self._ray_moe_handler(self._ray_moe_path, hidden, index, weight)
-        return run_slots(self._run, hidden, index, weight, self._rows_per_expert(index.reshape(-1)))
+        return run_slots(self._run, hidden, index, weight, self.num_experts)
 
     def _run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """[n, D] -> [n, D]: the first ``counts[0]`` rows through ``experts[0]``, and so on."""
         return StackedExperts(self).run(rows, experts, counts)
-
-    def _rows_per_expert(self, slots: torch.Tensor) -> list[int]:
-        """[N] -> the number of slots that go to each of the E experts."""
-        if slots.numel():
-            low, high = (int(end) for end in slots.aminmax())
-            if low < 0 or high > self.num_experts:
-                wrong = low if low < 0 else high
-                raise InvalidRequest(
-                    f"a token is sent to expert {wrong}; there are 0 to {self.num_experts - 1}, and {self.num_experts} "
-                    'for "no expert"'
-                )
-        counts: list[int] = slots.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
-        return counts
 
 
 class Experts(RoutedExperts):
@@ -157,7 +144,7 @@ def run_slots(
     hidden: torch.Tensor,
     index: torch.Tensor,
     weight: torch.Tensor,
-    counts: Sequence[int],
+    num_experts: int,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, [T, D], by those that are touched alone.
 
@@ -166,9 +153,12 @@ def run_slots(
         hidden: [T, D].
         index: [T, K] integers in 0..E; E means "no expert".
         weight: [T, K].
-        counts: how many slots go to each of the E experts.
+        num_experts: E.
+
+    Raises: `InvalidRequest` for an index that is none.
     """
     slots, top_k = index.reshape(-1), index.shape[-1]
+    counts = _rows_per_expert(slots, num_experts)
     order = slots.argsort(stable=True)[: sum(counts)]  # "no expert" is last
     touched = [expert for expert, count in enumerate(counts) if count]
     rows = hidden.new_zeros(len(slots), hidden.shape[-1])
@@ -177,6 +167,20 @@ def run_slots(
         out = run(grouped, touched, [counts[expert] for expert in touched])
         rows = rows.index_copy(0, order, out)
     return combine(rows, weight)
+
+
+def _rows_per_expert(slots: torch.Tensor, num_experts: int) -> list[int]:
+    """[N] -> the number of slots that go to each of the E experts."""
+    if slots.numel():
+        low, high = (int(end) for end in slots.aminmax())
+        if low < 0 or high > num_experts:
+            wrong = low if low < 0 else high
+            raise InvalidRequest(
+                f"a token is sent to expert {wrong}; there are 0 to {num_experts - 1}, and {num_experts} for "
+                '"no expert"'
+            )
+    counts: list[int] = slots.bincount(minlength=num_experts)[:num_experts].tolist()
+    return counts
 
 
 def activation_of(activation: str | Activation) -> Activation:

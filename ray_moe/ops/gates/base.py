@@ -77,6 +77,11 @@ def takes_info(gate: Any) -> bool:
     return "info" in inspect.signature(getattr(gate, "forward", gate)).parameters
 
 
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """In float32, or what is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def known(info: TokenInfo | None, name: str, number: int) -> torch.Tensor:
     """[T] a field of `info`, for a gate that has to know it.
 

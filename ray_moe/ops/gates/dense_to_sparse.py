@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, compact, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, compact
 
 
 @dataclass(frozen=True, slots=True)

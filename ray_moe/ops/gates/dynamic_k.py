@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, mean, normalized, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, mean, normalized
 
 
 @dataclass(frozen=True, slots=True)

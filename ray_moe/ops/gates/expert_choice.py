@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, compact, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check, compact
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, mean, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, mean
 
 
 @dataclass(frozen=True, slots=True)

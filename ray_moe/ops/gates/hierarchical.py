@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, normalized, project, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, normalized, project
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,11 +63,6 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, upcast: bool) -> torch.T
         return nn.functional.linear(hidden.to(dtype), weight.to(dtype))
 
 
-def wide(logits: torch.Tensor) -> torch.Tensor:
-    """In float32, or what is wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def normalized(weight: torch.Tensor) -> torch.Tensor:
     """[T, K] divided by its sum over K; zeros stay zeros."""
     total = weight.sum(dim=-1, keepdim=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_moe.ops.gates.base import Routing, TokenInfo, known
-from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, normalized, wide
+from ray_moe.ops.gates.base import Routing, TokenInfo, known, wide
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, normalized
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, project, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, project
 from ray_moe.ops.losses import load_loss
 
 

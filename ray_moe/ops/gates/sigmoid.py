@@ -10,13 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ray_moe.errors import InvalidRequest
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k
+
+Rule = Literal["sign", "proportional"]
+
+
+def bias_update(load: torch.Tensor, rate: float, rule: Rule = "sign") -> torch.Tensor:
+    """What to add to a selection bias after a step: more for experts with less than the mean load.
+
+    "sign" adds or takes away `rate`, as algorithm 1 of arXiv:2408.15664 does. "proportional" adds `rate` times how far
+    the load is from the mean, over the mean, so that it does not depend on the number of tokens: smoother near balance,
+    and stronger for what is overrun.
+
+    Args:
+        load: [E] slots of each expert in the step, of all micro-batches and workers.
+        rate: the paper's u; 0.001 there.
+        rule: which.
+
+    Returns: [E], float32 or wider; zeros for a step without tokens.
+    """
+    load = wide(load)
+    error = load.mean() - load
+    if rule == "sign":
+        return rate * error.sign()
+    return rate * error / load.mean().clamp(min=torch.finfo(load.dtype).tiny)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +110,7 @@ class SigmoidGate(LinearGate):
         """
         if load.shape != self.bias.shape:
             raise InvalidRequest(f"the load has the shape {list(load.shape)}; there are {self.num_experts} experts")
-        load = load.to(self.bias)
-        self.bias += self.settings.bias_rate * (load.mean() - load).sign()
+        self.bias += bias_update(load.to(self.bias), self.settings.bias_rate)
 
     def _best_groups(self, scores: torch.Tensor) -> torch.Tensor:
         """[T, E] with those of all but a token's best groups at minus infinity."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check
 
 
 @dataclass(frozen=True, slots=True)

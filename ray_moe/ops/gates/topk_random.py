@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 import torch
 
-from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, normalized, wide
+from ray_moe.ops.gates.base import Routing, wide
+from ray_moe.ops.gates.linear import LinearGate, check, check_top_k, normalized
 
 Draw = Literal["probability", "uniform", "next"]
 Dispatch = Literal["always", "by_weight"]

@@ -19,6 +19,7 @@ from torch import nn
 
 from ray_moe.errors import InvalidConfig, UnsupportedModel
 from ray_moe.ops.gates.base import Routing
+from ray_moe.ops.gates.routers import allow_no_expert, routers_beside
 from ray_moe.ops.layer import MoELayer
 
 
@@ -89,16 +90,9 @@ def _site(path: str, gate: nn.Module, experts: nn.Module, layer: MoELayer | None
 
 def _router(block: nn.Module, experts: Any, path: str) -> nn.Module:
     """What in a block of `transformers` is its router. Raises: `UnsupportedModel`."""
-    for child in block.children():
-        weight = getattr(child, "weight", None)
-        if (
-            child is not experts
-            and isinstance(weight, torch.Tensor)
-            and weight.shape[:-1] == (int(experts.num_experts),)
-        ):
-            # Without expert parallelism transformers takes every index for an expert, also the one that means "none".
-            experts._is_expert_parallel = True
-            return child
+    for _, child in routers_beside(block, experts):
+        allow_no_expert(experts)
+        return child
     raise UnsupportedModel(f"there is no router of {int(experts.num_experts)} experts beside {path}")
 
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from ray_moe import MoELayer
 from ray_moe.errors import InvalidConfig, InvalidRequest
-from ray_moe.ops.balancing import LossFreeBalancing, bias_update, selection_bias
+from ray_moe.ops.balancing import LossFreeBalancing, selection_bias
 from ray_moe.ops.gates.base import Routing
+from ray_moe.ops.gates.sigmoid import bias_update
 from ray_moe.ops.losses import expert_load
 
 
