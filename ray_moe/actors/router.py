@@ -26,12 +26,14 @@ from ray_moe.actors.router_weights import RouterWeights
 from ray_moe.actors.spec import (
     ClusterStatus,
     FrontDoor,
+    Ports,
     RouterReport,
     RouterVersions,
     ServiceSpec,
 )
 from ray_moe.actors.tracing import close_tracer, make_tracer
 from ray_moe.actors.trainer import Trainings
+from ray_moe.config import ServerConfig
 from ray_moe.errors import InvalidConfig, RayMoEError, Unavailable
 from ray_moe.policy.load import TokenCounts
 from ray_moe.policy.versions import Versions, Weights
@@ -157,14 +159,19 @@ class Router:
         self._door = door
         self._address = opened.address(self.router_id, server, ray.util.get_node_ip_address())
         if not self._spec.routers and server.port:
-            self._tasks.append(asyncio.create_task(self._take_port(door, server.port)))
+            self._tasks.append(asyncio.create_task(self._take_port(door, server)))
 
-    async def _take_port(self, door: FrontDoor, port: int) -> None:
-        """Where Ray Serve puts and replaces routers as it likes, one on each node has the configured port, too."""
+    async def _take_port(self, door: FrontDoor, server: ServerConfig) -> None:
+        """Where Ray Serve puts and replaces routers as it likes, one on each node has the configured port, too.
+
+        That is its address from then on: whom clients reach as one that it does not name, they do not believe.
+        """
         while True:
-            if await door.take(port):
-                return
+            if await door.take(server.port):
+                break
             await asyncio.sleep(PORT_EVERY_S)
+        taken = Ports(server.port).address(self.router_id, server, ray.util.get_node_ip_address())
+        self._address = replace(self._address, grpc_address=taken.grpc_address)
 
     @property
     def door(self) -> FrontDoor:
@@ -429,8 +436,10 @@ class Router:
         return self._dispatcher.table
 
     async def routers(self) -> tuple[RouterAddress, ...]:
-        """This one, and the others as the controller last told."""
-        return (self._address, *(other for other in self._others if other.router_id != self.router_id))
+        """This one, and the others as the controller last told; not one that has ended and left this one its port."""
+        mine = self._address
+        others = (o for o in self._others if mine.router_id != o.router_id and mine.grpc_address != o.grpc_address)
+        return (mine, *others)
 
     def measures(self) -> Measures:
         return measure(self._router_status(), self._engine, self._dispatcher)

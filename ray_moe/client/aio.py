@@ -150,6 +150,7 @@ class AsyncClient:
                         async for response in stream:
                             result = outbox.codec.decode(response)
                             outbox.answered()
+                            self._routers.look_around()
                             attempts.num_received += 1
                             yield result
                     finally:
@@ -183,6 +184,7 @@ class AsyncClient:
                 stream = line.inference.Generate(message, timeout=attempts.left_s, metadata=line.metadata)
                 try:
                     async for response in stream:
+                        self._routers.look_around()
                         chunk = continuation.add(messages.chunk_from_proto(response))
                         if chunk is not None:
                             yield chunk

@@ -89,7 +89,7 @@ class AioRouters(Routers[AioLine]):
         line = self._begin(attempts)
         pause_s = 0.0
         try:
-            self._do_chores()
+            self.look_around()
             with channel.errors(line.target, attempts.timeout_s):
                 yield line
         except RayMoEError as error:
@@ -101,7 +101,8 @@ class AioRouters(Routers[AioLine]):
         if pause_s > 0:
             await sleep(pause_s)
 
-    def _do_chores(self) -> None:
+    def look_around(self) -> None:
+        """Ask who there is, if it is time to: at each attempt of a call, and at what a stream brings."""
         questions, gone = self._chores()
         chores = [self._ask(question, line) for question, line in questions]
         chores += [line.channel.close(None) for line in gone]

@@ -20,6 +20,8 @@ from ray_moe.types import RouterAddress
 
 LIST_EVERY_S: Final = 10.0
 """A client that is in use asks so often who there is."""
+LIST_ALONE_S: Final = 1.0
+"""And so often while it knows of one router only, whose end would leave it without any."""
 LIST_AGAIN_S: Final = 1.0
 """And after a failure so soon."""
 REFUSED_S: Final = 300.0
@@ -143,7 +145,7 @@ class Pool:
         asked.num_questions -= 1
         told = {router.grpc_address: router.router_id for router in routers if router.ready}
         if question.for_list:
-            self._is_listing, self._list_due_s = False, now_s + LIST_EVERY_S
+            self._is_listing, self._list_due_s = False, now_s + (LIST_EVERY_S if len(told) > 1 else LIST_ALONE_S)
             self._list(told)
         if asked.router_id and told.get(question.target) == asked.router_id:
             self.answered(question.target, now_s)

@@ -150,6 +150,7 @@ class Client:
                     for response in stream:
                         result = outbox.codec.decode(response)
                         outbox.answered()
+                        self._routers.look_around()
                         attempts.num_received += 1
                         yield result
                 finally:
@@ -181,6 +182,7 @@ class Client:
                 stream = line.inference.Generate(message, timeout=attempts.left_s, metadata=line.metadata)
                 try:
                     for response in stream:
+                        self._routers.look_around()
                         chunk = continuation.add(messages.chunk_from_proto(response))
                         if chunk is not None:
                             yield chunk

@@ -77,7 +77,7 @@ class SyncRouters(Routers[SyncLine]):
         line = self._begin(attempts)
         pause_s = 0.0
         try:
-            self._do_chores()
+            self.look_around()
             with channel.errors(line.target, attempts.timeout_s):
                 yield line
         except RayMoEError as error:
@@ -89,7 +89,8 @@ class SyncRouters(Routers[SyncLine]):
         if pause_s > 0:
             sleep(pause_s)
 
-    def _do_chores(self) -> None:
+    def look_around(self) -> None:
+        """Ask who there is, if it is time to: at each attempt of a call, and at what a stream brings."""
         questions, gone = self._chores()
         for line in gone:
             line.channel.close()

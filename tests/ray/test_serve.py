@@ -176,6 +176,7 @@ def test_clients_of_grpc_find_all_routers_and_outlive_one(application: Applicati
         )
         pids = {pid_at(router.grpc_address) for router in status.routers}
         assert len(pids) == 2
+        assert application.direct in {router.grpc_address for router in status.routers}
         with Streams(application.direct, prompts(4), LONG) as whole:
             pass
         with Streams(application.direct, prompts(4), LONG) as streams:

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ray_moe.client.pool import LIST_AGAIN_S, LIST_EVERY_S, LONGEST_REST_S, REFUSED_S, Pool, Question
+from ray_moe.client.pool import LIST_AGAIN_S, LIST_ALONE_S, LIST_EVERY_S, LONGEST_REST_S, REFUSED_S, Pool, Question
 from ray_moe.errors import DeadlineExceeded, InvalidRequest, Overloaded, PermissionDenied, Unavailable
 from ray_moe.types import RouterAddress
 
@@ -138,6 +138,13 @@ def test_when_all_rest_the_first_to_be_rested_is_tried() -> None:
     pool.failed(B, 0.0, 0.0, retry_after_s=7.0)
     assert not pool.has_other(1.0, [])
     assert pool.pick(1.0) == B
+
+
+@pytest.mark.parametrize(("known", "again_s"), [((), LIST_ALONE_S), ((A,), LIST_ALONE_S), ((A, B), LIST_EVERY_S)])
+def test_who_knows_one_router_only_soon_asks_for_others(known: tuple[str, ...], again_s: float) -> None:
+    pool = pool_of(*known)
+    assert not any(question.for_list for question in pool.questions(again_s - 0.01))
+    assert any(question.for_list for question in pool.questions(again_s))
 
 
 def test_what_is_not_listed_any_more_is_forgotten_when_its_last_call_has_ended() -> None:

@@ -55,6 +55,16 @@ class Otherwise(FakeBackend):
             yield GenerateChunk((token,), f"{token} ", chunk.finish_reason, chunk.num_prompt_tokens)
 
 
+class Asked(FakeBackend):
+    """Knows whether it has been asked who there is."""
+
+    was_asked = False
+
+    async def routers(self) -> tuple[RouterAddress, ...]:
+        self.was_asked = True
+        return await super().routers()
+
+
 class Router:
     """One of a service, over a backend of its own."""
 
@@ -255,6 +265,26 @@ async def test_a_service_that_tells_of_no_routers_is_used_alone(connect: Connect
         for _ in range(20):
             np.testing.assert_array_equal(await client.forward(LAYER, HIDDEN), -HIDDEN)
         assert interceptor.num_asked == 1
+
+
+async def test_a_stream_learns_of_a_router_that_came_after_it_began(
+    connect: Connect, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "LIST_ALONE_S", 0.0)
+    num_tokens = 2000
+    first = await service.start()
+    first.backend.hold_after, first.backend.max_positions = num_tokens - 1, None
+    second = Asked()
+    second.max_positions = None
+    client = connect(first.target, max_attempts=2)
+    async with contextlib.aclosing(client.stream("x", max_new_tokens=num_tokens)) as stream:
+        chunks = [await anext(stream)]
+        await service.start(second)
+        while not second.was_asked:  # else nothing comes after the last token but one, and the test fails
+            chunks.append(await asyncio.wait_for(anext(stream), 10))
+        await first.stop()
+        chunks += [chunk async for chunk in stream]
+    assert [chunk.token_ids for chunk in chunks] == [(number,) for number in range(num_tokens)]
 
 
 async def test_a_list_that_leads_nowhere_breaks_nothing(connect: Connect, service: Service) -> None:
