@@ -8,6 +8,7 @@ notice is no wish: what can be saved is saved, whatever else is under way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from ray_moe.errors import InsufficientResources, InvalidConfig, NotFound, RayMoEError
 from ray_moe.policy import events as ev
@@ -17,6 +18,9 @@ from ray_moe.policy.hosts import HostState, number_of
 from ray_moe.policy.migration import loads_of
 from ray_moe.policy.repair import evacuated
 from ray_moe.policy.scaling import Signals, decide
+
+MOST_HOSTS: Final = 1024
+"""As many as plans have been tried with. A slip of the hand must not ask a cluster for a hundred thousand."""
 
 
 def scale(cluster: Cluster, signals: Signals) -> None:
@@ -41,12 +45,11 @@ def size_requested(cluster: Cluster, num_hosts: int) -> None:
     cluster.refuse_if_changing()
     goals = cluster.settings.scaling
     lowest = 0 if cluster.settings.can_sleep else 1
-    low, high = (lowest, None) if goals is None else (max(lowest, goals.min_hosts), goals.max_hosts)
-    if num_hosts < low or (high is not None and num_hosts > high):
-        raise InvalidConfig(
-            f"{num_hosts} expert actors were asked for; expected {low} "
-            + ("or more" if high is None else f"to {high}, the limits of scaling, which would change it again")
-        )
+    low, high, why = lowest, MOST_HOSTS, "as many as one controller plans for"
+    if goals is not None:
+        low, high, why = max(lowest, goals.min_hosts), goals.max_hosts, "the limits of scaling, which would undo it"
+    if not low <= num_hosts <= high:
+        raise InvalidConfig(f"{num_hosts} expert actors were asked for; expected {low} to {high}, {why}")
     fewest = cluster.fleet.fewest_hosts()
     if 0 < num_hosts < fewest:
         raise InsufficientResources(

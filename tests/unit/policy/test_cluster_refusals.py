@@ -85,11 +85,19 @@ def test_a_drain_into_a_host_that_is_lost_is_refused():
 # --- sizes ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [0, -1])
 def test_no_hosts_at_all_are_refused_where_nobody_else_could_answer(size):
-    assert_refused(Driver.ready(), ev.SizeRequested(size), InvalidConfig, f"{size} expert actors", "expected 1 or more")
+    assert_refused(
+        Driver.ready(), ev.SizeRequested(size), InvalidConfig, f"{size} expert actors", "expected 1 to 1024,"
+    )
 
 
 def test_fewer_than_no_hosts_are_refused_even_if_there_may_be_none():
-    assert_refused(Driver.ready(can_sleep=True), ev.SizeRequested(-1), InvalidConfig, "expected 0 or more")
+    assert_refused(Driver.ready(can_sleep=True), ev.SizeRequested(-1), InvalidConfig, "expected 0 to 1024,")
+
+
+def test_more_hosts_than_a_controller_plans_for_are_refused():
+    assert_refused(
+        Driver.ready(), ev.SizeRequested(100_000), InvalidConfig, "100000 expert actors", "expected 1 to 1024"
+    )
 
 
 @pytest.mark.parametrize("size", [1, 5])
