@@ -38,22 +38,25 @@ class KVCache:
         """Tokens whose keys and values are there. What lies behind them is of a step that has not ended well."""
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put [1, H, Q, D] behind what is there; all of it, [1, H, length + Q, D] each, as views.
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, begin: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put [1, H, Q, D] behind what is there, or at `begin`; all up to there, [1, H, begin + Q, D] each, as views.
 
         The tokens count as there once `length` says so: a step that fails half-way is simply done again.
         """
-        end = self.length + keys.shape[2]
+        begin = self.length if begin is None else begin
+        end = begin + keys.shape[2]
         if layer not in self._buffers:
             self._buffers[layer] = (_room(keys, self.capacity), _room(values, self.capacity))
         for buffer, new in zip(self._buffers[layer], (keys, values), strict=True):
-            buffer[:, :, self.length : end] = new
+            buffer[:, :, begin:end] = new
         return self.read(layer, end)
 
-    def read(self, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `length` tokens of a layer: [1, H, length, D] keys and values."""
+    def read(self, layer: int, end: int, begin: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of a layer from `begin` to before `end`: [1, H, end - begin, D] keys and values."""
         keys, values = self._buffers[layer]
-        return keys[:, :, :length], values[:, :, :length]
+        return keys[:, :, begin:end], values[:, :, begin:end]
 
     def resize(self, capacity: int) -> None:
         """Make room for `capacity` tokens, and keep what is there as far as it fits."""

@@ -5,7 +5,8 @@ experts get them as one batch. Attention is the exception: each sequence's part 
 own keys and values, by the very function that the model would have used for it alone.
 
 Models whose memory is not keys and values alone (state-space and linear-attention hybrids), or whose attention or
-positions depend on more than that, cannot be packed; `can_pack` tells. Called by `stepper.py`, in one thread.
+positions depend on more than that, cannot be packed; `can_pack` tells. Called by `decoder_only.py`, in one thread;
+`packing_cross.py` does the same for encoder-decoders.
 
 Shape legend: Q tokens of a step, A attention heads, H key/value heads, D head width, L tokens a sequence has.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -36,7 +37,16 @@ PREFIX = "ray_moe_packed_"
 """With one of `BASES` behind it: the name under which `transformers` finds our attention function."""
 
 _step = threading.local()
-"""Whose `cache` is that of the packed row that this thread is computing; absent or None while it computes none."""
+"""Whose `row` is the one that this thread is computing; absent or None while it computes none."""
+
+
+class Row(Protocol):
+    """Tokens of several sequences, on their way through a model."""
+
+    def attend(
+        self, base: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """What the attention `module` answers, each sequence by itself; `base` names the function it would call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +98,30 @@ class PackedCache(Cache):
         keys, values = zip(*written, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
-    # What masks would be made from. There are none: `_attend` makes its own.
+    def attend(
+        self, base: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """[1, A, Q, D] -> [1, Q, A, D]."""
+        attend, layer = attention_of(module, base), module.layer_idx
+        window: int | None = kwargs.get("sliding_window")
+        if not self.gathers and self.given.get(layer) is not key:
+            raise MustGather
+        outputs, begin = [], 0
+        for one in self.segments:
+            if self.gathers:
+                keys, values = (part[:, :, begin : begin + one.total] for part in (key, value))
+                begin += one.total
+            else:
+                keys, values = one.cache.read(layer, one.total)
+            if window is not None and one.total > window + one.length - 1:  # before that nothing is seen from here
+                seen = window + one.length - 1
+                keys, values = keys[:, :, -seen:], values[:, :, -seen:]
+            mask = causal_mask(self.masks, base, query, one.length, keys.shape[2], window)
+            # A single token sees all that is left, and a first chunk what `sdpa` calls causal.
+            outputs.append(attend(module, query[:, :, one.start : one.end], keys, values, mask, **kwargs)[0])
+        return torch.cat(outputs, 1)
+
+    # What masks would be made from. There are none: `attend` makes its own.
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
@@ -100,13 +133,18 @@ class PackedCache(Cache):
 
 
 @contextmanager
-def step_of(cache: PackedCache) -> Iterator[None]:
+def step_of(row: Row) -> Iterator[None]:
     """While the block runs, models that were prepared by `pack` compute packed rows in this thread."""
-    _step.cache = cache
+    _step.row = row
     try:
         yield
     finally:
-        _step.cache = None
+        _step.row = None
+
+
+def is_packed_step() -> bool:
+    """Whether this thread is in one."""
+    return getattr(_step, "row", None) is not None
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -151,7 +189,7 @@ def _attentions(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if all(hasattr(module, name) for name in names))
 
 
-def _base_function(module: nn.Module, base: str) -> Callable[..., tuple[torch.Tensor, Any]]:
+def attention_of(module: nn.Module, base: str) -> Callable[..., tuple[torch.Tensor, Any]]:
     """What `module` would call for attention by itself."""
     if base != "eager":
         function: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[base]
@@ -162,7 +200,7 @@ def _base_function(module: nn.Module, base: str) -> Callable[..., tuple[torch.Te
 
 def _make_mask(base: str, *args: Any, **kwargs: Any) -> Any:
     """In place of the mask function of `base`."""
-    if getattr(_step, "cache", None) is not None:
+    if is_packed_step():
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
 
@@ -176,42 +214,34 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """In place of the attention function `base`: [1, A, Q, D] queries of a packed row -> [1, Q, A, D]."""
-    attend = _base_function(module, base)
-    cache: PackedCache | None = getattr(_step, "cache", None)
-    if cache is None:
-        return attend(module, query, key, value, attention_mask, **kwargs)
-    window: int | None = kwargs.get("sliding_window")
-    layer: Any = module.layer_idx
-    if not cache.gathers and cache.given.get(layer) is not key:
-        raise MustGather
-    outputs, begin = [], 0
-    for one in cache.segments:
-        if cache.gathers:
-            keys, values = (part[:, :, begin : begin + one.total] for part in (key, value))
-            begin += one.total
-        else:
-            keys, values = one.cache.read(layer, one.total)
-        if window is not None and one.total > window + one.length - 1:  # before that nothing is seen from here
-            seen = window + one.length - 1
-            keys, values = keys[:, :, -seen:], values[:, :, -seen:]
-        mask = _mask(cache, base, query, one.length, keys.shape[2], window)
-        # A single token sees all that is left, and a first chunk what `sdpa` calls causal.
-        outputs.append(attend(module, query[:, :, one.start : one.end], keys, values, mask, **kwargs)[0])
-    return torch.cat(outputs, 1), None
+    """In place of the attention function `base`."""
+    row: Row | None = getattr(_step, "row", None)
+    if row is None:
+        return attention_of(module, base)(module, query, key, value, attention_mask, **kwargs)
+    return row.attend(base, module, query, key, value, **kwargs), None
 
 
-def _mask(
-    cache: PackedCache, base: str, query: torch.Tensor, length: int, total: int, window: int | None
+def causal_mask(
+    masks: dict[Any, torch.Tensor | None],
+    base: str,
+    query: torch.Tensor,
+    length: int,
+    total: int,
+    window: int | None = None,
 ) -> torch.Tensor | None:
-    """[1, 1, length, total]: which of `total` keys each of the last `length` tokens sees; None for the obvious ones."""
+    """[1, 1, length, total]: which of `total` keys each of the last `length` tokens sees; None for the obvious ones.
+
+    Args:
+        masks: those of this step, by kind; a new one is kept there.
+        base: the attention function that it is for.
+    """
     if length == 1:
         return None
     is_narrow = window is not None and total > window
     if base == "sdpa" and length == total and not is_narrow:
         return None
     kind = (length, total, window if is_narrow else None)
-    if kind not in cache.masks:
+    if kind not in masks:
         position = torch.arange(total - length, total, device=query.device)[:, None]
         behind = position - torch.arange(total, device=query.device)
         sees = behind >= 0
@@ -219,9 +249,9 @@ def _mask(
             sees &= behind < window
         if base == "eager":
             unseen = torch.finfo(query.dtype).min
-            cache.masks[kind] = torch.zeros(1, 1, length, total, dtype=query.dtype, device=query.device).masked_fill(
+            masks[kind] = torch.zeros(1, 1, length, total, dtype=query.dtype, device=query.device).masked_fill(
                 ~sees, unseen
             )
         else:
-            cache.masks[kind] = sees[None, None]
-    return cache.masks[kind]
+            masks[kind] = sees[None, None]
+    return masks[kind]
