@@ -136,7 +136,8 @@ class RouterConfig(Section):
     max_queued_tokens: Count = 2**20
     """Tokens that the prompts of those may have, all together."""
     max_step_tokens: Count = 512
-    """Tokens computed at a time: a longer prompt is computed in parts, so that others go on in between."""
+    """Tokens computed at a time: a longer prompt is computed in parts, so that others go on in between. It is also the
+    longest prompt of a model with an encoder, which reads it at once."""
     kv_cache_bytes: Annotated[Bytes, Field(ge=2**20)] = 2**30
     """Keys and values of all generations, and of ended ones that are kept for others that begin the same; 1 MiB or
     more."""

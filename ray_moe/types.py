@@ -414,8 +414,8 @@ class GenerateRequest:
     min_p: float = 0.0
     """Sampling among tokens at least this much as likely as the likeliest (Nguyen et al., 2024)."""
     repetition_penalty: float | None = None
-    """Logits of tokens that have occurred, the prompt included, are divided by it, or multiplied where negative (Keskar
-    et al., 2019); None is what the checkpoint asks for, which is usually 1."""
+    """Logits of tokens that have occurred, the prompt included unless an encoder reads it, are divided by it, or
+    multiplied where negative (Keskar et al., 2019); None is what the checkpoint asks for, which is usually 1."""
     presence_penalty: float = 0.0
     """Taken off the logits of tokens that have been generated."""
     frequency_penalty: float = 0.0

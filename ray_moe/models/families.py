@@ -8,7 +8,9 @@ Shape legend: B sequences, S tokens of each, T = B·S, D model width, F expert w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
@@ -61,6 +63,22 @@ def extra_conversions(model: Any) -> list[Any]:
     """Weight transforms of an adapted model, to be tried before those of `transformers`."""
     family = _FAMILIES.get(model.config.model_type)
     return [] if family is None else family.conversions(_text_config(model))
+
+
+_lengths: ContextVar[list[int] | None] = ContextVar("lengths", default=None)
+
+
+@contextmanager
+def several_sequences(lengths: Sequence[int]) -> Iterator[None]:
+    """While the block runs, a row [1, S, D] is several sequences of these lengths, one after the other.
+
+    What a family counts within a sequence (the capacity of Switch Transformers) it counts within each.
+    """
+    token = _lengths.set(list(lengths))
+    try:
+        yield
+    finally:
+        _lengths.reset(token)
 
 
 @use_experts_implementation
@@ -216,7 +234,9 @@ def _adapt_switch(block: Any, config: Any) -> None:
 
 def _switch_forward(block: Any, hidden: torch.Tensor) -> torch.Tensor:
     """[B, S, D] -> [B, S, D], as `SwitchTransformersSparseMLP` does. Capacity counts within each sequence."""
-    chosen_BSE, weight_BS1, _ = block.router(hidden)
+    lengths = _lengths.get()
+    routed = [block.router(each)[:2] for each in (hidden.split(lengths, 1) if lengths else [hidden])]
+    chosen_BSE, weight_BS1 = (torch.cat(each, 1) for each in zip(*routed, strict=True))
     is_kept = chosen_BSE.amax(-1, keepdim=True) > 0
     index_T1 = torch.where(is_kept, chosen_BSE.argmax(-1, keepdim=True), block.experts.num_experts).view(-1, 1)
     out: torch.Tensor = block.experts(hidden.flatten(0, -2), index_T1, weight_BS1.reshape(-1, 1))

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ray_moe.errors import InvalidCheckpoint, InvalidRequest, NotFound, WireError
 from ray_moe.models.checkpoint import CheckpointFiles, Reader
 from ray_moe.models.experts import drop_parameters, make_parts, make_shard
+from ray_moe.models.generation_config import read_generation, start_token
 from ray_moe.models.layout import Layout, classify
 from ray_moe.models.lazy import OwnTensor
 from ray_moe.models.loading import fill, fill_experts, finish, return_free_memory
@@ -65,9 +66,8 @@ class Checkpoint:
 
         Args:
             model: which one.
-            encoder_decoder: whether to open a model with an encoder, too. Services do not: their engine generates with
-                a decoder alone. With `load_backbone`, `load_experts` and `experts.install` it runs in a process of
-                one's own.
+            encoder_decoder: whether to open a model with an encoder, too. Who serves does; training, adapters and
+                exporting take a decoder alone.
 
         Raises:
             NotFound: there is no such checkpoint.
@@ -77,6 +77,8 @@ class Checkpoint:
         files = CheckpointFiles.open(model)
         config = read_config(files, encoder_decoder)
         skeleton = build(config, files)
+        if config.is_encoder_decoder:
+            start_token(read_generation(files, config))
         layout = classify(skeleton, files.tensors)
         backbone_bytes = try_backbone(skeleton, layout, files.tensors)
         layers, shared_bytes = try_experts(skeleton, layout, files.tensors)
@@ -215,7 +217,8 @@ class Checkpoint:
             return_free_memory()
             _tell(on_progress, step_bytes)
         model: nn.Module = finish(skeleton, missing, device)
-        self._set_generation_config(model)
+        whole: Any = model
+        whole.generation_config = read_generation(self._files, whole.config)
         _tell(on_progress, self.backbone_bytes - loaded_bytes)
         return model
 
@@ -320,15 +323,6 @@ class Checkpoint:
             if any(not 0 <= expert <= last for expert in ids):
                 raise NotFound(f"{path} of {self.name} has the experts 0 to {last}, not all of {list(ids)}.")
         return {path: sorted(set(plan[path])) for path in self.layers if plan.get(path)}
-
-    def _set_generation_config(self, model: Any) -> None:
-        path = self._files.folder / "generation_config.json"
-        if not path.is_file():
-            return  # the model's own is made from its configuration
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(self._files.folder)
-        except (OSError, ValueError, TypeError) as error:
-            raise InvalidCheckpoint(f"{path} cannot be read: {error}. Repair or remove it.") from error
 
 
 def _tell(on_progress: OnProgress | None, num_bytes: int) -> None:

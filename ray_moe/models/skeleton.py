@@ -73,8 +73,8 @@ def read_config(files: CheckpointFiles, encoder_decoder: bool = False) -> Any:
         raise InvalidCheckpoint(f"transformers refuses {files.folder / CONFIG}: {_one_line(error)}") from error
     if config.is_encoder_decoder and not encoder_decoder:
         raise UnsupportedModel(
-            f"{model_type} is an encoder-decoder model; only decoder-only language models are served. In a process of "
-            "your own its experts can be apart: Checkpoint.open(model, encoder_decoder=True)."
+            f"{model_type} is an encoder-decoder model: services serve it, but do not train or export it. In a process "
+            "of your own it can be trained with its experts apart: Checkpoint.open(model, encoder_decoder=True)."
         )
     return config
 

@@ -30,7 +30,7 @@ from ray_moe.runtime.generation import GenerationLoop
 from ray_moe.runtime.kv_cache import KVPool
 from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.runtime.scheduler import Scheduler
-from ray_moe.runtime.stepper import Stepper
+from ray_moe.runtime.stepper import beginning, has_encoder, stepper_of
 from ray_moe.runtime.stream import Item, Stream
 from ray_moe.runtime.texts import Texts
 from ray_moe.runtime.versions import Users, computing, current
@@ -57,7 +57,8 @@ class EngineLimits:
     max_queued_tokens: int = 2**20
     """Tokens of their prompts, all together."""
     max_step_tokens: int = 512
-    """Tokens of a step: longer prompts are computed in parts, so that others go on in between."""
+    """Tokens of a step: longer prompts are computed in parts, so that others go on in between. An encoder reads a
+    prompt at once: it takes none that is longer."""
     kv_cache_bytes: int = 2**30
     """Keys and values of all sequences, ended ones that are kept for their beginnings included."""
     reuse_prefixes: bool = True
@@ -99,10 +100,11 @@ class Engine:
         self._device = next(model.parameters()).device
         install(model, self._ask_experts)
         self.layers_with_gate = frozenset(path for path in self.layers if moe_block(model, path) is not None)
-        stepper = Stepper(model)
-        self._pool = KVPool(limits.kv_cache_bytes, keeps_prefixes=stepper.packs and limits.reuse_prefixes)
+        self._has_encoder = has_encoder(model)
+        stepper = stepper_of(model)
+        self._pool = KVPool(limits.kv_cache_bytes, keeps_prefixes=stepper.keeps_prefixes and limits.reuse_prefixes)
         self._scheduler = Scheduler(
-            self._pool, limits.max_concurrent_requests, limits.max_step_tokens, in_chunks=stepper.packs
+            self._pool, limits.max_concurrent_requests, limits.max_step_tokens, in_chunks=stepper.in_chunks
         )
         self._loop = GenerationLoop(stepper, self._scheduler, self.vitals, version)
 
@@ -143,7 +145,7 @@ class Engine:
     def add_version(self, version: int, model: nn.Module) -> None:
         """Take over `model`, of the same architecture, as the backbone of another version. Nothing uses it yet."""
         install(model, self._ask_experts)
-        self._loop.add_version(version, Stepper(model))
+        self._loop.add_version(version, stepper_of(model))
         self._models[version] = model
 
     def share_version(self, version: int, of: int) -> None:
@@ -300,10 +302,12 @@ class Engine:
     def _make_stream(
         self, request: GenerateRequest, tokens: tuple[int, ...], tell: Any, arrived_s: float, version: int
     ) -> Stream:
-        base = self._models[version].generation_config
+        model = self._models[version]
+        base = model.generation_config
+        first, num_source = beginning(model, tokens)
         return Stream(
             request,
-            list(tokens),
+            first,
             self.texts.tokenizer,
             frozenset(_as_set(base.eos_token_id)),
             base.repetition_penalty or 1.0,
@@ -311,6 +315,7 @@ class Engine:
             None if request.timeout_s is None else arrived_s + request.timeout_s,
             arrived_s,
             version,
+            num_source,
         )
 
     async def _tokenize(self, request: GenerateRequest) -> tuple[int, ...]:
@@ -327,7 +332,13 @@ class Engine:
                 f"the prompt has {len(tokens)} tokens and max_new_tokens is {request.max_new_tokens}, but the model "
                 f"has positions for {self._max_positions} in all; shorten one of them"
             )
-        if not self._pool.fits(len(tokens) + request.max_new_tokens):
+        if self._has_encoder and len(tokens) > self._limits.max_step_tokens:
+            raise InvalidRequest(
+                f"the prompt has {len(tokens)} tokens; the encoder reads a prompt at once, and computes at most "
+                f"{self._limits.max_step_tokens} at a time (router.max_step_tokens): shorten it"
+            )
+        # A decoder beside an encoder begins with a token of its own.
+        if not self._pool.fits(len(tokens) + int(self._has_encoder) + request.max_new_tokens):
             raise InvalidRequest(
                 f"the prompt has {len(tokens)} tokens and max_new_tokens is {request.max_new_tokens}, but there is "
                 f"room for the keys and values of {self._pool.max_tokens:,.0f} (router.kv_cache_bytes); shorten one"

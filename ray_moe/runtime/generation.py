@@ -15,8 +15,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from ray_moe.errors import DeadlineExceeded, ExpertFailed, InvalidRequest, RayMoEError, Unavailable
-from ray_moe.runtime.scheduler import Scheduler, Sequence
-from ray_moe.runtime.stepper import Stepper, Work
+from ray_moe.runtime.scheduler import Scheduler, Sequence, Work
+from ray_moe.runtime.stepper import Stepper
 from ray_moe.runtime.stream import Stream
 from ray_moe.runtime.tracing import step, within
 from ray_moe.runtime.versions import computing
@@ -184,7 +184,7 @@ class GenerationLoop:
         now_s = time.monotonic()
         for stream in list(self._streams.values()):
             if stream.deadline_s is not None and now_s > stream.deadline_s:
-                number = len(stream.sequence.tokens) - stream.sequence.num_prompt
+                number = stream.sequence.num_generated
                 self._end(stream, DeadlineExceeded(f"the time of the request is over; {number} tokens were generated"))
 
     def _step(self, work: Work) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +42,27 @@ class Sequence:
     """What the model keeps for it instead of `cache`, if it cannot be packed."""
     num_cached: int = 0
     """Tokens of its beginning that another sequence had computed."""
-    num_prompt: int = field(init=False)
+    num_source: int = 0
+    """The first of its tokens that an encoder reads, all at once; behind them are those of the decoder."""
+    _num_first: int = field(init=False)
+    """Tokens that it began with."""
 
     def __post_init__(self) -> None:
-        self.num_prompt = len(self.tokens)
+        self._num_first = len(self.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt, without what a decoder needs to begin."""
+        return self.num_source or self._num_first
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self._num_first
+
+    @property
+    def target(self) -> list[int]:
+        """What the next token is chosen by: all tokens of a decoder."""
+        return self.tokens[self.num_source :] if self.num_source else self.tokens
 
     @property
     def room(self) -> KVCache:
@@ -59,6 +77,10 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
 
+Work = Items[tuple[Sequence, int]]
+"""Sequences, and how many of their new tokens are to be computed in a step."""
+
+
 class Scheduler:
     """See the module."""
 
@@ -66,7 +88,7 @@ class Scheduler:
         """Args:
         max_running: sequences that are computed at the same time.
         max_step_tokens: tokens of a step, all sequences together.
-        in_chunks: whether a prompt may be computed in parts.
+        in_chunks: whether a prompt may be computed in parts, but for what an encoder reads.
         """
         self.pool = pool
         self.running: list[Sequence] = []
@@ -122,7 +144,7 @@ class Scheduler:
         """Sequences and how many of their new tokens are to be computed now; empty when there is nothing to do."""
         left, step = self._max_step_tokens, list[tuple[Sequence, int]]()
         for sequence in sorted(self.running, key=lambda one: one.num_new > 1):
-            number = self._part(sequence.num_new, left, not step)
+            number = self._part(sequence, left, step)
             if number and sequence in self.running and self._hold(sequence, sequence.num_computed + number):
                 step.append((sequence, number))
                 left -= number
@@ -132,19 +154,26 @@ class Scheduler:
             self._served[sequence.caller] += number
         while len(self.running) < self._max_running and (caller := self._next_caller()) is not None:
             sequence = self._waiting[caller][0]
-            if not self._part(sequence.num_new, left, not step) or not self._let_in(sequence):
+            if not self._part(sequence, left, step) or not self._let_in(sequence):
                 break
-            number = self._part(sequence.num_new, left, not step)
+            number = self._part(sequence, left, step)
             step.append((sequence, number))
             left -= number
             self._served[caller] += number
         return step
 
-    def _part(self, wanted: int, left: int, is_first: bool) -> int:
-        """How many of the tokens that a sequence wants computed fit into what is left of a step."""
-        if wanted <= left or (is_first and not self._in_chunks):
+    def _part(self, sequence: Sequence, left: int, step: Work) -> int:
+        """How many of a sequence's new tokens are computed in `step`, in which there is room for `left` more."""
+        wanted = sequence.num_new
+        if wanted <= left:
             return wanted
-        return left if self._in_chunks else 0
+        least = max(1, sequence.num_source + 1 - sequence.num_computed) if self._in_chunks else wanted
+        if least <= left:
+            return left
+        # What must be computed at once and never fits goes by itself, or, if an encoder reads it, beside those that
+        # generate: they are never so few that it would fit.
+        fits_beside = sequence.num_source > 0 and all(number == 1 for _, number in step)
+        return least if not step or (fits_beside and least > 1) else 0
 
     def _let_in(self, sequence: Sequence) -> bool:
         """Give it room, if there is any."""

@@ -1,138 +1,55 @@
 """One step of a model: the new tokens of some sequences in, the logits behind each of them out.
 
-Models that can be packed compute all sequences in one row (`packing.py`); others one after the other, each with what
-`transformers` keeps for it. A step that fails leaves every sequence as it was, or to be computed anew. Called by
-`generation.py`, in one thread.
+What differs between models that are a decoder alone and those that have an encoder beside it stands behind one
+contract: what a sequence begins with, and how its tokens are computed. The loop (`generation.py`) knows of neither.
 
 Shape legend: V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ray_moe.models.rope import ChangingRope, has_changing_rope
+from ray_moe.models.generation_config import start_token
+from ray_moe.runtime.decoder_only import DecoderStepper
+from ray_moe.runtime.encoder_decoder import EncoderDecoderStepper
 from ray_moe.runtime.kv_cache import KVPool
-from ray_moe.runtime.packing import MustGather, PackedCache, Segment, can_pack, pack, step_of
-from ray_moe.runtime.scheduler import Sequence
-
-Work = Items[tuple[Sequence, int]]
-"""Sequences, and how many of their new tokens are to be computed."""
+from ray_moe.runtime.scheduler import Work
 
 
-@dataclass(slots=True)
-class _Alone:
-    """What a sequence that cannot be packed has."""
+class Stepper(Protocol):
+    """Of one model. Called by `generation.py`, in one thread."""
 
-    cache: Any = None
-    """None before the first step: each family makes its own kind."""
-    rope: dict[str, nn.Module] = field(default_factory=dict)
+    @property
+    def in_chunks(self) -> bool:
+        """Whether a prompt may be computed in parts, but for what an encoder reads."""
 
-
-class Stepper:
-    """See the module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
-        self._device = next(model.parameters()).device
-        self._rope = ChangingRope(model) if any(map(has_changing_rope, model.modules())) else None
-        self.packs = can_pack(model)
-        self._gathers = False
-        """Found out by the first step."""
-        if self.packs:
-            pack(model)
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether keys and values of a beginning are good for any sequence that begins the same."""
 
     def compute(self, work: Work, pool: KVPool) -> torch.Tensor:
-        """[number of sequences, V] logits, behind what was computed of each."""
-        with torch.inference_mode():
-            try:
-                logits = self._packed(work) if self.packs else self._one_by_one(work)
-            except MustGather:
-                self._gathers = True
-                logits = self._packed(work)
-            self._measure(work[0][0], pool)
-            return logits
-
-    def _packed(self, work: Work) -> torch.Tensor:
-        tokens, positions, segments, last = list[int](), list[int](), list[Segment](), list[int]()
-        for sequence, number in work:
-            begin = sequence.num_computed
-            segments.append(Segment(sequence.room, len(tokens), number))
-            tokens += sequence.tokens[begin : begin + number]
-            positions += range(begin, begin + number)
-            last.append(len(tokens) - 1)
-        cache = PackedCache(segments, self._gathers)
-        with step_of(cache):
-            out = self._model(
-                input_ids=self._row(tokens),
-                position_ids=self._row(positions),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=torch.tensor(last, device=self._device),
-            )
-        for sequence, number in work:
-            sequence.num_computed += number
-            sequence.room.length = sequence.num_computed
-        logits: torch.Tensor = out.logits[0]
-        return logits
-
-    def _one_by_one(self, work: Work) -> torch.Tensor:
-        try:
-            return torch.cat([self._alone(sequence) for sequence, _ in work])
-        except BaseException:
-            for sequence, _ in work:  # some may have got further, but what they are told of it is lost
-                sequence.state, sequence.num_computed = None, 0
-            raise
-
-    def _alone(self, sequence: Sequence) -> torch.Tensor:
-        """All that is new of one sequence."""
-        if sequence.state is None or self._must_begin_again(sequence):
-            sequence.num_computed = 0
-            sequence.state = _Alone()
-        state, begin = sequence.state, sequence.num_computed
-        rope = contextlib.nullcontext() if self._rope is None else self._rope.of(state.rope)
-        with rope:
-            out = self._model(
-                input_ids=self._row(sequence.tokens[begin:]),
-                position_ids=self._row(range(begin, len(sequence.tokens))),
-                past_key_values=state.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        state.cache = out.past_key_values
-        sequence.num_computed = len(sequence.tokens)
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
-
-    def _must_begin_again(self, sequence: Sequence) -> bool:
-        """Whether a sequence has just become so long that its positions change their meaning (longrope)."""
-        limit = getattr(self._model.config, "original_max_position_embeddings", None)
-        return self._rope is not None and limit is not None and sequence.num_computed <= limit < len(sequence.tokens)
-
-    def _row(self, numbers: Any) -> torch.Tensor:
-        return torch.tensor([list(numbers)], device=self._device)
-
-    def _measure(self, sequence: Sequence, pool: KVPool) -> None:
-        """Learn from the first sequence what a token takes."""
-        if pool.bytes_per_token:
-            return
-        if self.packs:
-            pool.bytes_per_token = sequence.room.bytes_per_token()
-        elif sequence.state is not None:
-            pool.bytes_per_token = max(1, _num_bytes(sequence.state.cache) // max(1, sequence.num_computed))
+        """[number of sequences, V] logits, behind what was computed of each. A failure leaves them to be done again."""
 
 
-def _num_bytes(cache: Any) -> int:
-    """Of all tensors that the layers of a `transformers` cache hold."""
-    return sum(
-        value.numel() * value.element_size()
-        for layer in cache.layers
-        for value in vars(layer).values()
-        if isinstance(value, torch.Tensor)
-    )
+def stepper_of(model: nn.Module) -> Stepper:
+    """That of a model's kind; prepares the model for it."""
+    return EncoderDecoderStepper(model) if has_encoder(model) else DecoderStepper(model)
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Whether prompts are what an encoder reads, and not what a decoder continues."""
+    config: Any = model.config
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def beginning(model: nn.Module, prompt: Items[int]) -> tuple[list[int], int]:
+    """The tokens that the sequence of a prompt begins with, and how many of the first an encoder reads."""
+    if not has_encoder(model):
+        return list(prompt), 0
+    settings: Any = model.generation_config
+    return [*prompt, start_token(settings)], len(prompt)

@@ -35,16 +35,19 @@ class Stream:
         deadline_s: float | None,
         arrived_s: float | None = None,
         version: int = 0,
+        num_source: int = 0,
     ) -> None:
         """Args:
-        tokens: of the prompt.
+        tokens: that it begins with (`stepper.beginning`).
         end_tokens: the checkpoint's own.
         tell: takes what there is to say to whoever waits, from any thread.
         deadline_s: monotonic.
         arrived_s: when the request came, monotonic; None: now.
         version: of the weights that compute it.
+        num_source: how many of the first `tokens` an encoder reads.
         """
-        self.sequence = Sequence(tokens, len(tokens) + request.max_new_tokens, request.caller, version)
+        max_tokens = len(tokens) + request.max_new_tokens
+        self.sequence = Sequence(tokens, max_tokens, request.caller, version, num_source=num_source)
         self.sampler = Sampler(request, repetition_penalty)
         self.tell = tell
         self.deadline_s = deadline_s
@@ -71,7 +74,7 @@ class Stream:
     def choose(self, logits: torch.Tensor) -> GenerateChunk:
         """The next piece, by [V] float32 logits on the CPU."""
         told = logits.clone() if self._request.logprobs is not None and not self.sampler.is_plain else logits
-        token = self.sampler.sample(self.sequence.tokens, logits)
+        token = self.sampler.sample(self.sequence.target, logits)
         return self.take(token, told)
 
     def take(self, token: int, logits: torch.Tensor | None = None) -> GenerateChunk:

@@ -22,7 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "starlette": ("service/openai/",),
     "uvicorn": ("service/openai/",),
     "prometheus_client": ("service/metrics",),
-    "transformers": ("models/", "runtime/packing.py", "runtime/sampling.py"),
+    "transformers": ("models/", "runtime/packing", "runtime/sampling.py"),
     "opentelemetry": ("actors/otel.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),

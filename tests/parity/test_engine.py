@@ -44,7 +44,7 @@ class Cluster:
         quantization: Quantization = "none",
     ) -> None:
         """`device` is the router's; the hosts are there too unless they have one of their own."""
-        whole = Checkpoint.open(str(folder))
+        whole = Checkpoint.open(str(folder), encoder_decoder=True)
         checkpoint = whole.cut(1 if settings is None else settings.num_parts)
         names = [f"expert-{number}" for number in range(num_hosts)]
         placement = place_by_index({p: spec.num_experts for p, spec in checkpoint.layers.items()}, names)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig, SwitchTransformersConfig, T5Config
+from transformers import NllbMoeConfig, T5Config
 
-from ray_moe.errors import UnsupportedModel
+from ray_moe.errors import InvalidCheckpoint, UnsupportedModel
 from ray_moe.models.experts import drop_parameters, experts_modules, install
 from ray_moe.models.families import adapt
 from ray_moe.models.huggingface import Checkpoint
@@ -19,33 +19,14 @@ from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import place_by_index
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.moe_layer import ExpertDispatcher
+from ray_moe.runtime.stepper import beginning
 from ray_moe.transport.local import LocalTransport
 from ray_moe.types import RoutingTable
-from tests import tiny_models
+from tests.tiny_encoder_decoder import LAYERS, build, save
 from tests.unit.ops.architectures.elsewhere import trainer_of
 
-LAYERS = ["encoder.block.1.layer.1.mlp.experts", "decoder.block.1.layer.2.mlp.experts"]
 IDS = torch.tensor([[5, 9, 33, 7, 41, 8, 1], [17, 2, 61, 9, 9, 5, 1]])
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
-
-
-def switch(capacity: int = 64, **changes: Any) -> Any:
-    config = SwitchTransformersConfig(
-        **{
-            "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2,
-            "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 5,
-            "expert_capacity": capacity, "dropout_rate": 0.0, "router_jitter_noise": 0.0,
-            "decoder_start_token_id": 0, **changes,
-        }
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForSeq2SeqLM.from_config(config)
-    tiny_models.randomize(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("classifier.weight"):
-                parameter.mul_(4)  # or the gate's probabilities would be all alike
-    return model.eval()
 
 
 def text(model: Any) -> torch.Tensor:
@@ -73,7 +54,7 @@ def hosted(modules: dict[str, Any]) -> tuple[ExpertDispatcher, LocalTransport]:
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 @pytest.mark.parametrize("capacity", [64, 1])  # with room for one token of a sequence, most are dropped
 def test_on_the_experts_interface_nothing_changes(capacity, act) -> None:
-    theirs = switch(capacity, dense_act_fn=act)
+    theirs = build(capacity, dense_act_fn=act)
     ours = copy.deepcopy(theirs)
     adapt(ours)
     assert list(experts_modules(ours)) == LAYERS
@@ -97,8 +78,7 @@ def test_on_the_experts_interface_nothing_changes(capacity, act) -> None:
 
 @pytest.mark.parametrize("capacity", [64, 2])
 def test_a_checkpoint_with_its_experts_on_hosts_gives_the_same_logits_and_text(tmp_path: Path, capacity) -> None:
-    theirs = switch(capacity)
-    theirs.save_pretrained(tmp_path)
+    theirs = save(tmp_path, capacity)
     checkpoint = Checkpoint.open(tmp_path, encoder_decoder=True)
     assert {path: layer.num_experts for path, layer in checkpoint.layers.items()} == dict.fromkeys(LAYERS, 5)
     loaders = {
@@ -115,7 +95,7 @@ def test_a_checkpoint_with_its_experts_on_hosts_gives_the_same_logits_and_text(t
 
 
 def test_a_model_in_memory_gives_its_experts_to_hosts_and_trains_them_there() -> None:
-    theirs = switch()
+    theirs = build()
     ours = copy.deepcopy(theirs)
     adapt(ours)
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.roll(2, 1)}
@@ -136,7 +116,7 @@ def test_a_model_in_memory_gives_its_experts_to_hosts_and_trains_them_there() ->
 
 
 def test_weights_that_are_gone_are_not_needed() -> None:
-    model = switch()
+    model = build()
     adapt(model)
     drop_parameters(model)
     install(model, lambda path, hidden, index, weight: hidden * 0)
@@ -157,7 +137,16 @@ def test_what_cannot_be_taken_apart_is_refused(tmp_path: Path, config: Any, said
         Checkpoint.open(tmp_path, encoder_decoder=True)
 
 
-def test_a_service_refuses_it_and_says_what_can_be_done(tmp_path: Path) -> None:
-    switch().save_pretrained(tmp_path)
+def test_what_trains_and_exports_refuses_it_and_says_what_can_be_done(tmp_path: Path) -> None:
+    save(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"encoder-decoder.*Checkpoint\.open\(model, encoder_decoder=True\)"):
         Checkpoint.open(tmp_path)
+
+
+def test_a_checkpoint_must_say_what_its_decoder_begins_with(tmp_path: Path) -> None:
+    save(tmp_path, decoder_start_token_id=None)
+    with pytest.raises(InvalidCheckpoint, match="decoder_start_token_id None; expected one token"):
+        Checkpoint.open(tmp_path, encoder_decoder=True)
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 3}')  # transformers takes this one then
+    checkpoint: Any = Checkpoint.open(tmp_path, encoder_decoder=True).load_backbone()
+    assert beginning(checkpoint, (7, 8)) == ([7, 8, 3], 2)

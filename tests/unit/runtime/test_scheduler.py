@@ -21,6 +21,11 @@ def sequence(num_prompt, num_generated=8, caller="", first=0):
     return Sequence(list(range(first, first + num_prompt)), num_prompt + num_generated, caller)
 
 
+def with_encoder(num_source, num_generated=8, first=0):
+    tokens = list(range(first, first + num_source + 1))  # and the token with which a decoder begins
+    return Sequence(tokens, len(tokens) + num_generated, num_source=num_source)
+
+
 def carry_out(scheduler, step):
     """What a model and its streams do: compute, append the next token, end at the last."""
     for one, number in step:
@@ -102,6 +107,24 @@ def test_what_cannot_be_computed_in_parts_is_computed_whole_and_alone(num_runnin
     assert {long: 50} in sizes
     assert all(number in (1, len(one.tokens) - 8) for step in sizes for one, number in step.items())
     assert all(sum(step.values()) <= 10 for step in sizes if step != {long: 50})
+
+
+def test_what_an_encoder_reads_is_computed_at_once_and_what_was_generated_behind_it_in_chunks():
+    made, one = scheduler(max_step_tokens=10), with_encoder(9)
+    made.add(one)
+    assert [[number for _, number in step] for step in steps(made, 3)] == [[10], [1], [1]]
+    made.put_back(one)
+    one.tokens += range(20)
+    assert [[number for _, number in step] for step in steps(made, 4)] == [[10], [10], [10], [3]]
+
+
+def test_a_prompt_for_an_encoder_waits_for_one_that_comes_before_it_and_not_for_those_that_generate():
+    made, early, first, second = scheduler(max_step_tokens=10), with_encoder(2), with_encoder(10), with_encoder(9)
+    for one in (early, first, second):
+        made.add(one)
+    steps(made, 1)
+    assert [dict(step) for step in steps(made, 2)] == [{early: 1, first: 11}, {early: 1, first: 1, second: 10}]
+    assert (first.num_prompt, first.num_generated, first.target) == (10, 2, first.tokens[10:])
 
 
 def test_no_more_run_together_than_may():
@@ -218,7 +241,8 @@ arrivals = st.lists(
     st.tuples(
         st.integers(0, 20),
         st.none() | st.integers(0, 60),
-        st.builds(sequence, st.integers(1, 150), st.integers(1, 100), st.sampled_from("abc")),
+        st.builds(sequence, st.integers(1, 150), st.integers(1, 100), st.sampled_from("abc"))
+        | st.builds(with_encoder, st.integers(1, 80), st.integers(1, 100)),
     ),
     min_size=1,
     max_size=20,
@@ -230,7 +254,8 @@ arrivals = st.lists(
 def test_everybody_is_served_in_the_end_and_no_limit_is_broken(
     arrivals, num_blocks, max_running, max_step_tokens, in_chunks, keeps_prefixes
 ):
-    made = scheduler(num_blocks, max_running, max_step_tokens, in_chunks, keeps_prefixes and in_chunks)
+    keeps_prefixes = keeps_prefixes and in_chunks and not any(one.num_source for _, _, one in arrivals)
+    made = scheduler(num_blocks, max_running, max_step_tokens, in_chunks, keeps_prefixes)
     left = set()
     for number in range(10_000):
         for at, stay, one in arrivals:
@@ -243,7 +268,13 @@ def test_everybody_is_served_in_the_end_and_no_limit_is_broken(
         assert step or not (made.running or made.num_waiting)
         assert len(dict(step)) == len(step) <= len(made.running) <= max_running
         assert all(one in made.running for one, _ in step)
-        assert sum(tokens for _, tokens in step) <= max_step_tokens or (len(step) == 1 and not in_chunks)
+        beyond = [one for one, tokens in step if one.num_source and not one.num_computed]
+        assert all(tokens > one.num_source for one, tokens in step if one in beyond)
+        assert (
+            sum(tokens for _, tokens in step) <= max_step_tokens
+            or (len(step) == 1 and not in_chunks)
+            or (len(beyond) == 1 and all(tokens == 1 for one, tokens in step if one not in beyond))
+        )
         assert in_chunks or all(tokens == one.num_new for one, tokens in step)
         carry_out(made, step)
         assert made.num_waiting_tokens == sum(len(one.tokens) for one in made.waiting())

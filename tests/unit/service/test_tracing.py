@@ -27,12 +27,12 @@ from ray_moe.config import Config, ServerConfig, TraceDetail, TracingConfig
 from ray_moe.errors import InvalidConfig
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import StackedExperts
+from ray_moe.runtime.decoder_only import DecoderStepper
 from ray_moe.runtime.engine import Engine
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.runtime.host_loop import INLINE_FLOPS, HostLoop
 from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.runtime.settings import DispatchSettings
-from ray_moe.runtime.stepper import Stepper
 from ray_moe.service.composition import Service
 from ray_moe.service.doors import Doors
 from ray_moe.transport.base import ExpertCall, ExpertReply
@@ -296,7 +296,7 @@ async def test_what_the_engine_logs_of_a_request_has_its_ids(make, log, monkeypa
 
     cluster = make()
     async with cluster.running() as (_, http):
-        monkeypatch.setattr(Stepper, "compute", fail)
+        monkeypatch.setattr(DecoderStepper, "compute", fail)
         asked = {"model": "tiny", "prompt": "ab"}
         answer = await http.post("/completions", json=asked, headers={**SAMPLED, "x-request-id": "mine"})
     assert answer.status_code == 500
