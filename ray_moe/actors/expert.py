@@ -366,7 +366,7 @@ class ExpertActor:
             )
         checkpoint = self._checkpoints.get(source)
         if checkpoint is None:
-            checkpoint = Checkpoint.open(source.model).cut(self._spec.config.experts.tensor)
+            checkpoint = Checkpoint.open(source.model, encoder_decoder=True).cut(self._spec.config.experts.tensor)
             if checkpoint.layers_as(self._quantization) != self._spec.layers:
                 raise InvalidRequest(f"{source.model} is not of the architecture that is served: its experts differ")
             self._checkpoints[source] = checkpoint

@@ -77,7 +77,7 @@ class RouterWeights:
                 "for this GPU, or set router.device=cpu and router.num_gpus=0"
             )
         number, weights = versions.current, versions.live[versions.current]
-        checkpoint = Checkpoint.open(weights.base.model)
+        checkpoint = Checkpoint.open(weights.base.model, encoder_decoder=True)
         self._first = self._checkpoints[weights.base] = checkpoint.cut(self._spec.config.experts.tensor)
         engine = Engine(
             checkpoint.load_backbone(device=self.device),
@@ -169,7 +169,7 @@ class RouterWeights:
     def _open_replacement(self, model: str) -> Checkpoint:
         from ray_moe.models.huggingface import Checkpoint
 
-        checkpoint = Checkpoint.open(model).cut(self._spec.config.experts.tensor)
+        checkpoint = Checkpoint.open(model, encoder_decoder=True).cut(self._spec.config.experts.tensor)
         self.checkpoint.check_same_architecture(checkpoint)
         return checkpoint
 
@@ -190,7 +190,7 @@ class RouterWeights:
         if current.name == self._spec.config.model:
             return current.load_tokenizer()
         try:
-            return Checkpoint.open(self._spec.config.model).load_tokenizer()
+            return Checkpoint.open(self._spec.config.model, encoder_decoder=True).load_tokenizer()
         except RayMoEError as error:
             logger.warning("the tokenizer of version 0 is not there any more: %s", error)
             return current.load_tokenizer()

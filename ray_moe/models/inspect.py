@@ -265,12 +265,10 @@ def _servable(files: Files, weights: Weights | None, config: Any) -> tuple[bool 
     model_type = str(files.config.get("model_type"))
     if model_type in UNSUPPORTED:
         return False, f"{model_type} models cannot be served: {UNSUPPORTED[model_type]}"
-    if config is not None and config.is_encoder_decoder:
-        return False, f"{model_type} is an encoder-decoder model; only decoder-only language models are served."
     if files.folder is None or weights is None:
         return None, ""
     try:
-        Checkpoint.open(files.folder)
+        Checkpoint.open(files.folder, encoder_decoder=True)
     except RayMoEError as error:
         return False, error.message
     return True, ""

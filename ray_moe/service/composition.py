@@ -104,7 +104,7 @@ class Service:
         """
         tracing.check(self.config.tracing)
         self._on_progress(ServiceProgress("checkpoint", detail=self.config.model))
-        checkpoint = Checkpoint.open(self.config.model).cut(self.config.experts.tensor)
+        checkpoint = Checkpoint.open(self.config.model, encoder_decoder=True).cut(self.config.experts.tensor)
         config = membership.confined(self.config, ray_encrypted=membership.ray_is_encrypted(os.environ))
         certificate = membership.certificate_of(config.transport)
         try:
