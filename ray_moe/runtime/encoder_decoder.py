@@ -8,7 +8,7 @@ In a step all prompts that are new go through the encoder as one row, and then t
 decoder, one row for each token (`packing_cross.py`): so the experts get those of a layer as one batch, and what a gate
 counts within a row, its capacity, it counts as it does for a sequence alone. One of the steppers of `stepper.py`.
 
-Shape legend: S tokens of all new prompts, Q tokens of the decoder in a step, V vocabulary.
+Shape legend: S tokens of all new prompts, D model width, V vocabulary.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ for the longest of a step has all others in it.
 
 Called by `encoder_decoder.py`, in one thread.
 
-Shape legend: S tokens of all new prompts, Q tokens of the decoder, A attention heads, D head width, L tokens that a
-query sees.
+Shape legend: S tokens of all new prompts, Q tokens of the decoder, A attention heads, D head width.
 """
 
 from __future__ import annotations
@@ -129,8 +128,8 @@ class DecoderRows:
     def _keep_sources(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """[1, A, S, D] of all new prompts."""
         lengths = [part.num_source for part in self._new]
-        for part, *both in zip(self._new, keys.split(lengths, 2), values.split(lengths, 2), strict=True):
-            part.cache.write(layer, *both, begin=0)
+        for part, of_keys, of_values in zip(self._new, keys.split(lengths, 2), values.split(lengths, 2), strict=True):
+            part.cache.write(layer, of_keys, of_values, begin=0)
 
     def attend(
         self, base: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -143,14 +142,13 @@ class DecoderRows:
         attend, outputs = attention_of(module, base), []
         for part in self._parts:
             own = query[:, :, part.start : part.start + part.length]
-            if module.is_causal:
+            if module.is_causal:  # attention to its own tokens
                 keys, values = part.cache.read(module.layer_idx, part.end, part.num_source)
-                bias = self._bias[:, :, -part.length :, -part.num_seen :]
                 mask = causal_mask(self._masks, base, query, part.length, part.num_seen)
+                kwargs["position_bias"] = self._bias[:, :, -part.length :, -part.num_seen :]
             else:
                 keys, values = part.cache.read(module.layer_idx, part.num_source)
-                bias = mask = None
-            kwargs["position_bias"] = bias
+                mask = kwargs["position_bias"] = None
             outputs.append(attend(module, own, keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, 1)
 

@@ -170,10 +170,10 @@ class Scheduler:
         least = max(1, sequence.num_source + 1 - sequence.num_computed) if self._in_chunks else wanted
         if least <= left:
             return left
-        # What must be computed at once and never fits goes by itself, or, if an encoder reads it, beside those that
-        # generate: they are never so few that it would fit.
-        fits_beside = sequence.num_source > 0 and all(number == 1 for _, number in step)
-        return least if not step or (fits_beside and least > 1) else 0
+        # What must be computed at once and does not fit goes by itself; what an encoder reads also beside those that
+        # generate, or nobody would be let in until the last of them has ended.
+        is_only_prompt = sequence.num_source > 0 and least > 1 and all(number == 1 for _, number in step)
+        return least if not step or is_only_prompt else 0
 
     def _let_in(self, sequence: Sequence) -> bool:
         """Give it room, if there is any."""

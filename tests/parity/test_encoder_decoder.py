@@ -6,13 +6,16 @@ Capacity is 1 in some cases: then most tokens of a prompt are dropped, and which
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 from ray_moe.runtime.engine import EngineLimits
+from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.types import GenerateRequest
 from tests.parity.test_batching import generated, requests
 from tests.parity.test_engine import Cluster
@@ -44,6 +47,28 @@ async def test_what_is_computed_together_is_what_is_computed_alone(tmp_path: Pat
     cluster = Cluster(tmp_path, 2, limits=EngineLimits(max_step_tokens=60, max_concurrent_requests=8))
     wanted = requests(16, 40)
     assert await generated(cluster.engine, wanted) == expected(model, wanted)
+    cluster.close()
+
+
+async def test_experts_may_be_in_parts(tmp_path: Path) -> None:
+    model = save(tmp_path, tie_word_embeddings=False)
+    cluster = Cluster(tmp_path, 3, DispatchSettings(num_parts=2))
+    wanted = requests(8, 40)
+    assert await generated(cluster.engine, wanted) == expected(model, wanted)
+    cluster.close()
+
+
+async def test_half_precision_is_as_near_as_it_can_be(tmp_path: Path) -> None:
+    save(tmp_path, dtype="bfloat16")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    cluster = Cluster(tmp_path, 2)
+    assert model.dtype is cluster.model.dtype is torch.bfloat16
+    for wanted in requests(8, 40):
+        request = replace(wanted, max_new_tokens=1, logprobs=1)
+        (chunk,) = [chunk async for chunk in cluster.engine.generate(request)]
+        theirs = alone(model, request).logits[0][0].float().log_softmax(-1)
+        assert chunk.logprobs[0].logprob == pytest.approx(theirs[chunk.token_ids[0]].item(), abs=0.05)
+        assert theirs.max() - theirs[chunk.token_ids[0]] < 0.05
     cluster.close()
 
 

@@ -15,6 +15,7 @@ from ray_moe.errors import InvalidCheckpoint, UnsupportedModel
 from ray_moe.models.experts import drop_parameters, experts_modules, install
 from ray_moe.models.families import adapt
 from ray_moe.models.huggingface import Checkpoint
+from ray_moe.models.inspect import inspect
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import place_by_index
 from ray_moe.runtime.expert_host import ExpertHost
@@ -141,6 +142,12 @@ def test_what_trains_and_exports_refuses_it_and_says_what_can_be_done(tmp_path: 
     save(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"encoder-decoder.*Checkpoint\.open\(model, encoder_decoder=True\)"):
         Checkpoint.open(tmp_path)
+
+
+def test_inspection_says_that_it_is_served(tmp_path: Path) -> None:
+    save(tmp_path)
+    found = inspect(tmp_path)
+    assert (found.kind, found.servable, found.not_servable) == ("hybrid", True, "")
 
 
 def test_a_checkpoint_must_say_what_its_decoder_begins_with(tmp_path: Path) -> None:
