@@ -9,7 +9,7 @@ PY := $(BIN)/python
 STAMP := $(VENV)/.installed
 PYTHONS := python3 python3.13 python3.12 python3.11
 
-.PHONY: help setup demo test check protos bench clean
+.PHONY: help setup demo test check protos bench browser clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -17,7 +17,7 @@ help:  ## what there is
 demo: $(STAMP)  ## train a small MoE, serve it with its experts in actors, kill one, compare (under 5 minutes)
 	@$(BIN)/ray-moe demo
 
-test: $(STAMP)  ## the whole suite
+test: $(STAMP) browser  ## the whole suite
 	@$(PY) -m pytest -n 2 --dist loadgroup tests/arch tests/unit tests/sim tests/parity
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray
 
@@ -37,6 +37,18 @@ protos: $(STAMP)  ## the committed stubs, anew from protos/
 
 bench: $(STAMP)  ## the transports side by side
 	@$(PY) benchmarks/dispatch.py
+
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+
+browser:  ## Chromium, for the tests of the dashboard; installs it with apt where root runs make
+	@command -v $(BROWSERS) >/dev/null 2>&1 && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Chromium"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; \
+	else \
+	  echo "make browser: the dashboard's tests need one of: $(BROWSERS)" >&2; \
+	  echo "  install one (on Debian: sudo apt install chromium) and run make again" >&2; exit 1; \
+	fi
 
 clean:  ## all but the sources; the demo's model stays in its cache
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

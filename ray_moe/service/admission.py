@@ -89,6 +89,11 @@ class Admission:
         return caller
 
     @property
+    def keys_required(self) -> bool:
+        """Whether requests need an API key."""
+        return self._keys.required
+
+    @property
     def serving(self) -> bool:
         """Whether a request would be admitted, load apart."""
         return self._backend.ready and not self.stopping

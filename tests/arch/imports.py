@@ -19,7 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "pydantic": ("config.py", "config_sources.py", "config_train.py", "config_types.py", "service/openai/"),
     "fastapi": ("service/openai/",),
-    "starlette": ("service/openai/",),
+    "starlette": ("service/openai/", "service/dashboard/"),
     "uvicorn": ("service/openai/",),
     "prometheus_client": ("service/metrics",),
     "transformers": ("models/", "runtime/packing", "runtime/sampling.py"),

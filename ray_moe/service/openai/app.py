@@ -1,6 +1,7 @@
 """The OpenAI-compatible front door as an ASGI application over a `Backend`.
 
-Routes, their description for `/openapi.json`, and errors in OpenAI's shape. It does not know where it is served.
+Routes, their description for `/openapi.json`, and errors in OpenAI's shape; the dashboard is beside them. It does not
+know where it is served.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ray_moe import __version__
 from ray_moe.errors import RayMoEError
 from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
+from ray_moe.service.dashboard import routes as dashboard
 from ray_moe.service.openai.errors import BadRequest, refusal
 from ray_moe.service.openai.framing import StrictFraming
 from ray_moe.service.openai.jobs import RequestLimits, check_model
@@ -74,6 +76,7 @@ def make_app(
     _add_information(app, backend, admission)
     _add_metrics(app, backend, admission, max_metric_experts)
     _add_generation(app, backend, admission, limits)
+    app.router.routes.extend(dashboard.routes(backend, admission))
     _add_errors(app)
     app.add_middleware(StrictFraming)
     app.add_middleware(RequestMiddleware, tracer=admission.tracer, paths=frozenset(_paths(app)))

@@ -10,7 +10,8 @@ from ray_moe.service.openai.errors import refusal
 from ray_moe.service.requests import handling
 from ray_moe.wire.status import REQUEST_ID_KEY
 
-PROBES = frozenset({"/health", "/metrics"})
+PROBES = frozenset({"/health", "/metrics", "/dashboard/api/state"})
+"""What is asked again and again, by nobody in particular: logged at `debug`."""
 MAX_PATH = 200
 """Characters of a path that a line of the log has."""
 
