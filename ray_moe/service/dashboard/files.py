@@ -11,7 +11,7 @@ import gzip
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import util
+from importlib.util import find_spec
 from pathlib import Path
 
 from starlette.responses import Response
@@ -89,7 +89,7 @@ def _read(path: Path) -> _File:
 
 def _charts() -> Path | None:
     """plotly's script, without importing plotly, which takes a while; None where it is not installed."""
-    found = util.find_spec("plotly")
+    found = find_spec("plotly")
     for folder in [] if found is None else found.submodule_search_locations or []:
         path = Path(folder, "package_data", CHARTS)
         if path.is_file():

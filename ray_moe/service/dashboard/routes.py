@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
@@ -55,7 +55,7 @@ def routes(backend: Backend, admission: Admission) -> list[Route]:
         told = {**picture, "caller": name if admission.keys_required else None}
         return await _json(told, request)
 
-    def action(do: Callable[[bytes], Awaitable[dict[str, Any]]]) -> Handler:
+    def action(do: Callable[[bytes], Coroutine[Any, Any, dict[str, Any]]]) -> Handler:
         async def handle(request: Request) -> Response:
             who = caller(request)
             with admission.payload() as payload, who.request():

@@ -30,8 +30,8 @@ export function tiles(history) {
     ["first", "Time to first token", ms(first[0]), `p95 ${ms(first[1])}`],
     ["gap", "Between two tokens", ms(gap[0]), `p95 ${ms(gap[1])}, max ${ms(router.longest_pause_s * 1000)}`],
     ["balance", "Balancedness", router.balancedness.toFixed(2), "1 is perfect"],
-    ["hosts", "Hosts ready", `${ready} / ${hosts.length}`, `${number(hosts.reduce((sum, host) => sum + host.queued_rows, 0))} rows wait for them`],
-    ["safe", "Survive a lost node", service ? percent(service.p_lossless) : "–", "chance that no expert is lost"],
+    ["hosts", "Hosts ready", `${ready} / ${hosts.length}`, `${number(hosts.reduce((sum, host) => sum + host.queued_rows, 0))} rows wait`],
+    ["safe", "Survive a lost node", service ? percent(service.p_lossless) : "–", "with every expert"],
     ["again", "Calls again, hedged", `${number(router.retried_calls)}, ${number(router.hedged_calls)}`, `${rate(retried)}/s, ${rate(hedged)}/s`],
   ];
   const parent = byId("tiles");
@@ -66,7 +66,7 @@ export function hosts(history) {
         cell(bytes(host.rss_bytes), { class: "num", "data-name": "memory" }),
         cell(rate(history.rowsPerS.get(host.host_id) ?? null), { class: "num", "data-name": "rows/s" }),
         cell(`${host.speed.toFixed(2)} ×`, { class: "num", "data-name": "speed" }),
-        cell(element("span", { class: "meter" }, bar, element("span", { class: "num" }, percent(host.utilisation))), { class: "busy", "data-name": "busy" }),
+        cell(element("span", { class: "meter" }, bar, element("span", { class: "num" }, percent(host.utilisation))), { "data-name": "busy" }),
         cell(number(host.queued_rows), { class: "num", "data-name": "queue" }),
         cell(number(host.restarts), { class: "num", "data-name": "restarts" }),
       );

@@ -95,7 +95,7 @@ async def test_nothing_else_is_served(client: httpx.AsyncClient, name: str) -> N
 async def test_the_charts_are_plotly_s_or_are_told_how_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     async with client_of(FakeBackend()) as client:
         assert "plotly.js v" in (await client.get("/dashboard/static/plotly.min.js")).text[:200]
-    monkeypatch.setattr(files.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     async with client_of(FakeBackend()) as client:
         reply = await client.get("/dashboard/static/plotly.min.js")
     assert reply.status_code == 404

@@ -297,7 +297,7 @@ async def test_it_looks_no_more_while_nobody_looks_at_it(browser: Browser) -> No
 
 
 async def test_without_plotly_all_but_the_charts_is_there(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     async with dashboard(browser, BusyBackend(), complains=True) as page:
         await expect(page.locator("#no-charts")).to_contain_text("pip install 'ray-moe[dashboard]'")
         await expect(page.locator("#hosts tbody tr")).to_have_count(3)
