@@ -1,7 +1,7 @@
 """The picture of the dashboard in the README, taken of a real service: `python tools/dashboard_picture.py`.
 
-A small model with random weights, its experts in five actors on a local Ray, and streams of random prompts. One actor is
-killed; the picture is taken when that is repaired and some time has passed. Needs Chromium (`make browser`).
+A small model with random weights, its experts in five actors on a local Ray, and streams of random prompts. One actor
+is killed; the picture is taken when that is repaired and some time has passed. Needs Chromium (`make browser`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The dashboard of a real service in a real browser: traffic, a key, and an expert actor that is killed and comes back."""
+"""The dashboard of a real service in a real browser: traffic, a key, an expert actor that is killed and comes back."""
 
 from __future__ import annotations
 

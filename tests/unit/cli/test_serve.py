@@ -64,6 +64,7 @@ def test_it_serves_until_it_is_told_to_stop(service: type[FakeService]) -> None:
     result = run(commands, ["serve", "m", "--port", "0", "--actors", "3", "--address", "auto"])
     assert result.exit_code == 0
     assert "serving m on 127.0.0.1:9 (gRPC) and http://127.0.0.1:8/v1 (OpenAI)" in result.stdout
+    assert "\n  http://127.0.0.1:8/dashboard\n" in result.stdout
     assert result.stdout.endswith("Ctrl-C stops\nstopped\n")
     assert "loading: 1 of 2 actors ready (50%)" in result.stderr
     (made,) = service.made

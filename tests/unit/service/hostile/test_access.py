@@ -162,6 +162,9 @@ HTTP = {
     "models": ("/v1/models", b"", "GET"),
     "a model": ("/v1/models/tiny", b"", "GET"),
     "an unknown model": ("/v1/models/gpt", b"", "GET"),
+    "the dashboard's figures": ("/dashboard/api/state", b"", "GET"),
+    "a plan by the dashboard": ("/dashboard/api/plan", b'{"confirm": true}', "POST"),
+    "a wish that is no JSON": ("/dashboard/api/chaos", b"{", "POST"),
 }
 
 
@@ -173,6 +176,14 @@ def test_nobody_is_let_in_over_http_without_a_key(service: Service, key: str | N
     assert reply.status_code == 401, reply.text
     assert reply.json()["error"]["type"] == "authentication_error"
     assert reply.headers["www-authenticate"] == "Bearer"
+    service.check("http")
+
+
+@pytest.mark.parametrize("name", ["trainer", "ana"])
+def test_the_dashboard_asks_for_the_role(service: Service, name: str) -> None:
+    for path, content, method in (call for call in HTTP.values() if call[0].startswith("/dashboard/")):
+        reply = keyed(service, path, content, service.keys.secrets[name], method)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "permission_denied")
     service.check("http")
 
 
