@@ -41,18 +41,16 @@ export class History {
     this.placement = null;
     this.placementEpoch = null;
     this.utilisations = [];
-    this._past = []; // pictures of the last half minute, of this life of this router
+    this._lives = new Map(); // router and process -> its pictures of the last half minute, and its loads
   }
 
   add(picture) {
-    const life = `${picture.router.router_id}/${picture.router.pid}`;
-    if (life !== this._life) {
-      // Another router, or another life of it: its totals have nothing to do with the last ones.
-      this._past = [];
-      this.loads = [];
-      this.placementEpoch = null;
-      this._life = life;
-    }
+    // Totals are of one life of one router. Behind a proxy another one may answer each time.
+    const life = this._live(picture);
+    if (life !== this._life) this.placementEpoch = null;
+    this._life = life;
+    this._past = life.past;
+    this.loads = life.loads;
     if (picture.placement) {
       this.placement = picture.placement;
       this.placementEpoch = picture.epoch;
@@ -62,18 +60,29 @@ export class History {
     this._past.push(picture);
     while (this._past.length > 2 && this._past[1].at_s <= picture.at_s - 30) this._past.shift();
     if (before) this._rate(before, picture);
+    else this.rates = { tokens: null, retried: 0, hedged: 0 };
     this._utilise(picture);
+    life.loads = this.loads;
     const gap = this._window("token_gaps_s", 10);
     const first = this._window("first_tokens_s", 30);
     const isUsed = gap.some((value) => value !== null);
     this.points.push({
       time: new Date(picture.unix_s * 1000),
-      tokens: before ? this.rates.tokens : null,
+      tokens: this.rates.tokens,
       balance: isUsed || this.rates.tokens > 0 ? picture.router.balancedness : null,
       first,
       gap,
     });
     if (this.points.length > MAX_POINTS) this.points.shift();
+  }
+
+  _live(picture) {
+    const name = `${picture.router.router_id}/${picture.router.pid}`;
+    for (const [other, { past }] of this._lives) {
+      if (other !== name && past[past.length - 1].unix_s < picture.unix_s - 60) this._lives.delete(other);
+    }
+    if (!this._lives.has(name)) this._lives.set(name, { past: [], loads: [] });
+    return this._lives.get(name);
   }
 
   _rate(before, now) {

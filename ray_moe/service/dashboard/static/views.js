@@ -1,10 +1,10 @@
 // The parts of the page that are text: tiles, hosts, experts as tables, the plan, events.
 
-import { badge, bytes, clock, duration, element, ms, number, percent, rate, text, tone } from "./format.js";
+import { badge, bytes, clock, duration, element, ms, number, percent, rate, text } from "./format.js";
 import { layerName, shortPath } from "./model.js";
+import { fill, mark } from "./tables.js";
 
 const byId = (id) => document.getElementById(id);
-const cell = (value, attributes = {}) => element("td", attributes, value);
 
 export function header(history) {
   const { service, router } = history.now;
@@ -12,8 +12,7 @@ export function header(history) {
   text(byId("model"), service?.model ?? "");
   byId("model").title = service?.model ?? "";
   byId("state").hidden = false;
-  text(byId("state"), state);
-  byId("state").dataset.tone = tone(state) ?? "warn";
+  mark(byId("state"), state);
   const parts = service ? [service.model_type, `up ${duration(service.uptime_s)}`, `ray_moe ${service.version}`] : ["the controller does not answer"];
   text(byId("about"), [...parts, router.router_id].filter(Boolean).join(" · "));
   document.title = `${service?.model.split("/").pop() ?? "ray_moe"} · ${state}`;
@@ -47,31 +46,28 @@ export function tiles(history) {
   }
 }
 
+function held(host) {
+  const loading = host.loaded_bytes < host.weight_bytes;
+  return loading ? `${percent(host.loaded_bytes / host.weight_bytes)} loaded` : number(host.num_experts);
+}
+
 export function hosts(history) {
   const { hosts } = history.now;
   const weights = hosts.reduce((sum, host) => sum + host.weight_bytes, 0);
   text(byId("hosts-size"), `${hosts.length}, with ${bytes(weights)} of experts`);
-  byId("hosts").tBodies[0].replaceChildren(
-    ...hosts.map((host) => {
-      const loading = host.loaded_bytes < host.weight_bytes;
-      const held = loading ? `${percent(host.loaded_bytes / host.weight_bytes)} loaded` : number(host.num_experts);
-      const bar = element("progress", { max: 1, value: host.utilisation, "aria-label": `utilisation of ${host.host_id}` });
-      return element(
-        "tr",
-        { "data-host": host.host_id },
-        element("th", { scope: "row" }, host.host_id),
-        cell(badge(host.state)),
-        cell(host.node_id.slice(0, 8), { "data-name": "node", title: host.node_id }),
-        cell(held, { class: "num", "data-name": "experts" }),
-        cell(bytes(host.rss_bytes), { class: "num", "data-name": "memory" }),
-        cell(rate(history.rowsPerS.get(host.host_id) ?? null), { class: "num", "data-name": "rows/s" }),
-        cell(`${host.speed.toFixed(2)} ×`, { class: "num", "data-name": "speed" }),
-        cell(element("span", { class: "meter" }, bar, element("span", { class: "num" }, percent(host.utilisation))), { "data-name": "busy" }),
-        cell(number(host.queued_rows), { class: "num", "data-name": "queue" }),
-        cell(number(host.restarts), { class: "num", "data-name": "restarts" }),
-      );
-    }),
-  );
+  const columns = [
+    { of: (host) => host.host_id, isHead: true },
+    { of: (host) => host.state, kind: "badge" },
+    { of: (host) => host.node_id.slice(0, 8), name: "node" },
+    { of: held, name: "experts", isNumber: true },
+    { of: (host) => bytes(host.rss_bytes), name: "memory", isNumber: true },
+    { of: (host) => rate(history.rowsPerS.get(host.host_id) ?? null), name: "rows/s", isNumber: true },
+    { of: (host) => `${host.speed.toFixed(2)} ×`, name: "speed", isNumber: true },
+    { of: (host) => host.utilisation, name: "busy", kind: "meter" },
+    { of: (host) => number(host.queued_rows), name: "queue", isNumber: true },
+    { of: (host) => number(host.restarts), name: "restarts", isNumber: true },
+  ];
+  fill(byId("hosts"), hosts, columns, (row, host) => (row.dataset.host = host.host_id));
 }
 
 export function plan(history) {
@@ -92,19 +88,22 @@ export function plan(history) {
   facts.forEach(([, value], i) => text(parent.children[2 * i + 1], value));
 }
 
-let shownEvents = "";
+let lastEvent = null;
 
+/** The newest first. Only what is new is added, so that it alone is read aloud. */
 export function events(history) {
   const { events } = history.now;
-  const key = JSON.stringify([events.length, events[0], events[events.length - 1]]);
-  if (key === shownEvents) return; // what is read aloud, or scrolled, is left alone
-  shownEvents = key;
-  byId("events").replaceChildren(
-    ...[...events].reverse().map((event) =>
-      element("li", {}, element("time", { datetime: new Date(event.at_s * 1000).toISOString() }, clock(event.at_s)), badge(event.kind), element("span", {}, event.text)),
-    ),
-  );
-  if (!events.length) byId("events").append(element("li", {}, element("span", {}, "Nothing has happened yet.")));
+  const same = (event) => event.at_s === lastEvent?.at_s && event.kind === lastEvent.kind && event.text === lastEvent.text;
+  const fresh = events.slice(events.findLastIndex(same) + 1);
+  const list = byId("events");
+  if (fresh.length === events.length) list.replaceChildren();
+  for (const event of fresh) {
+    const time = element("time", { datetime: new Date(event.at_s * 1000).toISOString() }, clock(event.at_s));
+    list.prepend(element("li", {}, time, badge(event.kind), element("span", {}, event.text)));
+    lastEvent = event;
+  }
+  while (list.children.length > Math.max(events.length, 1)) list.lastChild.remove();
+  if (!list.children.length) list.append(element("li", { class: "muted" }, "Nothing has happened yet."));
 }
 
 /** What is at a cell of the heatmap, in words. */
@@ -131,35 +130,26 @@ export function tables(history) {
   if (select.options.length !== layers.length) {
     select.replaceChildren(...layers.map((path, i) => element("option", { value: i }, shortPath(path))));
   }
-  byId("layer-table").tBodies[0].replaceChildren(
-    ...layers.map((path, layer) => {
-      const loads = history.loads[layer] ?? [];
-      const total = loads.reduce((sum, load) => sum + load, 0);
-      const top = loads.reduce((best, load, expert) => (load > loads[best] ? expert : best), 0);
-      return element(
-        "tr",
-        {},
-        element("th", { scope: "row" }, layerName(path)),
-        cell(rate(total), { class: "num" }),
-        cell(total ? String(top) : "–"),
-        cell(total ? percent(loads[top] / total) : "–", { class: "num" }),
-        cell(total ? (total / loads.length / loads[top]).toFixed(2) : "–", { class: "num" }),
-        cell(history.placement ? String(Math.min(...history.placement.replicas[layer])) : "–", { class: "num" }),
-      );
-    }),
-  );
+  const busiest = (loads) => loads.reduce((best, load, expert) => (load > loads[best] ? expert : best), 0);
+  const rows = layers.map((path, layer) => {
+    const loads = history.loads[layer] ?? [];
+    const total = loads.reduce((sum, load) => sum + load, 0);
+    return { path, layer, loads, total, top: busiest(loads) };
+  });
+  fill(byId("layer-table"), rows, [
+    { of: ({ path }) => layerName(path), isHead: true },
+    { of: ({ total }) => rate(total), isNumber: true },
+    { of: ({ total, top }) => (total ? String(top) : "–") },
+    { of: ({ total, loads, top }) => (total ? percent(loads[top] / total) : "–"), isNumber: true },
+    { of: ({ total, loads, top }) => (total ? (total / loads.length / loads[top]).toFixed(2) : "–"), isNumber: true },
+    { of: ({ layer }) => (history.placement ? String(Math.min(...history.placement.replicas[layer])) : "–"), isNumber: true },
+  ]);
   const layer = Number(select.value || 0);
-  byId("expert-table").tBodies[0].replaceChildren(
-    ...(history.now.tokens[layer] ?? []).map((_, expert) =>
-      element(
-        "tr",
-        {},
-        element("th", { scope: "row" }, String(expert)),
-        cell(rate(history.loads[layer]?.[expert] ?? null), { class: "num" }),
-        cell(String(history.placement?.replicas[layer]?.[expert] ?? "–"), { class: "num" }),
-        cell(percent(history.utilisations[layer]?.[expert] ?? 0), { class: "num" }),
-        cell(history.holders(layer, expert).join(", ") || "none"),
-      ),
-    ),
-  );
+  fill(byId("expert-table"), history.now.tokens[layer] ?? [], [
+    { of: (_, expert) => String(expert), isHead: true },
+    { of: (_, expert) => rate(history.loads[layer]?.[expert] ?? null), isNumber: true },
+    { of: (_, expert) => String(history.placement?.replicas[layer]?.[expert] ?? "–"), isNumber: true },
+    { of: (_, expert) => percent(history.utilisations[layer]?.[expert] ?? 0), isNumber: true },
+    { of: (_, expert) => history.holders(layer, expert).join(", ") || "none" },
+  ]);
 }

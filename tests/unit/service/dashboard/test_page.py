@@ -335,7 +335,9 @@ async def test_rates_and_quantiles_are_right(browser: Browser) -> None:
                 look(17, 5, 2, 20);  // another life of the router
                 const anew = [history.points.at(-1).tokens, history.loads.length];
                 look(18, 12, 2, 30);
-                return [first, faded, anew, history.rates.tokens];
+                const second = history.rates.tokens;
+                look(20, 150, 1, 40);  // two routers behind a proxy: each is compared with itself
+                return [first, faded, anew, second, history.rates.tokens];
             }"""
         )
-        assert told == [[20, [20, 40], 50, [[0.5, 0]]], [[10, 20], 0], [None, 0], 7]
+        assert told == [[20, [20, 40], 50, [[0.5, 0]]], [[10, 20], 0], [None, 0], 7, 2.5]
