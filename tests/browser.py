@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Literal
 
-from playwright.async_api import Browser, ConsoleMessage, Page, Request, async_playwright
+from playwright.async_api import Browser, ConsoleMessage, Page, Request, async_playwright, expect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 STYLE_OF_MAPS = "Applying inline style violates"
@@ -28,6 +28,7 @@ def chromium() -> str:
 @asynccontextmanager
 async def start_browser() -> AsyncIterator[Browser]:
     """The program; it ends with the block."""
+    expect.set_options(timeout=TIMEOUT_MS)
     async with async_playwright() as playwright:
         # As root, as in a container, Chromium has no sandbox; what it opens here is our own.
         browser = await playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
