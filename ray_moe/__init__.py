@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ray_moe.ops.methods.driver import Methods
     from ray_moe.service.network import remote_trainer
     from ray_moe.service.training import train
+    from ray_moe.training.loading import load_trained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "UpcycleSettings",
     "__version__",
     "inspect",
+    "load_trained",
     "merge",
     "remote_trainer",
     "train",
@@ -44,6 +46,7 @@ _LAZY = {
     "Methods": "ray_moe.ops.methods.driver",
     "remote_trainer": "ray_moe.service.network",
     "train": "ray_moe.service.training",
+    "load_trained": "ray_moe.training.loading",
 }
 
 

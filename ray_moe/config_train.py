@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ray_moe.config_methods import OF_GATES, AuxiliaryConfig, GateOptions, MethodsConfig
 from ray_moe.config_types import Count, Devices, File, Number, Seconds, Section
 
 Positive = Annotated[float, Field(gt=0), Number]
@@ -102,23 +103,6 @@ class LoraConfig(Section):
     """Patterns of names of the backbone's linear layers that get one."""
 
 
-class AuxiliaryConfig(Section):
-    """Losses that a gate wants minimised beside: coefficients, for each layer of experts; 0 leaves one out. The loss of
-    a step that is reported has them in it, that of validation has not."""
-
-    load_balancing: NotNegative = 0.0
-    """How unevenly tokens are spread over the experts (GShard, Switch Transformer); 0.01 is usual."""
-    router_z: NotNegative = 0.0
-    """How large the gate's logits are, which makes low precision unstable (ST-MoE); 0.001 is usual."""
-    importance: NotNegative = 0.0
-    """How unevenly the experts' weights are spread (the first sparsely gated layers)."""
-
-    @property
-    def coefficients(self) -> dict[str, float]:
-        """Those that are not 0, by the names of `ops/losses.py`."""
-        return {name: factor for name, factor in self.model_dump().items() if factor}
-
-
 class CheckpointsConfig(Section):
     """Checkpoints of training: a folder for each, readable with any number of actors and workers."""
 
@@ -155,7 +139,12 @@ class TrainConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    gate: GateOptions = Field(default_factory=dict)
+    """Another gate in the place of the model's routers, by its name (docs/methods/gates.md), alone or with options:
+    `{name: noisy_topk, top_k: 2}`; `top_k` is the model's own when not said. Empty keeps the routers. What is trained
+    can be published or exported only where the gate is, in evaluation, what these routers are; that is checked."""
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    methods: MethodsConfig = MethodsConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     serve: bool = False
     """Whether the same actors answer requests meanwhile, with the weights that were published last."""
@@ -213,6 +202,8 @@ class TrainConfig(Section):
     def _consistent(self) -> TrainConfig:
         if self.lora is not None and self.freeze:
             raise ValueError("lora trains adapters alone, so freeze has nothing to say: leave it out")
+        if not self.gate and (told := [name for name in OF_GATES if name in self.auxiliary.coefficients]):
+            raise ValueError(f"auxiliary.{told[0]} is a loss of some gates, and gate names none: name one, or leave it")
         return self
 
 

@@ -95,7 +95,9 @@ class TrainerActor:
 
     def _export(self, session: Session, held: Collection[str]) -> tuple[int, str]:
         """Write the weights for others to load; `held` says which of those that were written before must stay."""
+        from ray_moe.actors.training import gate_choice
         from ray_moe.training.export import PUBLISHED, export_running
+        from ray_moe.training.gating import check_writable
 
         train = self._spec.config.train
         if not train.checkpoints.folder:
@@ -103,6 +105,7 @@ class TrainerActor:
         model = self._checkpoint
         if model is None:
             raise InvalidRequest("no session has begun")
+        check_writable(model, gate_choice(train))
         root = Path(train.checkpoints.folder) / PUBLISHED
         step, folder = session.weights(
             lambda step, backbone, weights: export_running(model, root, step, backbone, weights, held)

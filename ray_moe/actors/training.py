@@ -24,11 +24,16 @@ from ray_moe.actors import logs
 from ray_moe.actors.lines import make_transport
 from ray_moe.actors.spec import ServiceSpec
 from ray_moe.config import Config
+from ray_moe.config_methods import OF_GATES
 from ray_moe.config_train import TrainConfig, check_adapters
 from ray_moe.errors import HostLost, InvalidConfig, RayMoEError, StepInterrupted, Unavailable
 from ray_moe.models.experts import install
+from ray_moe.models.gate_trial import GateTrial
+from ray_moe.models.gates import replace_gates
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.models.lora import add_adapters, whole_state
+from ray_moe.ops.capacity import CapacitySettings
+from ray_moe.ops.gates.registry import GateChoice
 from ray_moe.ops.lora import ExpertAdapters
 from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.ops.schedules import ScheduleSettings, factor
@@ -39,6 +44,7 @@ from ray_moe.training.coordinator import Coordinator
 from ray_moe.training.data import open_data, windows_of
 from ray_moe.training.dispatcher import TrainingDispatcher
 from ray_moe.training.export import export_running
+from ray_moe.training.gating import MethodSettings, check_gate, make_methods
 from ray_moe.training.group import Alone, Group, TorchGroup
 from ray_moe.training.loop import LoopSettings, Progress, run
 from ray_moe.training.manifest import fingerprint
@@ -151,6 +157,7 @@ def make_trainer(spec: ServiceSpec, group: Group, checkpoint: Checkpoint | None 
             train.run_id, control, num_experts, optimizer, settings, archive, adapters=adapters, parts=parts
         )
     model, coefficients = make_backbone(checkpoint, train, dispatcher, device), train.auxiliary.coefficients
+    methods = make_methods(model, method_settings(train))
     return Trainer(
         model,
         dispatcher,
@@ -160,6 +167,7 @@ def make_trainer(spec: ServiceSpec, group: Group, checkpoint: Checkpoint | None 
         settings=settings,
         loss=LossWithAuxiliary(model, coefficients) if coefficients else causal_lm_loss,
         schedule=schedule(train),
+        prepare=methods.apply if methods is not None else lambda step: None,
     )
 
 
@@ -178,10 +186,17 @@ def check_parts(spec: ServiceSpec) -> None:
 
 
 def make_backbone(checkpoint: Checkpoint, train: TrainConfig, dispatcher: TrainingDispatcher, device: str) -> nn.Module:
-    """The model with remote experts, ready to be trained. Raises: `InvalidConfig` for a pattern that names nothing."""
+    """The model with remote experts, ready to be trained.
+
+    Raises: `InvalidConfig` for a pattern that names nothing; as `check_gate`.
+    """
     model: Any = checkpoint.load_backbone(device=device)
     install(model, dispatcher.forward)
     model.config.use_cache = False
+    choice, gates = gate_choice(train), []
+    if choice is not None:
+        try_choice(checkpoint, train)
+        gates = replace_gates(model, choice, seed=train.seed)
     if train.lora is not None:
         lora = train.lora
         add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules, train.seed)
@@ -190,7 +205,7 @@ def make_backbone(checkpoint: Checkpoint, train: TrainConfig, dispatcher: Traini
         parameter.requires_grad_(
             parameter.is_floating_point()
             and not any(fnmatchcase(name, pattern) for pattern in train.freeze)
-            and (train.lora is None or ".lora_" in name)
+            and (train.lora is None or ".lora_" in name or name.startswith(tuple(f"{path}." for path in gates)))
         )
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -250,6 +265,38 @@ def schedule(train: TrainConfig) -> Any:
     return lambda step: train.optimizer.lr * factor(settings, step if train.schedule.warmup_steps else step - 1)
 
 
+def gate_choice(train: TrainConfig) -> GateChoice | None:
+    """The gate in the place of the model's routers; None for these."""
+    options = dict(train.gate)
+    name = options.pop("name", None)
+    return None if name is None else GateChoice(str(name), options)
+
+
+def try_choice(checkpoint: Checkpoint, train: TrainConfig) -> GateTrial | None:
+    """What that gate is in this model; None for the model's own. Raises: as `check_gate`."""
+    choice = gate_choice(train)
+    losses = [name for name in OF_GATES if name in train.auxiliary.coefficients]
+    return None if choice is None else check_gate(checkpoint, choice, losses)
+
+
+def method_settings(train: TrainConfig) -> MethodSettings:
+    """Raises: `InvalidConfig`."""
+    methods = train.methods
+    active, limited = methods.active_experts, methods.capacity
+    return MethodSettings(
+        first_active=active.first,
+        active_steps=active.steps,
+        active_begin=active.begin,
+        active_shape=active.shape,
+        learns_from=methods.freeze_gate.before,
+        learns_until=methods.freeze_gate.after,
+        random_steps=methods.random_routing,
+        expert_dropout=methods.expert_dropout,
+        capacity=None if limited.factor is None else CapacitySettings(**limited.model_dump()),
+        seed=train.seed,
+    )
+
+
 def make_archive(config: Config, checkpoint: Checkpoint) -> DiskArchive | None:
     train = config.train
     if not train.checkpoints.folder:
@@ -264,6 +311,7 @@ def make_archive(config: Config, checkpoint: Checkpoint) -> DiskArchive | None:
         train.checkpoints.keep,
         {} if train.lora is None else {LORA_SCALE: torch.tensor(train.lora.alpha / train.lora.rank)},
         checkpoint.cut(config.experts.tensor).parts,
+        gate_choice(train),
     )
 
 

@@ -13,7 +13,7 @@ Shape legend: T tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,8 +25,8 @@ from torch import nn
 from ray_moe.errors import UnsupportedModel
 from ray_moe.models.experts import experts_modules
 from ray_moe.ops.gates.base import GateSettings, Routing, TokenInfo, takes_info
-from ray_moe.ops.gates.registry import GATES, make_gate, make_settings
-from ray_moe.ops.gates.routers import allow_no_expert, routers_beside
+from ray_moe.ops.gates.registry import GateChoice, make_gate
+from ray_moe.ops.gates.routers import Answer, allow_no_expert, routers_beside
 from ray_moe.types import LayerPath
 
 SAME = {"weight": "weight", "bias": "e_score_correction_bias"}
@@ -38,7 +38,7 @@ _ROUTINGS: WeakKeyDictionary[nn.Module, Routing] = WeakKeyDictionary()
 _INFO = "_ray_moe_info"
 
 
-def replace_gates(model: nn.Module, settings: GateSettings | str, *, seed: int = 0) -> list[LayerPath]:
+def replace_gates(model: nn.Module, settings: GateSettings | GateChoice | str, *, seed: int = 0) -> list[LayerPath]:
     """Give every MoE block of `model` a gate.
 
     Weights that the router has, too, are kept where shapes agree, so "topk" with the model's own options changes
@@ -46,7 +46,7 @@ def replace_gates(model: nn.Module, settings: GateSettings | str, *, seed: int =
 
     Args:
         model: of `transformers`, with its weights. It is changed.
-        settings: of the gates; or a name, with the model's own K where the gate has an option `top_k`.
+        settings: of the gates; or a name or a choice, with the model's own K where the gate has an option `top_k`.
         seed: of the weights that are drawn.
 
     Returns: paths of the gates, in model order.
@@ -56,10 +56,7 @@ def replace_gates(model: nn.Module, settings: GateSettings | str, *, seed: int =
         InvalidConfig: the options do not fit the model's experts; nothing has been changed.
     """
     generator = torch.Generator().manual_seed(seed)
-    modules = experts_modules(model)
-    found = [_router(model, path) for path in modules]
-    if not found:
-        raise UnsupportedModel("the model has no experts of transformers' experts interface beside a router")
+    modules, found = experts_modules(model), find_routers(model)
     gates = [(path, _made(router, top_k, settings, generator)) for path, router, top_k in found]
     for path, gate in gates:
         model.set_submodule(path, gate)
@@ -101,7 +98,7 @@ class RoutingRecorder:
         heard: dict[LayerPath, Routing] | None = getattr(self._here, "heard", None)
         if heard is not None:
             logits, weight, index = answer
-            heard[path] = Routing(index, weight, logits)
+            heard[path] = answer.routing if isinstance(answer, Answer) else Routing(index, weight, logits)
 
 
 @contextmanager
@@ -115,6 +112,31 @@ def told(model: nn.Module, info: TokenInfo) -> Iterator[None]:
     finally:
         for gate in gates:
             gate.__dict__[_INFO] = None
+
+
+def router_state(state: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+    """The state of a model with gates of `replace_gates`, by the names that the model has with its own routers.
+
+    Args: names: of that model. What has none of them is left out.
+    """
+    called = {name: name for name in names if name in state}
+    for mine, theirs in SAME.items():
+        for name in names:
+            beside = f"{name.removesuffix(theirs)}{mine}"
+            if name.endswith(f".{theirs}") and name not in called and beside in state:
+                called[name] = beside
+    return {name: state[there] for name, there in called.items()}
+
+
+def find_routers(model: nn.Module) -> list[tuple[LayerPath, nn.Module, int]]:
+    """Path and module of each router of a model, and its K, in model order.
+
+    Raises: `UnsupportedModel` where there are none, or one has another form.
+    """
+    found = [_router(model, path) for path in experts_modules(model)]
+    if not found:
+        raise UnsupportedModel("the model has no experts of transformers' experts interface beside a router")
+    return found
 
 
 def _router(model: nn.Module, experts_path: LayerPath) -> tuple[LayerPath, nn.Module, int]:
@@ -149,11 +171,12 @@ def _top_k(router: Any) -> int | None:
     return index.shape[1] if is_index and logits.shape == (2, len(weight)) else None
 
 
-def _made(router: Any, top_k: int, settings: GateSettings | str, generator: torch.Generator) -> nn.Module:
+def _made(router: Any, top_k: int, settings: GateSettings | GateChoice | str, generator: torch.Generator) -> nn.Module:
     """A gate with what it shares with the router, that answers as the router did."""
     if isinstance(settings, str):
-        has_top_k = settings in GATES and "top_k" in GATES[settings].__dataclass_fields__
-        settings = make_settings(settings, **({"top_k": top_k} if has_top_k else {}))
+        settings = GateChoice(settings)
+    if isinstance(settings, GateChoice):
+        settings = settings.settings(top_k)
     num_experts, hidden_size = router.weight.shape
     gate: nn.Module = make_gate(settings, hidden_size, num_experts)
     gate.reset_parameters(generator)  # type: ignore[operator]
@@ -178,7 +201,7 @@ def _as_gate(gate: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return tokens, None if info is None else info.flat(len(tokens))
 
 
-def _as_router(gate: nn.Module, given: Any, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _as_router(gate: nn.Module, given: Any, routing: Routing) -> Answer:
     """What the block expects, from what the gate says."""
     _ROUTINGS[gate] = routing
-    return routing.logits, routing.weight, routing.index
+    return Answer(routing)

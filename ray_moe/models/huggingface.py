@@ -195,6 +195,11 @@ class Checkpoint:
                 f"not {mine.get(name, 'not there')}"
             )
 
+    def outline(self) -> nn.Module:
+        """The whole model without weights, on the meta device: a new one."""
+        model: nn.Module = build(self.config, self._files).model
+        return model
+
     def load_backbone(self, device: str | torch.device = "cpu", on_progress: OnProgress | None = None) -> nn.Module:
         """The model with everything but the routed experts, whose modules have no parameters.
 

@@ -29,6 +29,7 @@ from ray_moe.service import cluster
 from ray_moe.service.composition import Service, ServiceProgress
 from ray_moe.training.data import check_data
 from ray_moe.training.documents import Corpus, byte_tokens, read_rows, tokens_of
+from ray_moe.training.gating import check_writable
 from ray_moe.training.loop import Progress
 
 POLL_S = 0.2
@@ -55,9 +56,9 @@ def train(
             The order in which rows come is of no importance: the same rows are the same batches in the same steps,
             whatever is made again, however many workers there are, and when the run is taken up later.
 
-    Raises: as `Service.start`; `InvalidConfig` for settings that contradict each other; `NotFound` for a service that
-        does not run; `StepRefused` when a loss or gradient is not finite; `Unavailable` when workers were lost more
-        often than `train.max_failures`.
+    Raises: as `Service.start`; `InvalidConfig` for settings that contradict each other, or whose result could not be
+        published; `NotFound` for a service that does not run; `StepRefused` when a loss or gradient is not finite;
+        `Unavailable` when workers were lost more often than `train.max_failures`.
     """
     check(config, is_served=config.train.serve or bool(service_name), has_data=data is not None)
     corpus = None if data is None else read(data, config.model)
@@ -104,13 +105,26 @@ def check(config: Config, is_served: bool, has_data: bool = False) -> None:
     elif train.data:
         raise InvalidConfig("the data is given, and train.data names other data: leave one of them out")
     checkpoint = Checkpoint.open(config.model)
-    routed = tuple(f"{path}." for path in checkpoint.layers)
-    names = [name for name in checkpoint.places if not name.startswith(routed)]
+    names = _learnable(checkpoint, train)
     for pattern in train.freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InvalidConfig(f"train.freeze names {pattern!r}, which no parameter of the backbone is called")
     if train.publish_every and not (is_served and train.publish_folder):
         raise InvalidConfig("train.publish_every needs train.serve: true (or a running service) and publish_folder")
+    if train.publish_every:
+        from ray_moe.actors.training import gate_choice
+
+        check_writable(checkpoint, gate_choice(train))
+
+
+def _learnable(checkpoint: Checkpoint, train: TrainConfig) -> list[str]:
+    """Names of what there is beside the experts. Raises: as `check_gate`."""
+    from ray_moe.actors.training import try_choice
+
+    trial = try_choice(checkpoint, train)
+    routed = tuple(f"{path}." for path in (*checkpoint.layers, *(trial.paths if trial else ())))
+    names = [name for name in checkpoint.places if not name.startswith(routed)]
+    return [*names, *(trial.parameters if trial else ())]
 
 
 def find_service(name: str, config: Config) -> ServiceSpec:

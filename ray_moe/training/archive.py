@@ -16,6 +16,7 @@ import torch
 
 from ray_moe.errors import InvalidCheckpoint, NotFound, RayMoEError
 from ray_moe.ops.experts import pack
+from ray_moe.ops.gates.registry import GateChoice
 from ray_moe.ops.parts import ExpertParts
 from ray_moe.training.checkpoints import BACKBONE, BACKBONE_OPTIMIZER, Draft, drop_after, folder_of, saved
 from ray_moe.training.manifest import Shard, Stamp
@@ -71,6 +72,7 @@ class DiskArchive:
         keep: int | None = 2,
         constants: Tensors | None = None,
         parts: ExpertParts | None = None,
+        gate: GateChoice | None = None,
     ) -> None:
         """
         Args:
@@ -82,6 +84,7 @@ class DiskArchive:
             dtype: of the weights in memory.
             keep: how many checkpoints stay; None: all.
             constants: saved with the backbone's weights.
+            gate: in the place of the model's routers.
             parts: how experts are cut: parts are written and asked for; checkpoints may have them cut in any other way.
         """
         self.root = root
@@ -91,6 +94,7 @@ class DiskArchive:
         self._keep = keep
         self._constants = dict(constants or {})
         self._parts = parts or ExpertParts()
+        self._gate = gate
         self._writer = AsyncWriter("worker")
         self._opened: dict[int, TrainingCheckpoint] = {}
 
@@ -154,7 +158,7 @@ class DiskArchive:
         Raises: as `Draft`.
         """
         stamp = Stamp(self._run_id, step, self._model)
-        draft = Draft(self.root, stamp, self._layers, self._fingerprint, self._keep, self._parts)
+        draft = Draft(self.root, stamp, self._layers, self._fingerprint, self._keep, self._parts, self._gate)
         weights = self._constants | {name: tensor for name, tensor in worker.items() if "/" not in name}
         weights |= {name.partition("/")[2]: tensor for name, tensor in worker.items() if name.startswith("master/")}
         rest = {name: t for name, t in worker.items() if "/" in name and not name.startswith("master/")}

@@ -20,6 +20,7 @@ import torch
 
 from ray_moe.errors import InvalidConfig, InvalidRequest
 from ray_moe.models.writing import PARTIAL, NewFolder, refusal, remove_abandoned, write_file
+from ray_moe.ops.gates.registry import GateChoice
 from ray_moe.ops.parts import ExpertParts
 from ray_moe.training.manifest import Manifest, Shard, Stamp
 from ray_moe.types import LayerPath
@@ -72,6 +73,7 @@ class Draft:
         fingerprint: str,
         keep: int | None = None,
         parts: ExpertParts | None = None,
+        gate: GateChoice | None = None,
     ) -> None:
         """Begin the checkpoint of `stamp.step` in `root`. One of the same step that is there is replaced in the end.
 
@@ -82,6 +84,7 @@ class Draft:
             fingerprint: of the model's configuration (`manifest.fingerprint`).
             keep: how many checkpoints are to be there after this one is committed; older ones go. None: all.
             parts: how experts are cut, each part of which has to be written then.
+            gate: in the place of the model's routers.
 
         Raises:
             InvalidConfig: there are checkpoints of later steps, or `root` cannot be written.
@@ -95,6 +98,7 @@ class Draft:
         self._fingerprint = fingerprint
         self._keep = keep
         self._parts = parts or ExpertParts()
+        self._gate = gate
         last = next(iter(saved(root)), stamp.step)
         if last > stamp.step:
             raise InvalidConfig(
@@ -135,7 +139,9 @@ class Draft:
                 path = partial / shard.file
                 if not path.is_file() or path.stat().st_size != shard.num_bytes:
                     raise InvalidRequest(f"{path} is not there as it was written; expected {shard.num_bytes} bytes")
-            manifest = Manifest(self.stamp, self._fingerprint, self._layers, ordered, position, rng or {}, self._parts)
+            manifest = Manifest(
+                self.stamp, self._fingerprint, self._layers, ordered, position, rng or {}, self._parts, self._gate
+            )
             write_file(partial / MANIFEST, manifest.to_json())
         for folder in list(saved(self._root).values())[self._keep :] if self._keep else []:
             _remove(folder)

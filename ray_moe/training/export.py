@@ -12,12 +12,14 @@ import torch
 
 from ray_moe.errors import InvalidCheckpoint, NotFound
 from ray_moe.models.export import export
+from ray_moe.models.gates import router_state
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.models.lora import without_adapters
 from ray_moe.models.sharded import OnWritten
 from ray_moe.ops.lora import merged
 from ray_moe.training.archive import LORA_SCALE
 from ray_moe.training.checkpoints import BACKBONE, latest
+from ray_moe.training.gating import check_writable
 from ray_moe.training.manifest import fingerprint
 from ray_moe.training.restoring import TrainingCheckpoint
 from ray_moe.types import LayerPath
@@ -59,22 +61,36 @@ def export_trained(
 
     Raises:
         InvalidCheckpoint: the weights are not of a model like that.
+        InvalidConfig: `transformers` would not compute what was trained (`check_writable`).
     """
-    if trained.manifest.fingerprint != fingerprint(model.files.config):
-        raise InvalidCheckpoint(
-            f"{trained.folder} was trained from {trained.manifest.stamp.model}, and {model.name} is a model of another "
-            "shape. Name the model that the training began with."
-        )
+    check_origin(trained, model)
+    check_writable(model, trained.manifest.gate)
+    backbone, experts = trained_weights(trained, model)
+    return export(model, folder, backbone, experts, dtype=dtype, overwrite=overwrite, on_progress=on_progress)
+
+
+def trained_weights(
+    trained: TrainingCheckpoint, model: Checkpoint
+) -> tuple[dict[str, torch.Tensor], Callable[[LayerPath], Mapping[str, torch.Tensor]]]:
+    """The state of the backbone, adapters merged and a gate's weights under its own names; and of a layer's experts."""
     backbone = _backbone(trained, model)
     scale = float(backbone.pop(LORA_SCALE, torch.zeros(())))  # without adapters it is not used
-    backbone = without_adapters(backbone, scale)
 
     def experts(path: LayerPath) -> Mapping[str, torch.Tensor]:
         states = trained.read(path, range(model.layers[path].num_experts))
         rows = ((expert, _masters(state)) for expert, state in states)
         return _layer(str(trained.folder), model, path, rows, scale)
 
-    return export(model, folder, backbone, experts, dtype=dtype, overwrite=overwrite, on_progress=on_progress)
+    return without_adapters(backbone, scale), experts
+
+
+def check_origin(trained: TrainingCheckpoint, model: Checkpoint) -> None:
+    """Raises: `InvalidCheckpoint` where the weights are not of a model like that."""
+    if trained.manifest.fingerprint != fingerprint(model.files.config):
+        raise InvalidCheckpoint(
+            f"{trained.folder} was trained from {trained.manifest.stamp.model}, and {model.name} is a model of another "
+            "shape. Name the model that the training began with."
+        )
 
 
 def export_running(
@@ -90,7 +106,7 @@ def export_running(
     Args:
         root: where such checkpoints are; this one is a new folder in it.
         step: after which they are.
-        backbone: its state, adapters merged.
+        backbone: its state, adapters merged; with a gate in the place of its routers, one that `check_writable` allows.
         weights: of each expert of a layer.
         held: folders that were written before and must stay; the others are removed, as long as they are such folders,
             and not what `model` is.
@@ -105,6 +121,7 @@ def export_running(
         if _PUBLISHED.fullmatch(folder.name) and folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
     folder = root / f"step-{step:08d}-{secrets.token_hex(3)}"  # one of this step may be in use
+    backbone = router_state(backbone, model.places)
     return export(
         model, folder, backbone, lambda path: _layer("the training", model, path, sorted(weights(path).items()))
     )

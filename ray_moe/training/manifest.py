@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from ray_moe.errors import InvalidCheckpoint, InvalidRequest
+from ray_moe.ops.gates.registry import GateChoice
 from ray_moe.ops.parts import Axis, ExpertParts
 from ray_moe.types import LayerPath
 
-VERSIONS = (1, 2)
-"""Of the format: a later one may not be readable to this program. The second is of experts that are cut into parts."""
+VERSIONS = (1, 2, 3)
+"""Of the format: a later one may not be readable to this program. The second is of experts that are cut into parts, the
+third of models that were trained with a gate of this package."""
 
 _FILE = re.compile(r"(experts/)?[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _PLACE_BLIND = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
@@ -82,11 +84,13 @@ class Manifest:
     """States of random number generators [bytes] uint8, by name."""
     parts: ExpertParts = field(default_factory=ExpertParts)
     """How the experts in the shards are cut."""
+    gate: GateChoice | None = None
+    """What was in the place of the model's routers; None for these."""
 
     def to_json(self) -> bytes:
         """Raises: `InvalidRequest`: `position` is nothing that JSON can say."""
         tree: dict[str, Any] = {
-            "version": VERSIONS[self.parts.number > 1],
+            "version": VERSIONS[-1] if self.gate is not None else VERSIONS[self.parts.number > 1],
             "run_id": self.stamp.run_id,
             "step": self.stamp.step,
             "model": self.stamp.model,
@@ -101,6 +105,8 @@ class Manifest:
         }
         if self.parts.number > 1:
             tree["parts"] = {"number": self.parts.number, "axes": {p: dict(a) for p, a in self.parts.axes.items()}}
+        if self.gate is not None:
+            tree["gate"] = {"name": self.gate.name, "options": dict(self.gate.options)}
         try:
             return json.dumps({**tree, "checksum": _checksum(tree)}, indent=1, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
@@ -133,6 +139,7 @@ class Manifest:
                 rng={name: _tensor(state) for name, state in tree["rng"].items()},
                 shards=tuple(_shard(entry) for entry in tree["files"]),
                 parts=_parts(tree["parts"]) if "parts" in tree else ExpertParts(),
+                gate=GateChoice(tree["gate"]["name"], dict(tree["gate"]["options"])) if "gate" in tree else None,
             )
         except (ValueError, TypeError, KeyError, AttributeError, binascii.Error) as error:
             raise InvalidCheckpoint(f"{where} is damaged ({error!r}). {_ADVICE}") from error

@@ -85,6 +85,7 @@ class Trainer:
         loss: Loss = causal_lm_loss,
         schedule: Callable[[int], float] | None = None,
         initial: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+        prepare: Callable[[int], None] = lambda step: None,
     ) -> None:
         """
         Args:
@@ -97,6 +98,7 @@ class Trainer:
             loss: of a micro-batch.
             schedule: learning rate of a step (from 1); None is the optimizer's own.
             initial: what `state` was in the beginning, for a run that has lost everything since; None keeps a copy.
+            prepare: told the number of a step, from 0, before each attempt at it (`ops/methods/`).
         """
         self.model = model
         self.dispatcher = dispatcher
@@ -109,6 +111,7 @@ class Trainer:
         self._settings = settings or StepSettings()
         self._loss = loss
         self._schedule = schedule or (lambda step: optimizer.lr)
+        self._prepare = prepare
         self._optimizer = Optimizer(optimizer, shelf=shelf_for(optimizer))
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in self._parameters.items():
@@ -196,6 +199,7 @@ class Trainer:
         Raises: `HostLost` (call `go_back`).
         """
         self._began_s = time.monotonic()
+        self._prepare(self.step)
         for parameter in self._parameters.values():
             parameter.grad = None
         self._losses, self._num_tokens = [], 0
@@ -320,7 +324,7 @@ class Trainer:
 
         Each has gradients of its own, which are added up in the order of the micro-batches, whichever ends first.
         """
-        parameters = list(self._parameters.values())
+        parameters = [parameter for parameter in self._parameters.values() if parameter.requires_grad]  # none is frozen
 
         def compute(batch: Batch) -> tuple[float, Sequence[torch.Tensor | None]]:
             loss = self._loss(self.model, batch)

@@ -125,6 +125,33 @@ def test_two_workers_learn_what_one_process_would_and_the_checkpoint_is_its_mode
         torch.testing.assert_close(trained.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("gate", [{"name": "noisy_topk"}, {"name": "dynamic_k", "threshold": 0.6}])
+def test_a_gate_is_trained_and_exported_where_transformers_would_compute_it(
+    folder: Path, gate: dict[str, Any], tmp_path: Path
+) -> None:
+    train(
+        folder,
+        gate=gate,
+        auxiliary={"load": 0.01} if gate["name"] == "noisy_topk" else {"entropy": 1e-3},
+        methods={"expert_dropout": 0.1},
+        checkpoints={"folder": str(tmp_path / "ck")},
+    )
+    trained: Any = ray_moe.load_trained(tmp_path / "ck")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = trained(ids).logits
+        before = AutoModelForCausalLM.from_pretrained(folder / "model")(ids).logits
+    assert not torch.allclose(expected, before, atol=1e-3)
+    exported = CliRunner().invoke(commands, ["export", str(tmp_path / "ck"), str(tmp_path / "out")])
+    if gate["name"] == "dynamic_k":
+        assert exported.exit_code != 0 and not (tmp_path / "out").exists()
+        return
+    assert exported.exit_code == 0
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_experts_in_parts_learn_the_same_and_whole_ones_go_on_from_their_checkpoint(
     folder: Path, reference: Any, tmp_path: Path
 ) -> None:

@@ -233,6 +233,35 @@ def test_adapters_are_of_whole_experts(tmp_path: Path) -> None:
     assert load_config(file).config.train.lora is not None
 
 
+def test_a_gate_is_a_name_with_its_own_options_or_without(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {gate: noisy_topk, auxiliary: {load: 0.1}}")
+    assert load_config(file).config.train.gate == {"name": "noisy_topk"}
+    flags = [("train.gate.name", "sigmoid", "--set"), ("train.gate.num_groups", "4", "--set")]
+    loaded = load_config(flags=[*flags, ("train.gate.normalize", "false", "--set")])
+    assert loaded.config.train.gate == {"name": "sigmoid", "num_groups": 4, "normalize": False}
+    file.write_text(show_config(loaded))
+    assert load_config(file).config == loaded.config
+    assert load_config(flags=[("train.gate", "", "--set")]).config.train.gate == {}
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("{gate: best}", "should have one of these as its name: topk, switch, noisy_topk"),
+        ("{gate: {top_k: 2}}", "should have one of these as its name"),
+        ("{gate: {name: sigmoid, groups: 2}}", "has an option 'groups', which the gate sigmoid has not; it has top_k,"),
+        ("{gate: {name: sigmoid, num_groups: many}}", "cannot have: num_groups: Input should be a valid integer"),
+        ("{gate: {name: sigmoid, num_groups: 2, top_groups: 3}}", "cannot have: top_groups is in 1..num_groups"),
+        ("{auxiliary: {entropy: 0.1}}", "auxiliary.entropy is a loss of some gates, and gate names none"),
+        ("{methods: {expert_dropout: 1}}", "less than 1"),
+        ("{methods: {capacity: {policy: none}}}", "'drop', 'next' or 'random'"),
+    ],
+)
+def test_a_gate_or_method_that_cannot_be_is_refused(tmp_path: Path, train: str, message: str) -> None:
+    assert message in refusal(tmp_path, f"train: {train}")
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"cannot read the configuration .*none.yaml: No such file"):
         load_config(tmp_path / "none.yaml")

@@ -5,7 +5,8 @@ Called by `MoELayer`, and by whoever replaces the gates of a model.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from ray_moe.errors import InvalidConfig
@@ -42,6 +43,24 @@ GATES: dict[str, Any] = {
     "modality": ModalitySettings,
 }
 """Settings of each gate by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateChoice:
+    """A gate by its name, where K may be left to the model that it is for."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of its settings; others are at their defaults."""
+
+    def settings(self, top_k: int) -> GateSettings:
+        """Args: top_k: K, where the gate has an option `top_k` and nothing is said. Raises: as `make_settings`."""
+        has_top_k = self.name in GATES and "top_k" in GATES[self.name].__dataclass_fields__
+        own: dict[str, Any] = {"top_k": top_k} if has_top_k else {}
+        return make_settings(self.name, **{**own, **self.options})
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{name}={value}' for name, value in self.options.items())})"
 
 
 def make_settings(name: str, **options: Any) -> GateSettings:

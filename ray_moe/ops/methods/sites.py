@@ -19,7 +19,7 @@ from torch import nn
 
 from ray_moe.errors import InvalidConfig, UnsupportedModel
 from ray_moe.ops.gates.base import Routing
-from ray_moe.ops.gates.routers import allow_no_expert, routers_beside
+from ray_moe.ops.gates.routers import Answer, allow_no_expert, routers_beside
 from ray_moe.ops.layer import MoELayer
 
 
@@ -106,6 +106,8 @@ def as_routing(output: Any, path: str = "") -> Routing:
     """What a gate answered. Raises: `UnsupportedModel` for a router that answers in another form."""
     if isinstance(output, Routing):
         return output
+    if isinstance(output, Answer):
+        return output.routing
     is_three = isinstance(output, tuple) and len(output) == 3 and all(isinstance(o, torch.Tensor) for o in output)
     if not is_three or output[2].is_floating_point() or output[1].shape != output[2].shape:
         raise UnsupportedModel(f"the router of {path} does not answer (logits [T, E], weight [T, K], index [T, K])")
@@ -116,7 +118,7 @@ def as_answer(routing: Routing, output: Any) -> Any:
     """The routing in the form of the answer that it was made of."""
     if isinstance(output, Routing):
         return routing
-    return (routing.logits, routing.weight, routing.index)
+    return Answer(routing) if isinstance(output, Answer) else (routing.logits, routing.weight, routing.index)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import ray_moe
 from ray_moe.config import Config
 from ray_moe.config_train import TrainConfig
 from ray_moe.errors import InvalidConfig, NotFound
-from ray_moe.service.training import of_workers
+from ray_moe.service.training import check, of_workers
 from tests.tiny_models import save
 
 
@@ -31,11 +31,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"data": "stdlib", "freeze": ["*.experts.*"]}, "no parameter"),
         ({"data": "stdlib", "publish_every": 1, "publish_folder": "/tmp"}, "publish_folder"),
         ({"data": "stdlib", "publish_every": 1, "serve": True}, "publish_folder"),
+        ({"data": "stdlib", "freeze": ["*.noise_weight"]}, "no parameter"),
+        ({"data": "stdlib", "gate": "topk", "freeze": ["*.noise_weight"]}, "no parameter"),
+        ({"data": "stdlib", "gate": "hash"}, "has to be told what each token is"),
+        ({"data": "stdlib", "gate": {"name": "topk", "top_k": 7}}, "with 6 experts it can be 1 to 6"),
+        ({"data": "stdlib", "gate": "topk", "auxiliary": {"entropy": 0.1}}, "entropy is not a loss of the gate 'topk'"),
+        (
+            {"data": "stdlib", "gate": "switch", "publish_every": 1, "serve": True, "publish_folder": "/tmp"},
+            r"routers of a mixtral model compute .* cannot be published or exported",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_starts(folder: Path, train: Any, message: str) -> None:
     with pytest.raises(InvalidConfig, match=message):
         ray_moe.train(Config.model_validate({"model": str(folder), "train": train}))
+
+
+def test_what_a_gate_can_be_taken_for_is_let_through(folder: Path) -> None:
+    train = {"data": "stdlib", "gate": "noisy_topk", "publish_every": 1, "publish_folder": "/tmp", "serve": True}
+    check(Config.model_validate({"model": str(folder), "train": {**train, "freeze": ["*.noise_weight"]}}), True)
+    check(Config.model_validate({"model": str(folder), "train": {"data": "stdlib", "gate": "switch"}}), True)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

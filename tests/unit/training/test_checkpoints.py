@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from ray_moe.errors import (
     RayMoEError,
     Unavailable,
 )
+from ray_moe.ops.gates.registry import GateChoice
 from ray_moe.training.checkpoints import BACKBONE, MANIFEST, Draft, drop_after, folder_of, latest, saved
-from ray_moe.training.manifest import Shard, Stamp, fingerprint
+from ray_moe.training.manifest import Manifest, Shard, Stamp, fingerprint
 from ray_moe.training.restoring import TrainingCheckpoint
 from ray_moe.training.shards import AsyncWriter, write_tensors
 
@@ -136,7 +138,16 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     assert manifest.layers == LAYERS
     assert manifest.position == position
     assert equal(dict(manifest.rng), rng)
+    assert manifest.gate is None
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000120"]
+
+
+def test_a_manifest_says_which_gate_was_trained() -> None:
+    plain = Manifest(Stamp("run", 1, "tiny"), "", {}, ())
+    gated = replace(plain, gate=GateChoice("sigmoid", {"num_groups": 2, "normalize": False}))
+    assert Manifest.from_json(gated.to_json(), "here") == gated
+    versions = [json.loads(each.to_json())["version"] for each in (plain, gated)]
+    assert versions == [1, 3]  # a program that knows of no gates does not read the second
 
 
 def test_models_are_told_apart_by_their_shape_alone() -> None:
@@ -475,8 +486,8 @@ def same_json(one: bytes | bytearray, other: bytes) -> bool:
 def test_a_manifest_of_a_later_format_says_so(tmp_path: Path) -> None:
     folder = save(tmp_path)
     tree = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**tree, "version": 3}))
+    (folder / MANIFEST).write_text(json.dumps({**tree, "version": 4}))
     with pytest.raises(
-        InvalidCheckpoint, match=r"is of format version 3; this program reads versions up to 2\. Update"
+        InvalidCheckpoint, match=r"is of format version 4; this program reads versions up to 3\. Update"
     ):
         TrainingCheckpoint.open(folder)
