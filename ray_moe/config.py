@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ray_moe.config_train import TrainConfig, check_adapters
+from ray_moe.config_train import TrainConfig, check_experts
 from ray_moe.config_types import (
     Bytes,
     Count,
@@ -418,6 +418,6 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _adapters_are_of_whole_experts(self) -> Config:
-        check_adapters(self.train, self.train.parallel.tensor or self.experts.tensor)
+    def _experts_are_trained_as_they_can_be(self) -> Config:
+        check_experts(self.train, self.train.parallel.tensor or self.experts.tensor)
         return self

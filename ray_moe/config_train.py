@@ -159,6 +159,12 @@ class TrainConfig(Section):
     """Patterns of names of the backbone's parameters that are not trained; `*` trains the experts alone."""
     lora: LoraConfig | None = None
     """Train adapters on the backbone instead of its weights."""
+    quantization: Literal["none", "int8"] = "none"
+    """`int8`: the matrices of experts are 8 bits between steps and in all products; what is trained is what
+    `experts.quantization: int8` serves. Their rows are computed again going backward, as with `recompute`."""
+    compensation: Literal["none", "int8", "bfloat16"] = "int8"
+    """With `quantization`: what is kept of what rounding takes away, for the next step (error feedback); a byte or two
+    for each weight. Without it small updates are lost."""
     gradient_checkpointing: bool = False
     """Compute the backbone's activations again when going backward, instead of keeping them."""
     recompute: bool = False
@@ -207,10 +213,21 @@ class TrainConfig(Section):
         return self
 
 
-def check_adapters(train: TrainConfig, tensor: int) -> None:
-    """Raises: `ValueError` where experts in `tensor` parts are to have adapters."""
+def check_experts(train: TrainConfig, tensor: int) -> None:
+    """Raises: `ValueError` where experts (in `tensor` parts each) are to have adapters or 8 bits and cannot."""
     if tensor > 1 and train.lora is not None and train.lora.experts:
         raise ValueError(
             f"experts are in {tensor} parts, each of which would learn an adapter of its own; set train.lora.experts "
             "to false, or experts.tensor (train.parallel.tensor) to 1"
         )
+    if train.quantization == "none":
+        return
+    for name, is_set in (
+        ("experts.tensor (train.parallel.tensor)", tensor > 1),
+        ("train.lora.experts", train.lora is not None and train.lora.experts),
+        ("train.optimizer.offload", train.optimizer.offload != "none"),
+    ):
+        if is_set:
+            raise ValueError(
+                f"train.quantization is {train.quantization}, which {name} does not go with: leave one of them out"
+            )

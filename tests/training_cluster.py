@@ -14,6 +14,7 @@ from ray_moe.models.experts import drop_parameters, expert_rows, experts_modules
 from ray_moe.ops.lora import ExpertAdapters
 from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.ops.parts import ExpertParts, axes_of
+from ray_moe.ops.quantized_training import Compensation
 from ray_moe.policy.parts import parts_of, whole_of
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.training.archive import DiskArchive
@@ -96,9 +97,10 @@ class Cluster:
         faults: FaultPlan | None = None,
         archive: DiskArchive | None = None,
         adapters: ExpertAdapters | None = None,
+        rounding: Compensation | None = None,
         **trainer: Any,
     ) -> None:
-        self.adapters = adapters
+        self.adapters, self.rounding = adapters, rounding
         self.origin = copy.deepcopy(model)
         self.modules = experts_modules(self.origin)
         number = 1 if exchange is None else exchange.num_parts
@@ -143,6 +145,7 @@ class Cluster:
             archive,
             adapters=self.adapters,
             parts=self.parts,
+            rounding=self.rounding,
         )
 
     @property

@@ -25,7 +25,7 @@ from ray_moe.actors.lines import make_transport
 from ray_moe.actors.spec import ServiceSpec
 from ray_moe.config import Config
 from ray_moe.config_methods import OF_GATES
-from ray_moe.config_train import TrainConfig, check_adapters
+from ray_moe.config_train import TrainConfig, check_experts
 from ray_moe.errors import HostLost, InvalidConfig, RayMoEError, StepInterrupted, Unavailable
 from ray_moe.models.experts import install
 from ray_moe.models.gate_trial import GateTrial
@@ -136,7 +136,8 @@ def make_trainer(spec: ServiceSpec, group: Group, checkpoint: Checkpoint | None 
     checkpoint = checkpoint or Checkpoint.open(config.model)
     exchange = ExchangeSettings(
         # What the first of two forward passes would keep, nobody would ever fetch.
-        recompute=train.recompute or train.gradient_checkpointing,
+        # And with experts in 8 bits it would have their weights in float.
+        recompute=train.recompute or train.gradient_checkpointing or train.quantization != "none",
         call_timeout_s=train.call_timeout_s,
         wire=train.wire,
         num_parts=config.experts.tensor,
@@ -154,7 +155,15 @@ def make_trainer(spec: ServiceSpec, group: Group, checkpoint: Checkpoint | None 
         control = RayControl(spec)
         parts = checkpoint.cut(config.experts.tensor).parts
         coordinator = Coordinator(
-            train.run_id, control, num_experts, optimizer, settings, archive, adapters=adapters, parts=parts
+            train.run_id,
+            control,
+            num_experts,
+            optimizer,
+            settings,
+            archive,
+            adapters=adapters,
+            parts=parts,
+            rounding=None if train.quantization == "none" else train.compensation,
         )
     model, coefficients = make_backbone(checkpoint, train, dispatcher, device), train.auxiliary.coefficients
     methods = make_methods(model, method_settings(train))
@@ -180,7 +189,7 @@ def check_parts(spec: ServiceSpec) -> None:
             f"{there}; leave it out, set it to {there}, or start the service anew with experts.tensor {wanted}"
         )
     try:
-        check_adapters(spec.config.train, there)
+        check_experts(spec.config.train, there)
     except ValueError as error:
         raise InvalidConfig(str(error)) from None
 

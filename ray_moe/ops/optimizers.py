@@ -100,12 +100,31 @@ class Shelf(Protocol):
         ...
 
 
+class Store(Protocol):
+    """Keeps weights in another form than they are stepped in: `ops/quantized_training.py: Rounded`."""
+
+    def read(self) -> torch.Tensor:
+        """The weights to step, in memory of their own."""
+        ...
+
+    def write(self, exact: torch.Tensor) -> None:
+        """Keep what they have become."""
+        ...
+
+
+def blank(shape: torch.Size, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Something of this shape, in float32, that takes no memory: a parameter whose weights are in a `Store`."""
+    return torch.zeros((), device=device).expand(shape)
+
+
 @dataclass(frozen=True, slots=True)
 class _Slot:
     parameter: torch.Tensor
     master: torch.Tensor
     """What is stepped: the parameter itself where that is good enough."""
     group: int
+    store: Store | None = None
+    """Where the weights are between steps; `master` is `blank` then."""
 
     def take_gradient(self, scale: float, missing_as_zero: bool) -> None:
         """Move the parameter's gradient to the master, times `scale`."""
@@ -160,8 +179,10 @@ class Optimizer:
         return list(self._slots)
 
     @torch.no_grad()
-    def add(self, name: str, parameter: torch.Tensor) -> None:
+    def add(self, name: str, parameter: torch.Tensor, store: Store | None = None) -> None:
         """Step this parameter too, from its present value and without state; `load_state` gives it that.
+
+        Args: store: where its weights are; the parameter itself is `blank` then, but while it is stepped.
 
         Raises:
             InvalidConfig: the name is taken, or the optimizer cannot step the dtype.
@@ -179,7 +200,7 @@ class Optimizer:
             self._shelved[name] = {"master": self._shelf.empty_like(master)}
             master = self._shelved[name]["master"].copy_(master)
         group = DECAYED if self.settings.decays(name) else NOT_DECAYED
-        self._slots[name] = _Slot(parameter, master, group)
+        self._slots[name] = _Slot(parameter, master, group, store)
         self._optimizer.param_groups[group]["params"].append(master)
         self.let_go(name)
 
@@ -215,7 +236,7 @@ class Optimizer:
             raise InvalidConfig(f"lr {lr} and grads_scale {grads_scale} must be finite and 0 or more")
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if self._shelf is not None:
+        if self._shelf is not None or any(slot.store is not None for slot in self._slots.values()):
             self.prepare(missing_as_zero=missing_as_zero)
             self._step_one_by_one(grads_scale, missing_as_zero)
             return
@@ -252,16 +273,21 @@ class Optimizer:
         }
 
     def _step_one_by_one(self, grads_scale: float, missing_as_zero: bool) -> None:
-        """The same step, with the state of one parameter in memory at a time."""
+        """The same step, with the state of one parameter in memory at a time, and its weights as they are stepped."""
         groups = self._optimizer.param_groups
         everything = [group["params"] for group in groups]
         try:
             for name, slot in self._slots.items():
+                if slot.store is not None:
+                    slot.master.data = slot.store.read()
                 slot.take_gradient(grads_scale, missing_as_zero)
                 for number, group in enumerate(groups):
                     group["params"] = [slot.master] if number == slot.group else []
                 self._optimizer.step()
                 slot.give_back()
+                if slot.store is not None:
+                    slot.store.write(slot.master.detach())
+                    slot.master.data = blank(slot.master.shape, slot.master.device)
                 self._shelve(name, self._optimizer.state.get(slot.master, {}))
         finally:
             for group, params in zip(groups, everything, strict=True):

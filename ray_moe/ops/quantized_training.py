@@ -7,7 +7,7 @@ in bfloat16, and added before the next update; so small updates add up until the
 
 `Int8Training` answers for experts as a host would (`ops/layer.py: Handler`): ``train_in_8_bits(model, ...)`` for the
 `MoELayer`s of a network, and ``install(model, Int8Training(experts_modules(model), ...))`` for a model of
-`transformers` (`models/experts.py`). Distributed training does not use it.
+`transformers` (`models/experts.py`). Hosts keep each matrix of their experts as a `Rounded` (`training/rounding.py`).
 
 Shape legend: T tokens, D model width, E experts, K experts per token, N = T*K slots, n rows.
 """
@@ -160,22 +160,23 @@ def bring_home(model: nn.Module, training: Int8Training) -> None:
             layer.experts.register_parameter(name, nn.Parameter(tensor))
 
 
-class _Stack:
-    """A matrix for each expert, in 8 bits. `parameter` is empty but while it is stepped."""
+class Rounded:
+    """A tensor of weights as int8 codes, and what rounding took away: a `Store` of an `Optimizer`."""
 
     small: ScaledTensor
     lost: torch.Tensor | None = None
     """What rounding took away: int8, in parts of a code, or bfloat16."""
-    grad: torch.Tensor | None = None
 
-    def __init__(
-        self, name: str, exact: torch.Tensor, inputs: int, compensation: Compensation, settings: OptimizerSettings
-    ) -> None:
-        self.name, self.inputs, self.compensation = name, inputs, compensation
+    def __init__(self, exact: torch.Tensor, inputs: int, compensation: Compensation) -> None:
+        """
+        Args:
+            exact: [..., out, in], or with the last two the other way round.
+            inputs: the dimension of the inputs, -1 or -2: all that differs in it alone has one scale.
+            compensation: what is kept.
+        """
+        self.inputs, self.compensation = inputs, compensation
         self.dtype, self.shape = exact.dtype, exact.shape
         self.write(exact.detach().float())
-        self.parameter = nn.Parameter(exact.new_empty(0, dtype=torch.float32))
-        self.optimizer = Optimizer(settings, {name: self.parameter})
 
     def write(self, exact: torch.Tensor) -> None:
         """Round, and keep what that takes away."""
@@ -198,6 +199,28 @@ class _Stack:
             return exact.add_(self.lost)
         return exact.add_(self.lost * (self.small.scale / FINE))
 
+    def value(self) -> torch.Tensor:
+        """What products see."""
+        return self.small.dequantize(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.small.nbytes + (0 if self.lost is None else self.lost.nbytes)
+
+
+class _Stack(Rounded):
+    """A matrix for each expert, in 8 bits. `parameter` is empty but while it is stepped."""
+
+    grad: torch.Tensor | None = None
+
+    def __init__(
+        self, name: str, exact: torch.Tensor, inputs: int, compensation: Compensation, settings: OptimizerSettings
+    ) -> None:
+        super().__init__(exact, inputs, compensation)
+        self.name = name
+        self.parameter = nn.Parameter(exact.new_empty(0, dtype=torch.float32))
+        self.optimizer = Optimizer(settings, {name: self.parameter})
+
     def row(self, expert: int) -> torch.Tensor:
         """What one expert computes with."""
         return self.small[expert].dequantize(self.dtype)
@@ -214,10 +237,6 @@ class _Stack:
         self.optimizer.step(lr, grads_scale=grads_scale, missing_as_zero=True)
         self.write(self.parameter.detach())
         self.parameter.data = self.parameter.data.new_empty(0)
-
-    @property
-    def nbytes(self) -> int:
-        return self.small.nbytes + (0 if self.lost is None else self.lost.nbytes)
 
     def state(self) -> dict[str, torch.Tensor]:
         tensors = {"codes": self.small.codes, "scale": self.small.scale}

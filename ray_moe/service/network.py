@@ -12,6 +12,7 @@ from ray_moe.actors.training import RayControl
 from ray_moe.config import RayConfig
 from ray_moe.ops.lora import ExpertAdapters
 from ray_moe.ops.optimizers import OptimizerSettings
+from ray_moe.ops.quantized_training import Compensation
 from ray_moe.service import cluster
 from ray_moe.service.training import find_spec
 from ray_moe.training.group import Group
@@ -34,6 +35,7 @@ def remote_trainer(  # noqa: PLR0913  (as many parts as there are)
     schedule: Callable[[int], float] | None = None,
     checkpoints: str = "",
     adapters: ExpertAdapters | None = None,
+    rounding: Compensation | None = None,
 ) -> Trainer:
     """Train `model` in this process and its experts on the expert actors of a service, beside what these serve.
 
@@ -56,7 +58,7 @@ def remote_trainer(  # noqa: PLR0913  (as many parts as there are)
         run_id: a trainer with the name of a run that is on the actors goes on with it.
         optimizer: AdamW with a rate of 1e-3 when not given.
         checkpoints: folder for `Trainer.save`, on a disk that all nodes share; empty for none.
-        group, settings, exchange, schedule, adapters: as of `training.network.make_trainer`.
+        group, settings, exchange, schedule, adapters, rounding: as of `training.network.make_trainer`.
 
     Raises: `NotFound` for a service that does not run, `Unavailable` without the cluster, `InvalidConfig` for a model
         without experts in it.
@@ -77,4 +79,5 @@ def remote_trainer(  # noqa: PLR0913  (as many parts as there are)
         schedule=schedule,
         checkpoints=Path(checkpoints) if checkpoints else None,
         adapters=adapters,
+        rounding=rounding,
     )

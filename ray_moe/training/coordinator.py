@@ -36,12 +36,14 @@ from ray_moe.ops.experts import unpack
 from ray_moe.ops.lora import ExpertAdapters
 from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.ops.parts import ExpertParts
+from ray_moe.ops.quantized_training import Compensation
 from ray_moe.policy import ownership
 from ray_moe.policy.parts import parts_of
 from ray_moe.training.archive import DiskArchive, Saving
 from ray_moe.training.checkpoints import folder_of
 from ray_moe.training.control import Control, all_of
 from ray_moe.training.origin import Origin
+from ray_moe.training.rounding import check_rounding
 from ray_moe.training.settings import StepSettings
 from ray_moe.training.snapshots import States
 from ray_moe.training.trainees import TraineeReport
@@ -77,6 +79,7 @@ class Coordinator:
         origin: Origin | None = None,
         adapters: ExpertAdapters | None = None,
         parts: ExpertParts | None = None,
+        rounding: Compensation | None = None,
     ) -> None:
         """
         Args:
@@ -89,8 +92,10 @@ class Coordinator:
             origin: what the experts are at first; None for those of the model that the hosts serve.
             adapters: what learns of the experts; None: all.
             parts: how they are cut; None: they are not.
+            rounding: experts are trained in 8 bits, with this kept of what rounding takes away; None: in float.
 
-        Raises: `InvalidConfig` for adapters of experts that are cut: each part would learn one of its own.
+        Raises: `InvalidConfig` for adapters of experts that are cut: each part would learn one of its own; as
+            `check_rounding`.
         """
         self.run_id = run_id
         self.settings = settings or StepSettings()
@@ -106,6 +111,9 @@ class Coordinator:
                 f"experts in {self._parts.number} parts cannot have adapters: each part would learn one of its own; "
                 "set experts.tensor to 1, or train.lora.experts to false"
             )
+        if rounding is not None:
+            check_rounding(optimizer, adapters, self._parts.number)
+        self._rounding = rounding
         self._saving: Saving | None = None
         self._life = secrets.token_hex(6)
         """Of this coordinator: calls of an earlier one that are still under way belong to none of its attempts."""
@@ -426,7 +434,7 @@ class Coordinator:
         placement = ownership.assign(
             self._num_experts, list(addresses), self._owners(reports), holders, self.settings.num_replicas
         )
-        how = (self._optimizer, step, self._adapters, self._parts.number)
+        how = (self._optimizer, step, self._adapters, self._parts.number, self._rounding)
         all_of(self._orders(addresses, "open", self.run_id, self._life, *how))
         if self._origin is not None:
             all_of(self._orders(addresses, "describe", self._control.lend(self._origin.modules)))

@@ -7,6 +7,7 @@ Any `torch` network with `MoELayer`s will do, or a model of `transformers` in th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ray_moe.errors import InvalidConfig
 from ray_moe.models.experts import drop_parameters, install
 from ray_moe.ops.lora import ExpertAdapters
 from ray_moe.ops.optimizers import OptimizerSettings
+from ray_moe.ops.quantized_training import Compensation
 from ray_moe.training.archive import DiskArchive
 from ray_moe.training.control import Control
 from ray_moe.training.coordinator import Coordinator
@@ -42,6 +44,7 @@ def make_trainer(  # noqa: PLR0913  (as many parts as there are)
     schedule: Callable[[int], float] | None = None,
     checkpoints: Path | None = None,
     adapters: ExpertAdapters | None = None,
+    rounding: Compensation | None = None,
 ) -> Trainer:
     """A worker that trains `model`, whose experts go to the hosts: afterwards they are no longer in it.
 
@@ -57,12 +60,16 @@ def make_trainer(  # noqa: PLR0913  (as many parts as there are)
         schedule: learning rate of a step (from 1); None is the optimizer's own.
         checkpoints: folder for `Trainer.save`, on a disk that all hosts share.
         adapters: low-rank adapters of the experts, which learn in place of their weights; None trains these.
+        rounding: train experts in 8 bits and keep "int8", "bfloat16" or "none" of what rounding takes away
+            (`ops/quantized_training.py`); None trains them in float.
 
     Raises: `InvalidConfig` for a model without experts in it, or whose experts are to be cut into parts
-        (`exchange.num_parts`) and cannot be.
+        (`exchange.num_parts`) and cannot be; as `check_rounding`.
     """
     group = group or Alone()
     exchange = exchange or ExchangeSettings()
+    if rounding is not None:  # what is kept between forward and backward would have the weights in float
+        exchange = replace(exchange, recompute=True)
     origin = Origin(model, exchange.num_parts)
     layers, parts = origin.num_experts, origin.parts
     dtype = next(iter(model.parameters())).dtype
@@ -79,7 +86,9 @@ def make_trainer(  # noqa: PLR0913  (as many parts as there are)
             name = type(model).__name__
             archive = DiskArchive(checkpoints, run_id, name, fingerprint(shapes), layers, dtype, parts=parts)
         numbers = {path: number * parts.number for path, number in layers.items()}
-        coordinator = Coordinator(run_id, control, numbers, optimizer, settings, archive, origin, adapters, parts)
+        coordinator = Coordinator(
+            run_id, control, numbers, optimizer, settings, archive, origin, adapters, parts, rounding
+        )
     return Trainer(
         model,
         dispatcher,

@@ -35,11 +35,14 @@ from ray_moe.ops import norms
 from ray_moe.ops.compression import pack_rows, unpack_rows
 from ray_moe.ops.experts import SeparateExperts, pack, unpack
 from ray_moe.ops.lora import ExpertAdapters, is_adapter
-from ray_moe.ops.optimizers import Optimizer, OptimizerSettings
+from ray_moe.ops.optimizers import Optimizer, OptimizerSettings, blank
+from ray_moe.ops.quantization import ScaledTensor
+from ray_moe.ops.quantized_training import Compensation, Rounded
 from ray_moe.runtime.expert_host import Outcome
 from ray_moe.training.archive import owned_states
 from ray_moe.training.gradients import EXPERT_BITS, GradientCompressor, expand
 from ray_moe.training.manifest import Shard, Stamp
+from ray_moe.training.rounding import CODES, KEYS, SCALE, learned, round_matrices, to_compute, to_train, values
 from ray_moe.training.settings import GradientCompression
 from ray_moe.training.shards import AsyncWriter
 from ray_moe.training.shelf import shelf_for
@@ -70,12 +73,27 @@ class _Layer:
     experts: dict[int, dict[str, nn.Parameter]] = field(default_factory=dict)
     owned: set[int] = field(default_factory=set)
     """Those that are stepped here; the others are replicas of experts that are stepped elsewhere."""
+    rounded: dict[int, dict[str, Rounded]] = field(default_factory=dict)
+    """The matrices of those that are trained in 8 bits, whose parameters have no weights."""
 
     def run(self, rows: torch.Tensor, call: ExpertCall, adapters: ExpertAdapters | None) -> torch.Tensor:
         experts: list[Mapping[str, torch.Tensor]] = [self.experts[expert] for expert in call.experts]
         if adapters is not None:
             experts = [adapters.merged(expert, self.is_transposed) for expert in experts]
+        if self.rounded:
+            experts = [
+                {name: learned(p, small[name]) if name in small else p for name, p in self.experts[number].items()}
+                for number, small in ((number, self.rounded[number]) for number in call.experts)
+            ]
         return SeparateExperts(self.module, experts).run(rows, call.counts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        for small in (each for expert in self.rounded.values() for each in expert.values()):
+            return small.dtype
+        dtypes = [parameter.dtype for expert in self.experts.values() for parameter in expert.values()]
+        return dtypes[0] if dtypes else torch.float32
 
     @property
     def is_transposed(self) -> bool:
@@ -123,6 +141,7 @@ class Trainees:
         self._run_id, self._life = run_id, ""
         self._settings = settings
         self._adapters: ExpertAdapters | None = None
+        self._rounding: Compensation | None = None
         self._num_parts = 1
         self._optimizer = Optimizer(settings, shelf=shelf)
         self._layers: dict[LayerPath, _Layer] = {}
@@ -156,6 +175,7 @@ class Trainees:
         step: int,
         adapters: ExpertAdapters | None = None,
         num_parts: int = 1,
+        rounding: Compensation | None = None,
     ) -> None:
         """Train for `run_id` from now on, which has made `step` steps; what was trained for another is forgotten.
 
@@ -164,8 +184,9 @@ class Trainees:
             settings: of the optimizer; others than before count from the next `restore` on.
             adapters: what learns of the experts; None: all.
             num_parts: of each expert, for the report.
+            rounding: experts are trained in 8 bits, with this kept of what rounding takes away; None: in float.
 
-        Raises: `InvalidConfig` when the run was begun with other adapters, or as `DiskShelf`.
+        Raises: `InvalidConfig` when the run was begun with other adapters or another rounding, or as `DiskShelf`.
         """
         with self._lock:
             if run_id != self._run_id:
@@ -175,7 +196,12 @@ class Trainees:
                     f"the run {run_id!r} was begun with adapters of experts {self._adapters}, and now has {adapters}; "
                     "go on with those, or give this run another name"
                 )
-            self._adapters, self._num_parts = adapters, num_parts
+            elif rounding != self._rounding:
+                raise InvalidConfig(
+                    f"the run {run_id!r} was begun with experts in {_bits(self._rounding)}, and now has them in "
+                    f"{_bits(rounding)}; go on with those, or have it forgotten first: checkpoints go on with either"
+                )
+            self._adapters, self._num_parts, self._rounding = adapters, num_parts, rounding
             self._life, self._settings = life, settings
             self._step = step
             self._begin("")
@@ -210,7 +236,15 @@ class Trainees:
             here = self._layers.setdefault(layer, _Layer(module))
             for expert, tensors in experts.items():
                 self._release(layer, expert)
-                weights = {name: tensor.to(self._device) for name, tensor in tensors.items() if "." not in name}
+                small: dict[str, Rounded] = {}
+                if self._rounding is not None:
+                    small = here.rounded[expert] = round_matrices(
+                        tensors, -2 if here.is_transposed else -1, self._rounding, self._device
+                    )
+                weights = {
+                    name: t.to(self._device) for name, t in tensors.items() if "." not in name and name not in small
+                }
+                weights |= {name: blank(each.shape, self._device) for name, each in small.items()}
                 if self._adapters is not None:
                     weights = self._adapters.added(weights, here.is_transposed, f"{layer}/{expert}")
                 elif any(map(is_adapter, weights)):
@@ -228,9 +262,12 @@ class Trainees:
         for name, parameter in here.experts[expert].items():
             if not parameter.requires_grad:
                 continue
-            full = _full_name(layer, expert, name)
-            self._optimizer.add(full, parameter)
-            state = {key.partition(".")[0]: t for key, t in tensors.items() if key.partition(".")[2] == name}
+            full, store = _full_name(layer, expert, name), here.rounded.get(expert, {}).get(name)
+            self._optimizer.add(full, parameter, store)
+            known = {key: tensor for key, tensor in tensors.items() if not key.startswith(KEYS)}
+            state = {key.partition(".")[0]: t for key, t in known.items() if key.partition(".")[2] == name}
+            if store is not None:
+                state.pop("master", None)
             if state:
                 self._optimizer.load_state(full, state)
 
@@ -239,6 +276,7 @@ class Trainees:
         for name, parameter in here.experts.pop(expert, {}).items():
             if expert in here.owned and parameter.requires_grad:
                 self._optimizer.remove(_full_name(layer, expert, name))
+        here.rounded.pop(expert, None)
         here.owned.discard(expert)
 
     def drop(self, experts: Experts) -> None:
@@ -267,11 +305,13 @@ class Trainees:
 
     def _num_bytes(self) -> int:
         parameters = [p for here in self._layers.values() for each in here.experts.values() for p in each.values()]
-        tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+        rounded = [each for here in self._layers.values() for small in here.rounded.values() for each in small.values()]
+        tensors = [*(p for p in parameters if p.is_contiguous()), *(p.grad for p in parameters if p.grad is not None)]
         for name in self._optimizer.names:
             tensors += self._optimizer.in_memory(name)
         tensors += self._compressor.residuals.values()
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        plain = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.is_contiguous()}.values())
+        return plain + sum(each.nbytes for each in rounded)
 
     # --- calls ---------------------------------------------------------------------------------------------
     def flops(self, call: ExpertCall) -> int:
@@ -325,8 +365,7 @@ class Trainees:
         """[t, D], in memory that nobody else writes to while it is kept."""
         tokens = call.tokens().detach().to(self._device)
         if tokens.dtype == torch.uint8:
-            dtypes = [parameter.dtype for expert in layer.experts.values() for parameter in expert.values()]
-            return unpack_rows(tokens, dtypes[0] if dtypes else torch.float32)
+            return unpack_rows(tokens, layer.dtype)
         return tokens.clone() if call.keep and tokens.data_ptr() == call.hidden.data_ptr() else tokens
 
     def _compute(self, layer: _Layer, call: ExpertCall, tokens: torch.Tensor) -> torch.Tensor:
@@ -466,14 +505,15 @@ class Trainees:
         """
         with self._lock:
             return {
-                layer: {
-                    expert: pack(
-                        {n: p for n, p in self._parameters(layer, expert).items() if p.requires_grad or not learned}
-                    )
-                    for expert in numbers
-                }
+                layer: {expert: pack(self._weights(layer, expert, learned)) for expert in numbers}
                 for layer, numbers in experts.items()
             }
+
+    def _weights(self, layer: LayerPath, expert: int, learned: bool) -> dict[str, torch.Tensor]:
+        parameters = self._parameters(layer, expert)
+        small = self._layers[layer].rounded.get(expert, {})
+        plain = {name: p for name, p in parameters.items() if name not in small and (p.requires_grad or not learned)}
+        return {**plain, **to_compute(small)}
 
     @torch.no_grad()
     def merged(self, experts: Experts) -> States:
@@ -483,7 +523,7 @@ class Trainees:
             return {
                 layer: {
                     expert: pack(
-                        self._parameters(layer, expert)
+                        {**self._parameters(layer, expert), **values(self._layers[layer].rounded.get(expert, {}))}
                         if adapters is None
                         else adapters.merged(self._parameters(layer, expert), self._layers[layer].is_transposed)
                     )
@@ -497,9 +537,15 @@ class Trainees:
         with self._lock, torch.no_grad():
             for layer, experts in states.items():
                 for expert, arrays in experts.items():
-                    parameters = self._parameters(layer, expert)
-                    for name, tensor in unpack(arrays).items():
-                        parameters[name].copy_(tensor)
+                    parameters, tensors = self._parameters(layer, expert), unpack(arrays)
+                    small = self._layers[layer].rounded.get(expert, {})
+                    for name, rounded in small.items():
+                        rounded.small = ScaledTensor(
+                            tensors[CODES + name].to(self._device), tensors[SCALE + name].to(self._device)
+                        )
+                    for name, tensor in tensors.items():
+                        if not name.startswith(KEYS):
+                            parameters[name].copy_(tensor)
 
     def _parameters(self, layer: LayerPath, expert: int) -> dict[str, nn.Parameter]:
         here = self._layers.get(layer)
@@ -517,7 +563,12 @@ class Trainees:
             if stamp.step != self._step:
                 raise StepRefused(f"host {self.host_id} is at step {self._step}: it cannot save step {stamp.step}")
             owned = {layer: sorted(here.owned) for layer, here in self._layers.items()}
-            self._writer.save(folder, stamp, owned_states(owned, self.expert_tensors))
+            self._writer.save(folder, stamp, owned_states(owned, self._saved_tensors))
+
+    def _saved_tensors(self, layer: LayerPath, expert: int) -> dict[str, torch.Tensor]:
+        """What an expert is, with weights that anybody can read."""
+        tensors = self.expert_tensors(layer, expert)
+        return {**values(self._layers[layer].rounded.get(expert, {})), **tensors}
 
     def saved(self) -> tuple[Shard, ...]:
         """What it has written, once it is on the disk. Raises: what went wrong."""
@@ -539,12 +590,15 @@ class Trainees:
 
         Raises: `NotFound` for an expert that is not here.
         """
-        tensors = {}
-        for name, parameter in self._parameters(layer, expert).items():
+        parameters = self._parameters(layer, expert)
+        small = self._layers[layer].rounded.get(expert, {})
+        tensors = to_train(small)
+        for name, parameter in parameters.items():
             if not parameter.requires_grad:  # never changes
                 tensors[name] = parameter.detach()
                 continue
-            tensors[name] = parameter.detach().clone()
+            if name not in small:
+                tensors[name] = parameter.detach().clone()
             full = _full_name(layer, expert, name)
             for key, value in self._optimizer.state_of(full).items():
                 if value.data_ptr() != parameter.data_ptr():  # the weights may be their own master
@@ -617,6 +671,10 @@ def _reply(call: ExpertCall, rows: torch.Tensor) -> ExpertReply:
 
 def _full_name(layer: LayerPath, expert: int, name: str) -> str:
     return f"{layer}/{expert}/{name}"
+
+
+def _bits(rounding: Compensation | None) -> str:
+    return "float" if rounding is None else f"8 bits (compensation: {rounding})"
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

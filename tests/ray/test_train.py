@@ -152,6 +152,12 @@ def test_a_gate_is_trained_and_exported_where_transformers_would_compute_it(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_experts_in_8_bits_learn_almost_the_same(folder: Path, reference: Any) -> None:
+    told = train(folder, quantization="int8", parallel={"data": 2, "replicas": 2})
+    assert curve(told) == pytest.approx(reference[0], rel=1e-2)
+    assert curve(told) != pytest.approx(reference[0], rel=1e-6)
+
+
 def test_experts_in_parts_learn_the_same_and_whole_ones_go_on_from_their_checkpoint(
     folder: Path, reference: Any, tmp_path: Path
 ) -> None:

@@ -45,7 +45,8 @@ def test_other_gates_are_others(gate: str, tmp_path: Path) -> None:
 
 
 def test_another_k_or_another_sum_is_another_gate(tmp_path: Path) -> None:
-    for number, options in enumerate([{"top_k": 1}, {"top_k": 3}, {"normalize": False}]):
+    others: list[dict[str, Any]] = [{"top_k": 1}, {"top_k": 3}, {"normalize": False}]
+    for number, options in enumerate(others):
         assert try_gate(outline("mixtral", tmp_path / str(number)), GateChoice("topk", options)).difference
 
 
