@@ -45,10 +45,11 @@ def noisy(ffn: FFN, ratio: float, generator: torch.Generator) -> FFN:
 
 
 def reinitialised(ffn: FFN, share: float, generator: torch.Generator) -> FFN:
-    """With a random `share` of the neurons drawn anew (drop-upcycling, arXiv:2502.19261 section 3).
+    """With a random `share` of the neurons drawn anew (drop-upcycling, arXiv:2502.19261).
 
     The same neurons in all three matrices; each matrix's new weights are Gaussian with the mean and the deviation of
-    those they replace. Share 0 is a copy, 1 keeps statistics only.
+    those they replace, as in the authors' program (which draws other neurons for each matrix). Share 0 is a copy, 1
+    keeps statistics only.
     """
     width = len(ffn.gate)
     dropped = torch.randperm(width, generator=generator)[: int(share * width)]

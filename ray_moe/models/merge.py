@@ -2,10 +2,10 @@
 
 In every MoE layer, expert m is the feed-forward network of model m; all the rest is the average of the models, or the
 first one's (Branch-Train-MiX, arXiv:2403.07816). The gate is random, or each expert's row is the mean of what a gate
-sees in prompts for that expert (as the gate mode "hidden" of mergekit's MoE merging, arXiv:2403.13257). The result is
-where training begins; with a random gate nothing says yet which expert is for what. Tensors are read and written one by
-one; only for a gate from prompts is the first model loaded. Called by `cli/upcycle.py`, and by whoever has
-`ray_moe.merge`.
+sees in prompts for that expert (after the gate mode "hidden_avg" of mergekit's MoE merging, arXiv:2403.13257, which
+takes the states before attention). The result is where training begins; with a random gate nothing says yet which
+expert is for what. Tensors are read and written one by one; only for a gate from prompts is the first model loaded.
+Called by `cli/upcycle.py`, and by whoever has `ray_moe.merge`.
 
 Shape legend: D model width, E experts (models), S tokens of a prompt.
 """

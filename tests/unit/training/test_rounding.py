@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ray_moe import MoELayer
 from ray_moe.config import Config
 from ray_moe.errors import InvalidConfig
 from ray_moe.models.experts import drop_parameters, experts_modules, install
@@ -17,14 +19,16 @@ from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import unpack
 from ray_moe.ops.lora import ExpertAdapters
 from ray_moe.ops.optimizers import OptimizerSettings
-from ray_moe.ops.quantized_training import Int8Training, Rounded
+from ray_moe.ops.quantized_training import Int8Training, Rounded, bring_home, train_in_8_bits
 from ray_moe.training.archive import DiskArchive
 from ray_moe.training.export import export_trained, find
 from ray_moe.training.manifest import fingerprint
+from ray_moe.training.network import whole_state_dict
 from ray_moe.training.rounding import CODES, LOST
 from ray_moe.training.settings import ExchangeSettings, StepSettings
 from tests.tiny_models import build, save
 from tests.training_cluster import Cluster
+from tests.unit.ops.architectures.elsewhere import Network, loss_of, regression, trainer_of
 
 ADAM = OptimizerSettings(lr=3e-3, weight_decay=0.1)
 UNCLIPPED = StepSettings(clip_norm=None)
@@ -242,3 +246,29 @@ def test_what_experts_in_8_bits_cannot_have_is_refused(options: Any, message: st
 def test_a_configuration_cannot_have_it_either(tree: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.model_validate(tree)
+
+
+def test_somebodys_own_network_is_trained_as_train_in_8_bits_does() -> None:
+    here = Network(8, MoELayer(8, 6, 5, 2, bias=True, seed=1))
+    trainer = trainer_of(copy.deepcopy(here), loss_of, rounding="int8", optimizer=ADAM)
+    trainer.start()
+    training = train_in_8_bits(here, ADAM, "int8")
+    rest = torch.optim.AdamW(here.parameters(), lr=3e-3, weight_decay=0.1)
+
+    def batch(step: int) -> dict[str, torch.Tensor]:
+        return {name: tensor.float() for name, tensor in regression(step, 20, 3).items()}
+
+    given = [trainer.make_step(lambda step: [batch(step)]).loss for _ in range(6)]
+    wanted = []
+    for step in range(1, 7):
+        loss = loss_of(here, batch(step))
+        wanted.append(loss.item())
+        loss.backward()
+        rest.step()
+        rest.zero_grad()
+        training.step()
+    assert given == pytest.approx(wanted, rel=1e-4)
+    bring_home(here, training)
+    home = whole_state_dict(trainer)
+    for name, tensor in here.state_dict().items():
+        torch.testing.assert_close(home[name], tensor, rtol=2e-2, atol=2e-3)  # a code in 127 at most
