@@ -117,6 +117,11 @@ def blank(shape: torch.Size, device: torch.device | str = "cpu") -> torch.Tensor
     return torch.zeros((), device=device).expand(shape)
 
 
+def is_blank(tensor: torch.Tensor) -> bool:
+    """Whether it is one of those."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
 @dataclass(frozen=True, slots=True)
 class _Slot:
     parameter: torch.Tensor

@@ -79,6 +79,12 @@ def to_compute(rounded: Mapping[str, Rounded]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def take_over(rounded: Mapping[str, Rounded], tensors: Mapping[str, torch.Tensor], device: torch.device | str) -> None:
+    """Have a replica compute with what `to_compute` said of its owner."""
+    for name, each in rounded.items():
+        each.small = ScaledTensor(tensors[CODES + name].to(device), tensors[SCALE + name].to(device))
+
+
 def to_train(rounded: Mapping[str, Rounded]) -> dict[str, torch.Tensor]:
     """What whoever goes on with an expert needs, beside the optimizer's state; copies."""
     lost = {LOST + name: each.lost for name, each in rounded.items() if each.lost is not None}

@@ -35,14 +35,13 @@ from ray_moe.ops import norms
 from ray_moe.ops.compression import pack_rows, unpack_rows
 from ray_moe.ops.experts import SeparateExperts, pack, unpack
 from ray_moe.ops.lora import ExpertAdapters, is_adapter
-from ray_moe.ops.optimizers import Optimizer, OptimizerSettings, blank
-from ray_moe.ops.quantization import ScaledTensor
+from ray_moe.ops.optimizers import Optimizer, OptimizerSettings, blank, is_blank
 from ray_moe.ops.quantized_training import Compensation, Rounded
 from ray_moe.runtime.expert_host import Outcome
 from ray_moe.training.archive import owned_states
 from ray_moe.training.gradients import EXPERT_BITS, GradientCompressor, expand
 from ray_moe.training.manifest import Shard, Stamp
-from ray_moe.training.rounding import CODES, KEYS, SCALE, learned, round_matrices, to_compute, to_train, values
+from ray_moe.training.rounding import KEYS, learned, round_matrices, take_over, to_compute, to_train, values
 from ray_moe.training.settings import GradientCompression
 from ray_moe.training.shards import AsyncWriter
 from ray_moe.training.shelf import shelf_for
@@ -306,11 +305,11 @@ class Trainees:
     def _num_bytes(self) -> int:
         parameters = [p for here in self._layers.values() for each in here.experts.values() for p in each.values()]
         rounded = [each for here in self._layers.values() for small in here.rounded.values() for each in small.values()]
-        tensors = [*(p for p in parameters if p.is_contiguous()), *(p.grad for p in parameters if p.grad is not None)]
+        tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
         for name in self._optimizer.names:
             tensors += self._optimizer.in_memory(name)
         tensors += self._compressor.residuals.values()
-        plain = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.is_contiguous()}.values())
+        plain = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if not is_blank(tensor)}.values())
         return plain + sum(each.nbytes for each in rounded)
 
     # --- calls ---------------------------------------------------------------------------------------------
@@ -510,8 +509,7 @@ class Trainees:
             }
 
     def _weights(self, layer: LayerPath, expert: int, learned: bool) -> dict[str, torch.Tensor]:
-        parameters = self._parameters(layer, expert)
-        small = self._layers[layer].rounded.get(expert, {})
+        parameters, small = self._parameters(layer, expert), self._rounded(layer, expert)
         plain = {name: p for name, p in parameters.items() if name not in small and (p.requires_grad or not learned)}
         return {**plain, **to_compute(small)}
 
@@ -523,7 +521,7 @@ class Trainees:
             return {
                 layer: {
                     expert: pack(
-                        {**self._parameters(layer, expert), **values(self._layers[layer].rounded.get(expert, {}))}
+                        {**self._parameters(layer, expert), **values(self._rounded(layer, expert))}
                         if adapters is None
                         else adapters.merged(self._parameters(layer, expert), self._layers[layer].is_transposed)
                     )
@@ -538,11 +536,7 @@ class Trainees:
             for layer, experts in states.items():
                 for expert, arrays in experts.items():
                     parameters, tensors = self._parameters(layer, expert), unpack(arrays)
-                    small = self._layers[layer].rounded.get(expert, {})
-                    for name, rounded in small.items():
-                        rounded.small = ScaledTensor(
-                            tensors[CODES + name].to(self._device), tensors[SCALE + name].to(self._device)
-                        )
+                    take_over(self._rounded(layer, expert), tensors, self._device)
                     for name, tensor in tensors.items():
                         if not name.startswith(KEYS):
                             parameters[name].copy_(tensor)
@@ -552,6 +546,10 @@ class Trainees:
         if here is None or expert not in here.experts:
             raise NotFound(f"host {self.host_id} does not train expert {expert} of {layer!r}")
         return here.experts[expert]
+
+    def _rounded(self, layer: LayerPath, expert: int) -> Mapping[str, Rounded]:
+        """The matrices of an expert that is here, where it is trained in 8 bits."""
+        return self._layers[layer].rounded.get(expert, {})
 
     # --- checkpoints ---------------------------------------------------------------------------------------
     def save(self, folder: Path, stamp: Stamp) -> None:
@@ -568,7 +566,7 @@ class Trainees:
     def _saved_tensors(self, layer: LayerPath, expert: int) -> dict[str, torch.Tensor]:
         """What an expert is, with weights that anybody can read."""
         tensors = self.expert_tensors(layer, expert)
-        return {**values(self._layers[layer].rounded.get(expert, {})), **tensors}
+        return {**values(self._rounded(layer, expert)), **tensors}
 
     def saved(self) -> tuple[Shard, ...]:
         """What it has written, once it is on the disk. Raises: what went wrong."""
@@ -590,8 +588,7 @@ class Trainees:
 
         Raises: `NotFound` for an expert that is not here.
         """
-        parameters = self._parameters(layer, expert)
-        small = self._layers[layer].rounded.get(expert, {})
+        parameters, small = self._parameters(layer, expert), self._rounded(layer, expert)
         tensors = to_train(small)
         for name, parameter in parameters.items():
             if not parameter.requires_grad:  # never changes

@@ -18,7 +18,7 @@ from ray_moe.models.experts import drop_parameters, experts_modules, install
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import unpack
 from ray_moe.ops.lora import ExpertAdapters
-from ray_moe.ops.optimizers import OptimizerSettings
+from ray_moe.ops.optimizers import OptimizerSettings, is_blank
 from ray_moe.ops.quantized_training import Int8Training, Rounded, bring_home, train_in_8_bits
 from ray_moe.training.archive import DiskArchive
 from ray_moe.training.export import export_trained, find
@@ -117,9 +117,9 @@ def test_a_float_run_would_differ_and_take_more_memory() -> None:
 def rounded_bytes(host: Any) -> int:
     """Of weights alone, by the host's own account: without the moments and their snapshots."""
     moments = [t for name in host._optimizer.names for t in host._optimizer.in_memory(name)]
-    owned = {t.data_ptr(): t.nbytes for t in moments if t.is_contiguous() and t.dtype is torch.float32}
+    owned = {t.data_ptr(): t.nbytes for t in moments if not is_blank(t) and t.dtype is torch.float32}
     weights = [p for here in host._layers.values() for each in here.experts.values() for p in each.values()]
-    masters = {p.data_ptr() for p in weights if p.is_contiguous()}
+    masters = {p.data_ptr() for p in weights if not is_blank(p)}
     return host._num_bytes() - sum(size for pointer, size in owned.items() if pointer not in masters)
 
 
