@@ -29,7 +29,6 @@ from ray_moe.config_train import TrainConfig, check_experts
 from ray_moe.errors import HostLost, InvalidConfig, RayMoEError, StepInterrupted, Unavailable
 from ray_moe.models.experts import install
 from ray_moe.models.gate_trial import GateTrial
-from ray_moe.models.gates import replace_gates
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.models.lora import add_adapters, whole_state
 from ray_moe.ops.capacity import CapacitySettings
@@ -44,7 +43,7 @@ from ray_moe.training.coordinator import Coordinator
 from ray_moe.training.data import open_data, windows_of
 from ray_moe.training.dispatcher import TrainingDispatcher
 from ray_moe.training.export import export_running
-from ray_moe.training.gating import MethodSettings, check_gate, make_methods
+from ray_moe.training.gating import MethodSettings, check_gate, make_methods, place_gates
 from ray_moe.training.group import Alone, Group, TorchGroup
 from ray_moe.training.loop import LoopSettings, Progress, run
 from ray_moe.training.manifest import fingerprint
@@ -205,7 +204,7 @@ def make_backbone(checkpoint: Checkpoint, train: TrainConfig, dispatcher: Traini
     choice, gates = gate_choice(train), []
     if choice is not None:
         try_choice(checkpoint, train)
-        gates = replace_gates(model, choice, seed=train.seed)
+        gates = place_gates(model, choice, train.seed)
     if train.lora is not None:
         lora = train.lora
         add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules, train.seed)
@@ -282,10 +281,18 @@ def gate_choice(train: TrainConfig) -> GateChoice | None:
 
 
 def try_choice(checkpoint: Checkpoint, train: TrainConfig) -> GateTrial | None:
-    """What that gate is in this model; None for the model's own. Raises: as `check_gate`."""
+    """What that gate is in this model; None for the model's own. Raises: as `check_gate`; `InvalidConfig`."""
     choice = gate_choice(train)
     losses = [name for name in OF_GATES if name in train.auxiliary.coefficients]
-    return None if choice is None else check_gate(checkpoint, choice, losses)
+    if choice is None:
+        return None
+    trial = check_gate(checkpoint, choice, losses)
+    if trial.takes_ids and train.gradient_checkpointing:
+        raise InvalidConfig(
+            f"the gate {choice.name!r} goes by the tokens' ids, which it would not hear when activations are computed "
+            "again: set train.gradient_checkpointing to false"
+        )
+    return trial
 
 
 def method_settings(train: TrainConfig) -> MethodSettings:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ray_moe.errors import InvalidConfig
+from ray_moe.errors import InvalidConfig, InvalidRequest
 from ray_moe.models.experts import experts_modules
 from ray_moe.models.gates import find_routers, replace_gates
 from ray_moe.ops.gates.base import takes_info
@@ -37,6 +37,8 @@ class GateTrial:
     """Names of what it learns, as the model has them."""
     losses: frozenset[str]
     """That it tells in training (`Routing.losses`)."""
+    takes_ids: bool
+    """Whether it has to hear which tokens there are (`models.gates.tell_ids`)."""
     difference: str
     """How it differs from the model's own routers in evaluation; empty where it does not."""
 
@@ -46,7 +48,7 @@ def try_gate(outline: nn.Module, choice: GateChoice) -> GateTrial:
 
     Args: outline: the whole model on the meta device; it is changed.
 
-    Raises: as `replace_gates`; `InvalidConfig` for a gate that has to be told what the tokens are.
+    Raises: as `replace_gates`; `InvalidConfig` for a gate that has to be told more of the tokens than their ids.
     """
     generator = torch.Generator().manual_seed(0)
     for path, experts in experts_modules(outline).items():
@@ -55,18 +57,20 @@ def try_gate(outline: nn.Module, choice: GateChoice) -> GateTrial:
     routers: list[Any] = [router for _, router, _ in find_routers(outline)]
     paths = replace_gates(outline, choice)
     gates = [outline.get_submodule(path) for path in paths]
-    if takes_info(gates[0]):
-        raise InvalidConfig(
-            f"the gate {choice.name!r} has to be told what each token is, which nobody does here; make the model in "
-            "Python (ray_moe.models.gates.told, or MoELayer's info) and train it with ray_moe.remote_trainer"
-        )
     parameters = [
         f"{path}.{name}" for path, gate in zip(paths, gates, strict=True) for name, _ in gate.named_parameters()
     ]
     hidden_TD = torch.randn(NUM_TOKENS, routers[0].weight.shape[-1], generator=generator)
     hidden_TD = torch.cat([hidden_TD, 4 * hidden_TD])
-    losses = frozenset(gates[0].train()(hidden_TD).routing.losses)
-    return GateTrial(tuple(paths), tuple(parameters), losses, _difference(routers, gates, hidden_TD))
+    try:
+        losses = frozenset(gates[0].train()(hidden_TD).routing.losses)
+    except InvalidRequest as error:
+        raise InvalidConfig(
+            f"the gate {choice.name!r} cannot be used here, where tokens have ids and nothing else: {error}. Make the "
+            "model in Python (ray_moe.models.gates.told, or MoELayer's info) and train it with ray_moe.remote_trainer"
+        ) from None
+    difference = _difference(routers, gates, hidden_TD)
+    return GateTrial(tuple(paths), tuple(parameters), losses, takes_info(gates[0]), difference)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ SAME = {"weight": "weight", "bias": "e_score_correction_bias"}
 _ROUTINGS: WeakKeyDictionary[nn.Module, Routing] = WeakKeyDictionary()
 """Of the last call of each gate. Not in the gate, for a model to be copied after it was used: no history can be."""
 
-_INFO = "_ray_moe_info"
+_INFO, _HEARD = "_ray_moe_info", "_ray_moe_heard"
 
 
 def replace_gates(model: nn.Module, settings: GateSettings | GateChoice | str, *, seed: int = 0) -> list[LayerPath]:
@@ -112,6 +112,31 @@ def told(model: nn.Module, info: TokenInfo) -> Iterator[None]:
     finally:
         for gate in gates:
             gate.__dict__[_INFO] = None
+
+
+class _Heard(threading.local):
+    """What each thread has last called a model with. A copy of the model has one of its own."""
+
+    info: TokenInfo | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Heard:
+        return _Heard()
+
+    def __call__(self, model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = named.get("input_ids", given[0] if given else None)
+        self.info = None if ids is None else TokenInfo(ids=ids)
+
+
+def tell_ids(model: nn.Module) -> None:
+    """From now on the gates of `replace_gates` hear in each call which tokens its `input_ids` are, if not `told`.
+
+    Not for activations that are computed again going backward on a device whose history has threads of its own.
+    """
+    heard, gates = _Heard(), [module for module in model.modules() if _INFO in module.__dict__]
+    for gate in gates:
+        gate.__dict__[_HEARD] = heard
+    if gates:
+        model.register_forward_pre_hook(heard, with_kwargs=True)
 
 
 def router_state(state: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -198,6 +223,8 @@ def _as_gate(gate: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     if _INFO not in gate.__dict__:
         return (tokens,)
     info: TokenInfo | None = gate.__dict__[_INFO]
+    if info is None and _HEARD in gate.__dict__:
+        info = gate.__dict__[_HEARD].info
     return tokens, None if info is None else info.flat(len(tokens))
 
 

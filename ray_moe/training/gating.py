@@ -13,6 +13,7 @@ from torch import nn
 
 from ray_moe.errors import InvalidConfig
 from ray_moe.models.gate_trial import GateTrial, try_gate
+from ray_moe.models.gates import replace_gates, tell_ids
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.capacity import CapacitySettings
 from ray_moe.ops.gates.registry import GateChoice
@@ -23,6 +24,7 @@ from ray_moe.ops.methods.driver import Methods
 from ray_moe.ops.methods.dropout import ExpertDropout
 from ray_moe.ops.methods.sites import find_sites
 from ray_moe.ops.methods.warmup import FreezeGate, RandomRouting
+from ray_moe.types import LayerPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,13 @@ def check_gate(checkpoint: Checkpoint, choice: GateChoice, losses: Collection[st
             f"{', '.join(sorted(trial.losses)) or 'none of its own'}: set it to 0, or take another train.gate"
         )
     return trial
+
+
+def place_gates(model: nn.Module, choice: GateChoice, seed: int = 0) -> list[LayerPath]:
+    """Put the gate in the place of a model's routers; their paths. Raises: as `replace_gates`."""
+    paths = replace_gates(model, choice, seed=seed)
+    tell_ids(model)
+    return paths
 
 
 def check_writable(checkpoint: Checkpoint, choice: GateChoice | None) -> None:

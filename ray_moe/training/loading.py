@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ray_moe.models.gates import replace_gates
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.training.export import check_origin, find, trained_weights
+from ray_moe.training.gating import place_gates
 
 
 def load_trained(folder: str | Path, model: str | Path | None = None) -> nn.Module:
@@ -40,7 +40,7 @@ def load_trained(folder: str | Path, model: str | Path | None = None) -> nn.Modu
         network.set_submodule(path, module)
     gate = trained.manifest.gate
     if gate is not None:
-        for path in replace_gates(network, gate):
+        for path in place_gates(network, gate):
             if hasattr(network.get_submodule(path), "anneal"):
                 network.get_submodule(path).anneal(max(trained.manifest.stamp.step - 1, 0))
     own: dict[str, torch.Tensor] = network.state_dict()

@@ -72,7 +72,7 @@ def _copied(
 
 def to_compute(rounded: Mapping[str, Rounded]) -> dict[str, torch.Tensor]:
     """What a replica needs: no compensation."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, each in rounded.items():
         tensors |= {CODES + name: each.small.codes, SCALE + name: each.small.scale}
         tensors[LIKE + name] = torch.empty(0, dtype=each.dtype)

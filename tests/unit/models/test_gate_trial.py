@@ -22,7 +22,7 @@ OWN: dict[str, list[GateChoice]] = {
     "deepseek_v3": [GateChoice("sigmoid", {"num_groups": 4, "top_groups": 2, "scale": 2.5})],
     "glm4_moe": [GateChoice("sigmoid", {"num_groups": 2})],
 }
-TOLD = ["hash", "multi_task", "modality"]
+TOLD = ["multi_task", "modality"]
 
 
 def outline(family: str, folder: Path) -> Any:
@@ -41,7 +41,9 @@ def test_a_familys_own_gate_is_recognised_without_its_weights(family: str, tmp_p
 
 @pytest.mark.parametrize("gate", [name for name in GATES if name not in ("topk", "noisy_topk", *TOLD)])
 def test_other_gates_are_others(gate: str, tmp_path: Path) -> None:
-    assert "differs by up to" in try_gate(outline("mixtral", tmp_path), GateChoice(gate)).difference
+    trial = try_gate(outline("mixtral", tmp_path), GateChoice(gate))
+    assert "differs by up to" in trial.difference
+    assert trial.takes_ids is (gate == "hash")
 
 
 def test_another_k_or_another_sum_is_another_gate(tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ def test_what_a_router_adds_of_its_own_is_no_gates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gate", TOLD)
 def test_gates_that_have_to_be_told_of_the_tokens_are_refused(gate: str, tmp_path: Path) -> None:
     options = {"num_tasks": 2} if gate == "multi_task" else {}
-    with pytest.raises(InvalidConfig, match="has to be told what each token is"):
+    with pytest.raises(InvalidConfig, match="where tokens have ids and nothing else: this gate has to know the"):
         try_gate(outline("mixtral", tmp_path), GateChoice(gate, options))
 
 

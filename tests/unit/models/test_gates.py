@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ray_moe.errors import InvalidConfig, InvalidRequest, UnsupportedModel
-from ray_moe.models.gates import replace_gates, routings, told
+from ray_moe.models.gates import replace_gates, routings, tell_ids, told
 from ray_moe.ops.gates.base import GateSettings, TokenInfo
 from ray_moe.ops.gates.multi_task import MultiTaskSettings
 from ray_moe.ops.gates.sigmoid import SigmoidSettings
@@ -137,6 +137,23 @@ def test_gates_hear_of_the_tokens_what_the_model_is_not_told() -> None:
     with told(hashed, TokenInfo(ids=IDS.flip(1))):
         hashed(IDS.flip(1))
     assert torch.equal(routings(hashed)[path].index.view(2, 12, -1).flip(1), index.view(2, 12, -1))
+
+
+def test_gates_hear_the_ids_that_a_model_is_called_with() -> None:
+    model: Any = build("mixtral").eval()
+    (path, *_) = replace_gates(model, "hash")
+    tell_ids(model)
+    twin: Any = copy.deepcopy(model)
+    model(IDS)
+    first = routings(model)[path].index.view(2, 12, -1)
+    model(input_ids=IDS.flip(1))
+    assert torch.equal(routings(model)[path].index.view(2, 12, -1).flip(1), first)
+    assert len(first.unique()) > 3
+    twin(IDS)
+    assert torch.equal(routings(twin)[path].index.view(2, 12, -1), first)
+    with told(model, TokenInfo(ids=torch.zeros_like(IDS))):
+        model(IDS)
+    assert len(routings(model)[path].index.unique()) == 2  # K of one token
 
 
 def test_a_model_that_has_another_form_is_left_as_it_was() -> None:

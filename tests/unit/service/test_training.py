@@ -33,7 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"data": "stdlib", "publish_every": 1, "serve": True}, "publish_folder"),
         ({"data": "stdlib", "freeze": ["*.noise_weight"]}, "no parameter"),
         ({"data": "stdlib", "gate": "topk", "freeze": ["*.noise_weight"]}, "no parameter"),
-        ({"data": "stdlib", "gate": "hash"}, "has to be told what each token is"),
+        ({"data": "stdlib", "gate": "modality"}, "this gate has to know the modality of each token"),
+        (
+            {"data": "stdlib", "gate": "hash", "gradient_checkpointing": True},
+            "set train.gradient_checkpointing to false",
+        ),
         ({"data": "stdlib", "gate": {"name": "topk", "top_k": 7}}, "with 6 experts it can be 1 to 6"),
         ({"data": "stdlib", "gate": "topk", "auxiliary": {"entropy": 0.1}}, "entropy is not a loss of the gate 'topk'"),
         (

@@ -17,7 +17,7 @@ from ray_moe.actors.training import gate_choice, make_backbone, method_settings,
 from ray_moe.config_train import TrainConfig
 from ray_moe.errors import InvalidConfig
 from ray_moe.models.experts import experts_modules
-from ray_moe.models.gates import replace_gates, routings
+from ray_moe.models.gates import replace_gates, routings, tell_ids
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.models.lora import whole_state
 from ray_moe.training.archive import DiskArchive
@@ -113,6 +113,7 @@ def in_one_process(run: Run, losses: Sequence[str] = ()) -> list[float]:
     choice = gate_choice(run.train)
     assert choice is not None
     replace_gates(model, choice)
+    tell_ids(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     told = []
     for step in range(1, STEPS + 1):
@@ -139,6 +140,7 @@ def in_one_process(run: Run, losses: Sequence[str] = ()) -> list[float]:
         ("mixtral", {"name": "sigmoid", "scale": 1.5}, []),
         ("mixtral", {"name": "dynamic_k", "threshold": 0.6}, ["entropy"]),
         ("qwen3_moe", "expert_choice", []),
+        ("olmoe", "hash", []),
         ("deepseek_v3", {"name": "hierarchical", "top_groups": 2, "top_k": 2}, []),
     ],
 )
