@@ -9,7 +9,7 @@ PY := $(BIN)/python
 STAMP := $(VENV)/.installed
 PYTHONS := python3 python3.13 python3.12 python3.11
 
-.PHONY: help setup demo test check protos bench browser clean
+.PHONY: help setup demo test check protos dashboard alerts bench browser clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -34,6 +34,22 @@ check: $(STAMP)  ## format, lint, types, import layers, unit tests without socke
 
 protos: $(STAMP)  ## the committed stubs, anew from protos/
 	@$(PY) tools/protos.py
+
+dashboard: $(STAMP)  ## the committed Grafana dashboard, anew from tools/grafana.py
+	@$(PY) tools/grafana.py
+
+# Prometheus' own checker: the installed one, or that of Debian's package, unpacked here (needs no root).
+PROMTOOL := $(or $(shell command -v promtool),build/prometheus/usr/bin/promtool)
+
+alerts: $(PROMTOOL)  ## the alert rules, checked and tested by promtool
+	@$(PROMTOOL) check rules cluster/prometheus/alerts.yaml
+	@$(PROMTOOL) test rules tests/prometheus/alerts_test.yaml
+
+build/prometheus/usr/bin/promtool:
+	@mkdir -p build/prometheus
+	@cd build/prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb . || { \
+	  echo "make alerts: no promtool here, and apt-get cannot fetch the package prometheus; install promtool" >&2; exit 1; \
+	}
 
 bench: $(STAMP)  ## the transports side by side
 	@$(PY) benchmarks/dispatch.py

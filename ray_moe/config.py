@@ -200,6 +200,11 @@ class BalanceConfig(Section):
     return_s: Seconds = 60
     """Seconds that a lost actor is expected back before plans are made without it."""
 
+    @property
+    def replicas_wanted(self) -> int:
+        """Of every expert, where there is room: what both settings ask for together."""
+        return max(self.min_replicas, self.survive_nodes + 1)
+
 
 class ScalingConfig(Section):
     """How many expert actors there are: changed while requests flow. With an autoscaling cluster, nodes follow."""

@@ -442,7 +442,8 @@ class Router:
         return (mine, *others)
 
     def measures(self) -> Measures:
-        return measure(self._router_status(), self._engine, self._dispatcher)
+        wanted = self._spec.config.balance.replicas_wanted
+        return measure(self._router_status(), self._engine, self._dispatcher, wanted)
 
     async def status(self) -> ServiceStatus:
         try:

@@ -39,9 +39,13 @@ class Measures:
     kv_max_bytes: int = 0
     version: int | None = None
     """Of the weights that new requests are computed with; None while the model is being loaded."""
+    replicas_wanted: int = 1
+    """Of every expert, by the configuration."""
 
 
-def measure(router: RouterStatus, engine: Engine | None, dispatcher: ExpertDispatcher | None) -> Measures:
+def measure(
+    router: RouterStatus, engine: Engine | None, dispatcher: ExpertDispatcher | None, replicas_wanted: int = 1
+) -> Measures:
     """Of a router that has come so far."""
     used_bytes, max_bytes = (0, 0) if engine is None else engine.kv_cache_bytes
     return Measures(
@@ -53,6 +57,7 @@ def measure(router: RouterStatus, engine: Engine | None, dispatcher: ExpertDispa
         kv_used_bytes=used_bytes,
         kv_max_bytes=max_bytes,
         version=None if engine is None else engine.version,
+        replicas_wanted=replicas_wanted,
     )
 
 

@@ -99,7 +99,7 @@ class Page(Collector):
         if measures.vitals is not None:
             yield from self._requests(measures.vitals)
         if measures.table is not None:
-            yield from self._placement(measures.table)
+            yield from self._placement(measures.table, measures.replicas_wanted)
         state = "degraded" if self._status is None else self._status.state
         yield self._states("service_state", "1 for the state of the service.", SERVICE_STATES, [state])
         if self._status is not None:
@@ -127,12 +127,14 @@ class Page(Collector):
             ("kind",),
         )
 
-    def _placement(self, table: RoutingTable) -> Iterator[Metric]:
+    def _placement(self, table: RoutingTable, wanted: int) -> Iterator[Metric]:
         is_there = table.addresses.__contains__
         replicas = [sum(map(is_there, hosts)) for experts in table.placement.hosts_of.values() for hosts in experts]
         yield self._gauge("routing_epoch", "Epoch of the routing table in use.", table.epoch)
         yield self._gauge("replicas", "Replicas of experts that tokens can be sent to.", sum(replicas))
+        yield self._gauge("replicas_wanted", "Of every expert: balance.min_replicas and survive_nodes.", wanted)
         yield self._gauge("experts_without_replica", "Experts that no host holds.", replicas.count(0))
+        yield self._gauge("experts_on_last_replica", "Experts that one host alone holds.", replicas.count(1))
 
     def _cluster(self, status: ServiceStatus) -> Iterator[Metric]:
         yield self._gauge(

@@ -27,6 +27,8 @@ def unguarded(text: str) -> list[str]:
         elif "applications" in document:  # of Ray Serve, whose proxies listen where they are told
             keyless = [app for app in document["applications"] if not config_from(app["args"]).server.keys_file]
             found += [f"{app['name']} without server.keys_file" for app in keyless]
+        elif "groups" in document:
+            pass  # rules of Prometheus: they start nothing
         elif document.keys() <= Config.model_fields.keys():
             if document.get("ray", {}).get("auth") != "token":
                 found.append("a service without ray.auth: token")

@@ -271,3 +271,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="not UTF-8 text"):
         load_config(tmp_path / "c.yaml")
     assert "flag --set is not YAML" in refusal(tmp_path, None, {}, "experts.resources=[")
+
+
+def test_the_replicas_wanted_are_what_both_settings_ask_for() -> None:
+    assert Config.model_validate({"balance": {"min_replicas": 3, "survive_nodes": 1}}).balance.replicas_wanted == 3
+    assert Config.model_validate({"balance": {"survive_nodes": 1}}).balance.replicas_wanted == 2

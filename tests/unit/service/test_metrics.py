@@ -90,7 +90,9 @@ async def test_the_router_and_the_cluster_are_told_as_the_status_says():
         "kv_cache_max_bytes": 2**30,
         "routing_epoch": 7,
         "replicas": 2,  # expert-1 is not there
+        "replicas_wanted": 1,
         "experts_without_replica": 1,
+        "experts_on_last_replica": 2,
         "lossless_probability": STATUS.p_lossless,
     }.items():
         assert page.value(name) == value, name
