@@ -9,10 +9,10 @@ PY := $(BIN)/python
 STAMP := $(VENV)/.installed
 PYTHONS := python3 python3.13 python3.12 python3.11
 
-.PHONY: help setup demo test check protos dashboard alerts bench browser clean
+.PHONY: help setup demo test check protos dashboard alerts release-check bench browser clean
 
 help:  ## what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(STAMP)  ## train a small MoE, serve it with its experts in actors, kill one, compare (under 5 minutes)
 	@$(BIN)/ray-moe demo
@@ -51,6 +51,9 @@ build/prometheus/usr/bin/promtool:
 	  echo "make alerts: no promtool here, and apt-get cannot fetch the package prometheus; install promtool" >&2; exit 1; \
 	}
 
+release-check: $(STAMP)  ## build the wheel, and use its client alone on every Python there is here
+	@$(BIN)/nox -s dist client
+
 bench: $(STAMP)  ## the transports side by side
 	@$(PY) benchmarks/dispatch.py
 
@@ -67,7 +70,7 @@ browser:  ## Chromium, for the tests of the dashboard; installs it with apt wher
 	fi
 
 clean:  ## all but the sources; the demo's model stays in its cache
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .nox build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)

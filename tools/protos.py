@@ -3,6 +3,9 @@
 The stubs are committed, so that installing needs no compiler; ``tests/arch/test_protos.py`` runs this into a temporary
 directory and compares. Versions matter: stubs of grpcio-tools 1.78 run on protobuf 6.31 up to 7, those of a later one
 do not (see pyproject.toml).
+
+With ``--freeze`` it writes instead what a release promises: the descriptors of `ray_moe.v1`, without comments, into
+``tests/compat/VERSION.binpb``, which no later version may break (`tests/compat/rules.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ STUBS = ROOT / "ray_moe/wire"
 PACKAGES = {"ray_moe.v1": "v1", "inference": "kserve"}
 """Package of the protos, whose path below ``protos/`` is its name's -> folder of its stubs."""
 
+RELEASED = "ray_moe.v1"
+"""The package whose descriptors a release freezes; the other one is the Open Inference Protocol, which others keep."""
+
 FOREIGN = frozenset({"inference"})
 """Packages that others define too (tritonclient and kserve do). Each of their stubs has a descriptor pool of its own,
 since the default one takes a name only once, and whoever comes second could not be imported."""
@@ -38,23 +44,30 @@ def _generate(package: str, out: Path) -> None:
     scratch.mkdir(parents=True)
     sources = Path(*package.split("."))
     scripts = Path(sysconfig.get_path("scripts"))
-    failed = protoc.main(
-        [
-            "protoc",
-            f"--proto_path={PROTOS}",
-            f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
-            f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
-            *(f"--{kind}_out={scratch}" for kind in ("python", "grpc_python")),
-            *(f"--{kind}_out=quiet:{scratch}" for kind in ("mypy", "mypy_grpc")),
-            *(str(path) for path in sorted((PROTOS / sources).glob("*.proto"))),
-        ]
+    _run(
+        "protoc",
+        f"--proto_path={PROTOS}",
+        f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
+        f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
+        *(f"--{kind}_out={scratch}" for kind in ("python", "grpc_python")),
+        *(f"--{kind}_out=quiet:{scratch}" for kind in ("mypy", "mypy_grpc")),
+        *(str(path) for path in sorted((PROTOS / sources).glob("*.proto"))),
     )
-    if failed:
-        sys.exit(f"tools/protos.py: protoc failed on {PROTOS / sources}: see its message above")
     for stub in sorted((scratch / sources).iterdir()):
         (out / stub.name).write_text(_adapted(stub.read_text(), package).rstrip("\n") + "\n")
     shutil.rmtree(scratch)
     (out / "__init__.py").touch()
+
+
+def freeze(file: Path) -> None:
+    """Write the descriptors of the protos as they are."""
+    sources = sorted((PROTOS / Path(*RELEASED.split("."))).glob("*.proto"))
+    _run("protoc", f"--proto_path={PROTOS}", "--include_imports", f"--descriptor_set_out={file}", *map(str, sources))
+
+
+def _run(*arguments: str) -> None:
+    if protoc.main(list(arguments)):
+        sys.exit(f"tools/protos.py: protoc failed on {PROTOS}: see its message above")
 
 
 def _adapted(text: str, package: str) -> str:
@@ -73,4 +86,9 @@ def _adapted(text: str, package: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=STUBS, help="where to replace v1/ and kserve/ (default: wire/)")
-    generate(parser.parse_args().out)
+    parser.add_argument("--freeze", type=Path, metavar="FILE", help="write the descriptors of a release there instead")
+    asked = parser.parse_args()
+    if asked.freeze is None:
+        generate(asked.out)
+    else:
+        freeze(asked.freeze)
