@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ray_moe.cli import tables
+from ray_moe.cli.output import STDOUT, write_json
 from ray_moe.cli.target import Target
 from ray_moe.cli.terminal import ProgressView, format_bytes
 from ray_moe.client.sync import Client
 from ray_moe.errors import Unavailable
+from ray_moe.simulate.checks import check_writable
 from ray_moe.types import ChaosReport, ChaosRequest, PlanSummary
 
 POLL_S = 0.2
@@ -55,11 +59,16 @@ def run_drain(to: Target, target: str, replace: bool, wait: bool, timeout_s: flo
         _show_hosts(client)
 
 
-def run_chaos(to: Target, request: ChaosRequest, timeout_s: float) -> None:
-    """Hurt the service, and show the report on its recovery."""
+def run_chaos(to: Target, request: ChaosRequest, timeout_s: float, json_file: Path | None = None) -> None:
+    """Hurt the service, and show the report on its recovery; with `json_file` write it there (``-``: only that)."""
+    if json_file is not None and json_file != STDOUT:
+        check_writable(json_file)
     with Client(to.server, timeout_s, **to.access) as client:
         report = client.chaos(request)
-    Console().print(_report(report))
+    if json_file is not None:
+        write_json(json_file, asdict(report))
+    if json_file != STDOUT:
+        Console().print(_report(report))
     if report.repaired_s < 0:
         raise Unavailable("the service is not whole again; see ray-moe status")
 

@@ -37,6 +37,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. server.port=9000; may be repeated."),
 ]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there; - is standard output.")
+]
 Timeout = Annotated[float, typer.Option(min=0.001, metavar="SECONDS", help="Give up after this.")]
 
 
@@ -91,6 +94,12 @@ def train(
     address: Annotated[
         str | None, typer.Option(help="The Ray cluster: local (a new one), auto (running here) or HOST:PORT.")
     ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Append the numbers of each report there, a line of JSON for each."
+        ),
+    ] = None,
     settings: Set = None,
     debug: Debug = False,
 ) -> None:
@@ -104,7 +113,7 @@ def train(
             with made_to_stay():
                 from ray_moe.cli.train import run
 
-            run(loaded.config, interrupts, service)
+            run(loaded.config, interrupts, service, json_file)
 
 
 @commands.command()
@@ -272,6 +281,7 @@ def chaos(
     duration: Annotated[float, typer.Option(min=0.01, metavar="SECONDS", help="How long; a kill is for ever.")] = 5.0,
     factor: Annotated[float, typer.Option(min=1, help="For slow: how many times longer everything takes.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Chooses the target when it is random.")] = 0,
+    json_file: JsonFile = None,
     timeout: Timeout = 300.0,
     debug: Debug = False,
 ) -> None:
@@ -280,7 +290,7 @@ def chaos(
         from ray_moe.cli.cluster import run_chaos
         from ray_moe.types import ChaosRequest
 
-        run_chaos(to, ChaosRequest(kind, target, at, duration, factor, seed), timeout)
+        run_chaos(to, ChaosRequest(kind, target, at, duration, factor, seed), timeout, json_file)
 
 
 @commands.command()
@@ -342,9 +352,7 @@ def simulate(
     spot_losses: Annotated[float, typer.Option(help="How often each node is lost in an hour, in the mean.")] = 0.0,
     notice: Annotated[float, typer.Option(help="Seconds before a loss in which it is known; 0: never.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Everything that is drawn follows from it.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there; - is standard output.")
-    ] = None,
+    json_file: JsonFile = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Simulate nothing: record the traffic of a running service.")
     ] = None,
@@ -391,6 +399,22 @@ def simulate(
             seed=seed,
         )
         command.run(asked, _load(config, settings, given).config, json_file)
+
+
+@commands.command()
+def report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="What train, chaos or simulate have written with --json, or benchmarks/results/*.json."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
+    debug: Debug = False,
+) -> None:
+    """Make one HTML page of runs, with figures, that needs nothing beside it."""
+    with told(debug):
+        from ray_moe.cli.report import run
+
+        run(files, output)
 
 
 @commands.command()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from ray_moe.actors.spec import cluster_settings
+from ray_moe.cli.output import STDOUT, write_json
 from ray_moe.cli.target import Target
 from ray_moe.cli.terminal import ProgressView, format_bytes
 from ray_moe.client.sync import Client
@@ -65,7 +64,7 @@ class Asked:
 
 def run(asked: Asked, config: Config, json_file: Path | None) -> None:
     """Simulate, and print what was found; with `json_file` write the numbers there (``-`` is standard output)."""
-    if json_file is not None and json_file != Path("-"):
+    if json_file is not None and json_file != STDOUT:
         check_writable(json_file)
     trace = make_trace(asked)
     settings = make_settings(asked, config, trace)
@@ -77,15 +76,10 @@ def run(asked: Asked, config: Config, json_file: Path | None) -> None:
             view.update("simulating", step.at_s, trace.duration_s, hosts)
 
         report = simulation.run(show)
-    text = json.dumps(asdict(report), indent=2) + "\n"
-    if json_file == Path("-"):
-        sys.stdout.write(text)
-        return
     if json_file is not None:
-        try:
-            json_file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InvalidConfig(f"cannot write {json_file}: {error.strerror}") from error
+        write_json(json_file, asdict(report))
+    if json_file == STDOUT:
+        return
     console = Console()
     for part in summary(report):
         console.print(part)
