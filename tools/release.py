@@ -10,10 +10,13 @@ import asyncio
 import sys
 import tarfile
 import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 HEAVY = ("ray", "torch", "transformers", "pydantic", "typer")
 """What the client must not bring, nor import where it is there."""
+FIELDS = ("Summary", "License-Expression", "Requires-Python", "Description-Content-Type", "Classifier")
+EXTRAS = {"client", "serve", "train", "bench"}
 WHEEL = ("ray_moe/py.typed", "ray_moe/wire/v1/inference_pb2.pyi", "ray_moe/client/sync.py")
 SOURCES = ("LICENSE", "CHANGELOG.md", "SECURITY.md", "protos/ray_moe/v1/inference.proto", "tests/compat/0.1.0.binpb")
 
@@ -23,6 +26,7 @@ def contents(file: Path) -> None:
     if file.suffix == ".whl":
         with zipfile.ZipFile(file) as wheel:
             names = wheel.namelist()
+            described(wheel.read(next(name for name in names if name.endswith(".dist-info/METADATA"))))
         strangers = {name.split("/")[0] for name in names if not name.startswith("ray_moe")}
         wanted, there = WHEEL, set(names)
     else:
@@ -33,6 +37,17 @@ def contents(file: Path) -> None:
     if missing or strangers:
         raise SystemExit(f"{file.name}: missing {missing}; not to be there {sorted(strangers)}")
     print(f"{file.name}: {len(there)} files")
+
+
+def described(metadata: bytes) -> None:
+    """Raises: SystemExit where an index, or who reads it, would miss something."""
+    fields = BytesParser().parsebytes(metadata)
+    missing = [name for name in FIELDS if not fields.get(name)]
+    extras = set(fields.get_all("Provides-Extra", []))
+    base = {line.partition(";")[0].rstrip() for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line}
+    heavy = [line for line in base if line.startswith(HEAVY)]
+    if missing or heavy or not extras >= EXTRAS:
+        raise SystemExit(f"metadata: missing {missing}; extras {sorted(extras)}; the base needs {sorted(base)}")
 
 
 def client(target: str) -> None:
