@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,46 @@ def serving(model: Path, **settings: Any) -> Iterator[Service]:
     config = make_config(model, settings)
     with no_leaks(config.service_name), Service(config) as service:
         yield service
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------
+@contextmanager
+def running(command: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends, with all it has started, when the block is left."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    family: dict[int, psutil.Process] = {}
+    watching = threading.Event()
+
+    def watch() -> None:  # what the autoscaler starts is orphaned when its parent goes
+        while not watching.wait(0.5):
+            try:
+                family.update({child.pid: child for child in psutil.Process(process.pid).children(recursive=True)})
+            except psutil.NoSuchProcess:
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield process
+    except BaseException:
+        print(log.read_text()[-4000:])
+        raise
+    finally:
+        watching.set()
+        watcher.join()
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for child in family.values():
+            if child.is_running():
+                child.kill()
+        psutil.wait_procs(list(family.values()), timeout=10)
 
 
 # --- What is left behind -------------------------------------------------------------------------------------

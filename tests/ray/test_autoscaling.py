@@ -5,13 +5,10 @@ A cluster of its own, started and served as a user would, from the files in `clu
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -19,7 +16,7 @@ import pytest
 import yaml
 
 from ray_moe.client.sync import Client
-from tests.ray.support import await_status, free_port, greedy, prompts
+from tests.ray.support import await_status, free_port, greedy, prompts, running
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -31,45 +28,6 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 NUM_TOKENS = 24
-
-
-@contextmanager
-def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends, with all it has started, when the block is left."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    family: dict[int, psutil.Process] = {}
-    watching = threading.Event()
-
-    def watch() -> None:  # what the autoscaler starts is orphaned when its parent goes
-        while not watching.wait(0.5):
-            try:
-                family.update({child.pid: child for child in psutil.Process(process.pid).children(recursive=True)})
-            except psutil.NoSuchProcess:
-                return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield process
-    except BaseException:
-        print(log.read_text()[-4000:])
-        raise
-    finally:
-        watching.set()
-        watcher.join()
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for child in family.values():
-            if child.is_running():
-                child.kill()
-        psutil.wait_procs(list(family.values()), timeout=10)
 
 
 @pytest.fixture
@@ -87,7 +45,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"):
         command += [f"--{name}", str(free_port())]
     log = tmp_path / "head.log"
-    with running(command, log) as head:
+    with running(command, log, ENVIRONMENT) as head:
         end_s = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():
             assert head.poll() is None, "the head has ended"
@@ -138,7 +96,7 @@ def test_nodes_come_with_the_load_and_go_with_it(mixtral, address, tmp_path) -> 
     command += ["--config", str(ROOT / "cluster/local-autoscaling-service.yaml"), "--set", "ray.auth=disabled"]
     command += ["--set", "router.max_concurrent_requests=1", "--set", "server.http_port=null"]
     began_s = time.monotonic()
-    with running(command, tmp_path / "serve.log"), Client(f"127.0.0.1:{port}") as client:
+    with running(command, tmp_path / "serve.log", ENVIRONMENT), Client(f"127.0.0.1:{port}") as client:
         client.wait_ready(120)
         print(f"a node for the first actor, and ready, after {time.monotonic() - began_s:.0f} s")
         first = await_status(client, lambda status: status.state == "ready")

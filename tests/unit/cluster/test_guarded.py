@@ -1,4 +1,4 @@
-"""What is shipped in `cluster/` lets only processes into the cluster that know its token."""
+"""What is shipped in `cluster/` lets only processes into the cluster that know its token, and encrypts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from ray_moe.config import Config
 from ray_moe.config_sources import config_from, load_config
 
-DIRECTORY = Path(__file__).parents[2] / "cluster"
+DIRECTORY = Path(__file__).parents[3] / "cluster"
 FILES = sorted(path for path in DIRECTORY.rglob("*.y*ml"))
 
 
@@ -23,7 +23,7 @@ def unguarded(text: str) -> list[str]:
         kind = document.get("kind", "")
         if "apiVersion" in document:
             if kind.startswith("Ray"):
-                found += [f"{kind} without authOptions.mode: token" for spec in _clusters(document) if not _asks(spec)]
+                found += [f"{kind} without {wanted}" for spec in _clusters(document) for wanted in _missing(spec)]
         elif "applications" in document:  # of Ray Serve, whose proxies listen where they are told
             keyless = [app for app in document["applications"] if not config_from(app["args"]).server.keys_file]
             found += [f"{app['name']} without server.keys_file" for app in keyless]
@@ -32,13 +32,18 @@ def unguarded(text: str) -> list[str]:
         elif document.keys() <= Config.model_fields.keys():
             if document.get("ray", {}).get("auth") != "token":
                 found.append("a service without ray.auth: token")
+        elif "featureGates" in document:  # of the operator's chart
+            if {"name": "RayClusterMTLS", "enabled": True} not in document["featureGates"]:
+                found.append("an operator without the gate RayClusterMTLS")
         elif "provider" not in document:
             found.append("neither a service, a cluster of Ray's launcher nor a Kubernetes resource")
     lines = text.splitlines()
     found += [
         line.strip()
         for number, line in enumerate(lines)
-        if re.search(r"\bray start\b", line) and not any("RAY_AUTH_MODE=token" in told for told in lines[: number + 1])
+        if re.search(r"\bray start\b", line)
+        and not re.search(r"- \. ~/ray-moe/node\.sh( \w+)? &&.*\bray start\b", line)
+        and not any("RAY_AUTH_MODE=token" in told for told in lines[: number + 1])
     ]
     return found
 
@@ -48,13 +53,18 @@ def _clusters(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [spec.get("rayClusterConfig") or spec.get("rayClusterSpec") or spec]
 
 
-def _asks(spec: dict[str, Any]) -> bool:
-    return spec.get("authOptions", {}).get("mode") == "token"
+def _missing(spec: dict[str, Any]) -> list[str]:
+    asked = {"authOptions.mode: token": ("authOptions", "mode", "token"), "tlsOptions": ("tlsOptions", "enabled", True)}
+    return [name for name, (section, key, value) in asked.items() if spec.get(section, {}).get(key) != value]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
 def test_a_shipped_file_asks_for_the_token(file: Path) -> None:
     assert unguarded(file.read_text()) == []
+
+
+def test_what_nodes_start_with_asks_for_the_token() -> None:
+    assert "\nexport RAY_AUTH_MODE=token\nexport RAY_USE_TLS=1\n" in (DIRECTORY / "node.sh").read_text()
 
 
 def test_the_shipped_service_files_can_be_loaded() -> None:
@@ -73,11 +83,16 @@ def test_the_shipped_service_files_can_be_loaded() -> None:
             "provider: {}\nhead_start_ray_commands: [ray start]\n# RAY_AUTH_MODE=token",
             "head_start_ray_commands: [ray start]",
         ),
-        ("apiVersion: ray.io/v1\nkind: RayCluster\nspec: {}", "RayCluster without authOptions.mode: token"),
         (
-            "apiVersion: ray.io/v1\nkind: RayService\nspec: {rayClusterConfig: {authOptions: {mode: disabled}}}",
-            "RayService without authOptions.mode: token",
+            "apiVersion: ray.io/v1\nkind: RayCluster\nspec: {tlsOptions: {enabled: true}}",
+            "RayCluster without authOptions.mode: token",
         ),
+        (
+            "apiVersion: ray.io/v1\nkind: RayService\nspec: {rayClusterConfig: {authOptions: {mode: token}}}",
+            "RayService without tlsOptions",
+        ),
+        ("featureGates: [{name: RayClusterMTLS, enabled: false}]", "an operator without the gate RayClusterMTLS"),
+        ("provider: {}\nx:\n  - ray start && . ~/ray-moe/node.sh", "- ray start && . ~/ray-moe/node.sh"),
         ("applications: [{name: moe, args: {model: m}}]", "moe without server.keys_file"),
         ("something: else", "neither a service, a cluster of Ray's launcher nor a Kubernetes resource"),
     ],
