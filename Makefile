@@ -23,7 +23,7 @@ test: $(STAMP) browser  ## the whole suite
 
 # Unit tests that open sockets, start processes, build whole models or train take longer than all others; `make test` has
 # them.
-SLOWER := transport service client training models ops/gates ops/methods ops/architectures
+SLOWER := transport service client training models cluster ops/gates ops/methods ops/architectures
 
 check: $(STAMP)  ## format, lint, types, import layers, unit tests without sockets (a minute)
 	@$(BIN)/ruff format --check .

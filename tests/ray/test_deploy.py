@@ -1,11 +1,13 @@
-"""What is shipped in `cluster/` and said in docs/deploy.md, on a cluster of one node that has started as those of
-`ray up` do: by `cluster/node.sh`, so that Ray asks for the token and encrypts; the service by `serve deploy`, and as a job.
+"""What `cluster/` has and docs/deploy.md says, on a cluster of one node that starts as those of `ray up` do.
+
+`cluster/node.sh` has Ray ask for the token and encrypt; the service comes by `serve deploy`, and as a job.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -95,6 +97,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield Head(environment, f"http://127.0.0.1:{dashboard}", home / ".ray-moe/keys.json", key)
 
 
+def test_ray_shows_the_certificate_of_its_node(head: Head) -> None:
+    host, port = head.environment["RAY_ADDRESS"].split(":")
+    shown = ssl.get_server_certificate((host, int(port)), timeout=10)
+    assert shown.strip() == (Path(head.environment["HOME"]) / ".ray/tls/node.pem").read_text().strip()
+
+
 @pytest.mark.timeout(600)
 def test_serve_deploy_brings_the_application_up(head: Head, model: tuple[Path, str], tmp_path: Path) -> None:
     tree = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())
@@ -114,9 +122,9 @@ def test_serve_deploy_brings_the_application_up(head: Head, model: tuple[Path, s
         with openai.OpenAI(base_url=base_url, api_key=head.key, max_retries=0) as client:
             answer = _ask_until_it_is_up(head, client)
         assert answer == model[1]
-        with openai.OpenAI(base_url=base_url, api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
+        wrong = openai.OpenAI(base_url=base_url, api_key="wrong", max_retries=0)
+        with wrong as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
         for address in (f"127.0.0.1:{grpc}", f"127.0.0.1:{direct}"):  # of Serve's proxy, and of the router
             with Client(address, discover=False, api_key=head.key) as client:
                 assert client.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True).text == model[1]
@@ -129,7 +137,9 @@ def _ask_until_it_is_up(head: Head, client: openai.OpenAI) -> str:
     end_by = time.monotonic() + START_TIMEOUT_S
     while True:
         with suppress(openai.APIConnectionError, openai.NotFoundError, openai.InternalServerError):
-            return client.completions.create(model="tiny", prompt=PROMPT, max_tokens=NUM_TOKENS, **options).choices[0].text
+            return (
+                client.completions.create(model="tiny", prompt=PROMPT, max_tokens=NUM_TOKENS, **options).choices[0].text
+            )
         if time.monotonic() > end_by:
             pytest.fail(head.run(f"serve status --address {head.dashboard}"))
         time.sleep(0.2)
@@ -165,3 +175,11 @@ def test_a_service_runs_as_a_job_of_the_cluster(head: Head, model: tuple[Path, s
     assert "was stopped" in stopped, stopped
     # It was told to end, and ended what it had started.
     assert "\nstopped" in head.run(f"ray job logs --address {head.dashboard} ray-moe")
+
+
+def test_ray_takes_the_notice_that_a_node_is_going(head: Head) -> None:
+    head.run(f"bash {ROOT}/cluster/spot.sh pod", SPOT_GRACE_S="0")
+    ask = (
+        "import ray; from ray_moe.actors.nodes import draining; ray.init(logging_level='error'); print(len(draining()))"
+    )
+    assert head.run(f'python -c "{ask}"').strip() == "1"

@@ -31,7 +31,9 @@ def load_all(name: str) -> list[Any]:
 
 def version_of(package: str) -> str:
     """The version of a package that every commit is tested with."""
-    (version,) = re.findall(rf"^{re.escape(package)}==(.*)$", (ROOT / "constraints/tested.txt").read_text(), re.M)
+    (version,) = re.findall(
+        rf"^{re.escape(package)}==(.*)$", (ROOT / "constraints/tested.txt").read_text(), re.MULTILINE
+    )
     return version
 
 

@@ -1,13 +1,14 @@
 """The Kubernetes files: their published schemas, Ray's own reading of them, and what the service's settings ask for.
 
-Pods, config maps, policies and ingresses are checked against Kubernetes' schemas. KubeRay's are in no registry, so of its
-resources the names of the fields that are used are compared with those of its release 1.7; Ray's autoscaler, which reads
-the same resources, derives and validates its configuration from them.
+Pods, config maps, policies and ingresses are checked against Kubernetes' schemas. KubeRay's are in no registry, so of
+its resources the names of the fields that are used are compared with those of its release 1.7; Ray's autoscaler, which
+reads the same resources, derives and validates its configuration from them.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,18 @@ def test_pods_have_the_image_no_rights_and_their_files(name: str, group: str) ->
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     assert set(mounts.values()) == set(volumes)
-    if group == "routers" or name == "raycluster" and group == "head":
+    if group == "routers" or (name == "raycluster" and group == "head"):
         folder = str(Path(service.server.keys_file).parent)
         assert volumes[mounts[folder]]["secret"]["secretName"] == "ray-moe-keys"
         assert "/models" in mounts
+
+
+@pytest.mark.parametrize(("name", "group"), [pair for pair in PODS if pair[1].startswith("experts")])
+def test_experts_leave_a_pod_before_it_ends(name: str, group: str) -> None:
+    spec = pod(name, group)["spec"]
+    assert spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["spot.sh", "pod"]
+    (grace_s,) = re.findall(r"SPOT_GRACE_S:-(\d+)", (CLUSTER / "spot.sh").read_text())
+    assert spec["terminationGracePeriodSeconds"] > int(grace_s) + 30
 
 
 @pytest.mark.parametrize("name", ["rayservice", "raycluster"])

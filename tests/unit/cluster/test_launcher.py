@@ -127,7 +127,9 @@ def _run(*command: str, **options: Any) -> str:
 def source(home: Path, argument: str = "", then: str = "env", path: str = "") -> subprocess.CompletedProcess[str]:
     script = f". {CLUSTER}/node.sh {argument} && {then}"
     environment = {"HOME": str(home), "PATH": f"{path}:{os.environ['PATH']}"}
-    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def test_a_node_has_rays_environment_and_a_certificate_for_its_addresses(node: Path) -> None:
@@ -166,29 +168,97 @@ def test_without_the_authority_ray_does_not_start(node: Path) -> None:
 @pytest.mark.parametrize(
     ("cloud", "answers", "zone"),
     [
-        ("aws", {"latest/api/token": "secret", "placement/availability-zone": "us-west-2b"}, "us-west-2b"),
-        ("azure", {"compute/zone": "2", "compute/location": "westus2"}, "westus2-2"),
-        ("azure", {"compute/zone": "", "compute/location": "westus2"}, ""),
+        ("aws", {"api/token": "echo secret", "availability-zone": "echo us-west-2b"}, "us-west-2b"),
+        ("azure", {"compute/zone": "echo 2", "compute/location": "echo westus2"}, "westus2-2"),
+        ("azure", {"compute/zone": "echo", "compute/location": "echo westus2"}, ""),
         ("", {}, None),
     ],
 )
-def test_the_cloud_is_asked_for_the_zone(
-    node: Path, cloud: str, answers: dict[str, str], zone: str | None
-) -> None:
-    cases = "\n".join(f"*{part}*) echo {answer};;" for part, answer in answers.items())
-    curl = node / "bin/curl"
-    curl.parent.mkdir()
-    curl.write_text(f'#!/bin/bash\necho "$*" >>{node}/asked\ncase "${{@: -1}}" in\n{cases}\n*) exit 22;;\nesac\n')
-    curl.chmod(0o755)
-    environment = source(node, cloud, path=str(curl.parent)).stdout
-    assert re.findall(r"^RAY_NODE_ZONE=(.*)$", environment, re.M) == ([] if zone is None else [zone])
+def test_the_cloud_is_asked_for_the_zone(node: Path, cloud: str, answers: dict[str, str], zone: str | None) -> None:
+    environment = source(node, cloud, path=fake(node, answers)).stdout
+    assert re.findall(r"^RAY_NODE_ZONE=(.*)$", environment, re.MULTILINE) == ([] if zone is None else [zone])
     if cloud == "aws":  # the second version of its metadata service
         assert "X-aws-ec2-metadata-token: secret" in (node / "asked").read_text()
 
 
+def fake(home: Path, answers: dict[str, str]) -> str:
+    """A folder with a `curl` that knows addresses by a part of them, and a `ray` that only says what it is told."""
+    cases = "\n".join(f"*{part}*) {answer};;" for part, answer in answers.items())
+    here = home / "bin"
+    here.mkdir()
+    (here / "curl").write_text(
+        f'#!/bin/bash\necho "$*" >>{home}/asked\ncase "${{@: -1}}" in\n{cases}\n*) exit 22;;\nesac\n'
+    )
+    (here / "ray").write_text('#!/bin/bash\necho "ray $*"\n')
+    for program in here.iterdir():
+        program.chmod(0o755)
+    return str(here)
+
+
+# --- Spot nodes ----------------------------------------------------------------------------------------------
+def spot(home: Path, cloud: str, path: str) -> subprocess.CompletedProcess[str]:
+    (home / "ray-moe").mkdir(exist_ok=True)
+    environment = {
+        "HOME": str(home),
+        "PATH": f"{path}:{os.environ['PATH']}",
+        "SPOT_POLL_S": "0.05",
+        "SPOT_GRACE_S": "0",
+    }
+    command = ["bash", str(CLUSTER / "spot.sh"), cloud]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("cloud", "answers", "seconds"),
+    [
+        # The first two times there is no notice yet.
+        ("aws", {"api/token": "echo t", "instance-action": "[ $(grep -c action $HOME/asked) -gt 2 ] || exit 22"}, 110),
+        ("gcp", {"preempted": "[ $(wc -l <$HOME/asked) -gt 2 ] && echo TRUE || echo FALSE"}, 25),
+        (
+            "azure",
+            {"scheduledevents": """[ $(wc -l <$HOME/asked) -gt 2 ] && echo '{"EventType":"Preempt"}' || echo '{}'"""},
+            25,
+        ),
+        ("pod", {}, 60),
+    ],
+)
+def test_ray_hears_of_a_node_that_the_cloud_takes_back(
+    node: Path, cloud: str, answers: dict[str, str], seconds: int
+) -> None:
+    ended = spot(node, cloud, fake(node, answers))
+    assert ended.returncode == 0, ended.stderr
+    (told,) = ended.stdout.splitlines()
+    assert told.startswith("ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION ")
+    assert told.endswith(f" --deadline-remaining-seconds {seconds}")
+
+
+def test_ray_knows_what_it_is_told() -> None:
+    from ray.scripts.scripts import drain_node
+
+    told = re.findall(r"--[a-z-]+", (CLUSTER / "spot.sh").read_text().partition("ray drain-node")[2].partition("[ ")[0])
+    known = {name: option for option in drain_node.params for name in option.opts}
+    assert set(told) == {"--reason", "--reason-message", "--deadline-remaining-seconds"} <= set(known)
+    assert "DRAIN_NODE_REASON_PREEMPTION" in known["--reason"].type.choices
+
+
+def test_another_cloud_is_refused(node: Path) -> None:
+    ended = spot(node, "other", fake(node, {}))
+    assert ended.returncode == 2
+    assert "expected aws, gcp, azure or pod, not 'other'" in ended.stderr
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_every_worker_waits_for_the_notice_of_its_cloud(name: str) -> None:
+    *_, watch = load(f"{name}.yaml")["worker_start_ray_commands"]
+    assert f"bash ~/ray-moe/spot.sh {name} " in watch
+
+
+# --- Installation --------------------------------------------------------------------------------------------
 def test_only_one_wheel_is_installed(tmp_path: Path) -> None:
     (tmp_path / "ray-moe/dist").mkdir(parents=True)
     install = ["bash", str(CLUSTER / "install.sh")]
-    ended = subprocess.run(install, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        install, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 1
     assert "expected one wheel in ~/ray-moe/dist" in ended.stderr
