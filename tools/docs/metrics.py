@@ -12,9 +12,9 @@ from tools.docs.tables import cell, table
 HEAD = """# Metrics
 
 What each router answers at `GET /metrics` of its HTTP port, made of the code that answers. All metrics have the label
-`model`. Where keys are asked for, it needs one with the role `metrics`, which may do nothing else
-(`authorization: {credentials_file: ...}` in Prometheus' `scrape_configs`); it is not counted against limits. If the
-controller does not answer within two seconds, what only it knows is left out.
+`model`. Where keys are asked for, it needs one with the role `metrics` (`authorization: {credentials_file: ...}` in
+Prometheus' `scrape_configs`); it is not counted against limits. If the controller does not answer within two seconds, what
+only it knows is left out.
 """
 TAIL = """`ray_moe_expert_tokens_total` has a series for each of the hottest experts
 ([`server.max_metric_experts`](settings.md#server), 32 in all layers together) and one for each layer with
