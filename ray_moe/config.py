@@ -19,6 +19,7 @@ from ray_moe.config_types import (
     Number,
     Seconds,
     Section,
+    Source,
     check_address,
     check_custom_resources,
     check_device,
@@ -391,7 +392,7 @@ class TracingConfig(Section):
 class Config(Section):
     """Everything a user can set."""
 
-    model: str = ""
+    model: Source = ""
     """Directory of a Hugging Face checkpoint, or its name on the hub."""
     model_name: str = ""
     """What clients call the model; empty is the last part of `model`."""

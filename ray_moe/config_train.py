@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ray_moe.config_methods import OF_GATES, AuxiliaryConfig, GateOptions, MethodsConfig
-from ray_moe.config_types import Count, Devices, File, Number, Seconds, Section
+from ray_moe.config_types import Count, Devices, File, Number, Seconds, Section, absolute_if_here
 
+
+def _data(name: str) -> str:
+    """Where the data is, for workers in another folder; `stdlib` is no folder even where there is one of that name."""
+    return name if name == "stdlib" else absolute_if_here(name)
+
+
+Data = Annotated[str, AfterValidator(_data)]
 Positive = Annotated[float, Field(gt=0), Number]
 NotNegative = Annotated[float, Field(ge=0), Number]
 Steps = Annotated[int, Field(ge=0), Number]
@@ -117,7 +124,7 @@ class CheckpointsConfig(Section):
 class TrainConfig(Section):
     """Training on the expert actors: `ray-moe train`, `ray_moe.train`, and the service's training calls."""
 
-    data: str | tuple[str, ...] = ()
+    data: Data | tuple[Data, ...] = ()
     """What to learn from: files, folders, globs, JSON Lines with a `text` in each line, `stdlib` (the sources of
     Python's own library), or `module:function`, which is asked for each batch."""
     steps: Count = 1000

@@ -5,6 +5,7 @@ Called by `config.py` and `config_train.py`, which are the tree.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from typing import Annotated
@@ -46,6 +47,13 @@ def check_device(value: str) -> str:
 def _absolute(file: str) -> str:
     """Actors have another working directory than whoever wrote this."""
     return os.path.abspath(os.path.expanduser(file)) if file else ""
+
+
+def absolute_if_here(name: str) -> str:
+    """A file, folder or pattern that there is on this machine as an absolute path, for the same reason; else as it is:
+    the name of something on the hub, of a function, or of what only other nodes have."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if glob.glob(path, recursive=True) else name
 
 
 _RESERVED = {
@@ -97,6 +105,7 @@ Number = BeforeValidator(_not_bool)
 Count = Annotated[int, Field(ge=1), Number]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Number]
 Seconds = Annotated[float, Field(gt=0), Number]
+Source = Annotated[str, AfterValidator(absolute_if_here)]
 File = Annotated[str, AfterValidator(_absolute)]
 Devices = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one), Number]
 

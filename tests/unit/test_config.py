@@ -44,6 +44,21 @@ def test_flags_beat_environment_beats_file_beats_defaults(tmp_path: Path) -> Non
     }
 
 
+def test_what_is_here_is_named_so_that_actors_elsewhere_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model", "texts", "stdlib"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    tree = {"model": "model", "train": {"data": ["texts", "*.txt", "stdlib", "of.mine:batches", "not/here"]}}
+    config = Config.model_validate(tree)
+    assert config.model == str(tmp_path / "model")
+    assert config.train.data == (f"{tmp_path}/texts", f"{tmp_path}/*.txt", "stdlib", "of.mine:batches", "not/here")
+    assert Config(model="allenai/OLMoE").model == "allenai/OLMoE"
+    assert Config.model_validate({"train": {"data": "texts"}}).train.data == f"{tmp_path}/texts"
+
+
 def test_later_flags_win() -> None:
     loaded = load_config(flags=[("server.port", "1", "--set"), ("server.port", 2, "--port")])
     assert loaded.config.server.port == 2
