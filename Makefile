@@ -9,7 +9,7 @@ PY := $(BIN)/python
 STAMP := $(VENV)/.installed
 PYTHONS := python3 python3.13 python3.12 python3.11
 
-.PHONY: help setup demo test check protos dashboard alerts release-check bench browser clean
+.PHONY: help setup demo test check protos docs dashboard alerts release-check bench browser clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -23,7 +23,7 @@ test: $(STAMP) browser  ## the whole suite
 
 # Unit tests that open sockets, start processes, build whole models or train take longer than all others; `make test` has
 # them.
-SLOWER := transport service client training models cluster ops/gates ops/methods ops/architectures
+SLOWER := transport service client training models cluster docs ops/gates ops/methods ops/architectures
 
 check: $(STAMP)  ## format, lint, types, import layers, unit tests without sockets (a minute)
 	@$(BIN)/ruff format --check .
@@ -53,6 +53,11 @@ build/prometheus/usr/bin/promtool:
 
 release-check: $(STAMP)  ## build the wheel, and use its client alone on every Python there is here
 	@$(BIN)/nox -s dist client
+
+docs: $(STAMP)  ## the documentation site, in build/site
+	@$(PY) tools/docs/walks.py
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "open build/site/index.html"
 
 bench: $(STAMP)  ## the transports side by side
 	@$(PY) benchmarks/dispatch.py

@@ -27,7 +27,8 @@ README = ROOT / "README.md"
 DOCS = tuple(sorted((ROOT / "docs").rglob("*.md")))
 
 _BLOCK = re.compile(
-    r"(?:<!-- parse only: (?P<reason>[^\n]+?) -->\n)?^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
+    r"(?:<!-- parse only: (?P<reason>[^\n]+?) -->\n)?"
+    r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 

@@ -13,8 +13,8 @@ from ray_moe.cli.target import Target
 
 HEAD = """# Command line
 
-Every command of `ray-moe` with its arguments and options, made of the command line itself. `ray-moe COMMAND --help` says
-the same. `--debug` shows where an error came from.
+Every command of `ray-moe` with its arguments and options, made of the command line itself. `ray-moe COMMAND --help`
+says the same. `--debug` shows where an error came from.
 """
 ASKS = "Asks a service: takes [the options that say which](#which-service)."
 SHARED = """## Which service

@@ -1,8 +1,8 @@
 """What mkdocs cannot do by itself: pages made of the code, and links to files beside the folder of the pages.
 
-mkdocs loads this by `hooks` in mkdocs.yml and calls the functions that begin with `on_`. The pages of the repository that
-lie outside of `docs/` are on the site, too, so that every link leads somewhere without a network; so are sources that
-pages link to. It writes nothing into the repository.
+mkdocs loads this by `hooks` in mkdocs.yml and calls the functions that begin with `on_`. The pages of the repository
+that lie outside of `docs/` are on the site, too, so that every link leads somewhere without a network; so are sources
+that pages link to. It writes nothing into the repository.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def _place(path: str, source: str) -> str:
         return path.removeprefix(f"{DOCS}/")
     known = {**{outside: _uri(outside) for outside in _outside()}, **REPLACED}
     if path not in known:
-        raise PluginError(f"{source} links to {path}, which is not on the site; add it to OUTSIDE in tools/docs/hooks.py")
+        raise PluginError(
+            f"{source} links to {path}, which is not on the site; add it to OUTSIDE in tools/docs/hooks.py"
+        )
     return known[path]
 
 
@@ -121,7 +123,10 @@ def _uri(path: str) -> str:
 def _text(path: str) -> str:
     if path in LISTS:
         title, pattern = LISTS[path]
-        lines = [f"- [`{each.name}`]({Path(path).name}/{each.name}): {_title(each)}" for each in sorted((ROOT / path).glob(pattern))]
+        lines = [
+            f"- [`{each.name}`]({Path(path).name}/{each.name}): {_title(each)}"
+            for each in sorted((ROOT / path).glob(pattern))
+        ]
         return f"# {title}\n\n" + "\n".join(lines) + "\n"
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.endswith(".md"):

@@ -13,8 +13,8 @@ HEAD = """# Metrics
 
 What each router answers at `GET /metrics` of its HTTP port, made of the code that answers. All metrics have the label
 `model`. Where keys are asked for, it needs one with the role `metrics` (`authorization: {credentials_file: ...}` in
-Prometheus' `scrape_configs`); it is not counted against limits. If the controller does not answer within two seconds, what
-only it knows is left out.
+Prometheus' `scrape_configs`); it is not counted against limits. If the controller does not answer within two seconds,
+what only it knows is left out.
 """
 TAIL = """`ray_moe_expert_tokens_total` has a series for each of the hottest experts
 ([`server.max_metric_experts`](settings.md#server), 32 in all layers together) and one for each layer with
@@ -32,7 +32,9 @@ def page() -> str:
     for family in Page("", _measures(), [Row("layer", 0, 0)], _status()).collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"model", "le"}
-        rows.append((f"`{name}`", family.type, ", ".join(f"`{each}`" for each in sorted(labels)), cell(family.documentation)))
+        rows.append(
+            (f"`{name}`", family.type, ", ".join(f"`{each}`" for each in sorted(labels)), cell(family.documentation))
+        )
     return f"{HEAD}\n{table(('metric', 'type', 'labels', 'what it is'), sorted(rows))}\n\n{TAIL}"
 
 

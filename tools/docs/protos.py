@@ -16,14 +16,16 @@ PROTOS = Path(__file__).resolve().parents[2] / "protos"
 FILES = ("ray_moe/v1/inference.proto", "ray_moe/v1/training.proto", "ray_moe/v1/admin.proto")
 HEAD = """# Wire
 
-The services of the gRPC port, made of `protos/ray_moe/v1`. The port also answers the standard health and reflection services,
-so that `grpcurl` works without these files, and the [Open Inference
+The services of the gRPC port, made of `protos/ray_moe/v1`. The port also answers the standard health and reflection
+services, so that `grpcurl` works without these files, and the [Open Inference
 Protocol](https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol)
 (`inference.GRPCInferenceService`), whose description is `protos/inference/grpc_service.proto`.
 """
 # Numbers of the fields in descriptor.proto, of which paths in the source information are made.
 MESSAGE, ENUM, SERVICE, FIELD, VALUE, METHOD, SYNTAX = 4, 5, 6, 2, 2, 2, 12
-_TYPES = {number: name.removeprefix("TYPE_").lower() for name, number in descriptor_pb2.FieldDescriptorProto.Type.items()}
+_TYPES = {
+    number: name.removeprefix("TYPE_").lower() for name, number in descriptor_pb2.FieldDescriptorProto.Type.items()
+}
 
 
 def page() -> str:

@@ -13,8 +13,8 @@ HEAD = """# Settings
 
 Every key of the configuration, with its type, range, default and meaning, made of the tree that validates it. A file
 (`--config`) has them nested, a flag (`--set server.port=9000`) and a variable (`RAY_MOE__SERVER__PORT=9000`) by their
-path; `ray-moe config --show` prints what is in force and where it came from. Sizes are numbers of bytes or texts such as
-`256MiB`; names that end in `_s` are seconds.
+path; `ray-moe config --show` prints what is in force and where it came from. Sizes are numbers of bytes or texts such
+as `256MiB`; names that end in `_s` are seconds.
 """
 
 
@@ -26,7 +26,11 @@ def page() -> str:
         parts.append(f"## {path}" if path else "## The top level")
         parts.append(" ".join((section.__doc__ or "").split()))
         described = _schema_of(section, schema)["properties"]
-        rows = [_row(path, name, field, described[name]) for name, field in section.model_fields.items() if not _inner(field)]
+        rows = [
+            _row(path, name, field, described[name])
+            for name, field in section.model_fields.items()
+            if not _inner(field)
+        ]
         parts.append(table(("setting", "type", "default", "meaning"), rows))
     return "\n\n".join(parts) + "\n"
 
@@ -73,13 +77,14 @@ def _type(name: str, described: dict[str, Any]) -> str:
 
 def _range(described: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return "".join(f" {sign} {described[word]:,g}" if isinstance(described[word], float) else f" {sign} {described[word]:,}"
-                   for word, sign in signs.items() if word in described)
+    return "".join(f" {sign} {described[word]:,}" for word, sign in signs.items() if word in described)
 
 
 def _shown(name: str, value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     if name.endswith("_bytes") and isinstance(value, int) and value:
         for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
             if value % size == 0:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ray_moe import MoELayer
-from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.ops.gates.base import TokenInfo
+from ray_moe.ops.optimizers import OptimizerSettings
 from tests import pages, tiny_models
 from tests.pages import DOCS, README, ROOT
 
@@ -22,8 +22,6 @@ WITH_A_SERVICE = {"tutorial.md", "how-to/autoscale.md", "how-to/train.md", "how-
 """Pages that tests/ray/test_pages.py runs."""
 
 PAGES = {page.relative_to(ROOT / "docs").as_posix(): page for page in DOCS}
-
-
 
 
 class Network(nn.Module):
@@ -47,7 +45,12 @@ def loss_of(network: nn.Module, hidden: torch.Tensor | None = None) -> torch.Ten
 def of_gates() -> dict[str, Any]:
     """Two models of `transformers`, and tokens."""
     ids = torch.arange(3, 12)[None]
-    return {"model": tiny_models.build("mixtral"), "other": tiny_models.build("mixtral"), "ids": ids, "TokenInfo": TokenInfo}
+    return {
+        "model": tiny_models.build("mixtral"),
+        "other": tiny_models.build("mixtral"),
+        "ids": ids,
+        "TokenInfo": TokenInfo,
+    }
 
 
 def of_balance() -> dict[str, Any]:
@@ -69,7 +72,15 @@ def of_training() -> dict[str, Any]:
         "torch": torch,
         "range": lambda steps: range(3),  # of a thousand
     }
-    modules = ("methods.evomoe", "methods.sparsify", "methods.search", "gates.dense_to_sparse", "gates.hard_concrete", "losses", "layer")
+    modules = (
+        "methods.evomoe",
+        "methods.sparsify",
+        "methods.search",
+        "gates.dense_to_sparse",
+        "gates.hard_concrete",
+        "losses",
+        "layer",
+    )
     for module in modules:
         names |= {name: value for name, value in vars(import_module(f"ray_moe.ops.{module}")).items() if name[0] != "_"}
     return names
