@@ -90,7 +90,7 @@ def test_the_commands_against_a_running_service_run(service):
     asking += [arguments for arguments in RAY_MOE if "--dry-run" in arguments]
     assert len(asking) == 4
     for arguments in asking:
-        result = run(sys.executable, "-m", "ray_moe.cli.main", *arguments, *needs(service, arguments))
+        result = run(sys.executable, "-m", "ray_moe.cli.main", *arguments, *(needs(service, arguments) or ()))
         assert result.returncode == 0, f"{arguments}: {result.stderr}"
         assert result.stdout.strip()
 

@@ -76,7 +76,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links to files beside `docs/` into links to their pages."""
     uri = page.file.src_uri
     source = uri.removeprefix("repository/") if uri.startswith("repository/") else f"{DOCS}/{uri}"
-    parts, end = [], 0
+    parts: list[str] = []
+    end = 0
     for fence in _FENCE.finditer(markdown):
         parts += [_rewritten(markdown[end : fence.start()], source, uri), fence.group()]
         end = fence.end()

@@ -50,7 +50,8 @@ def _inner(field: Any) -> type[Section] | None:
 
 
 def _schema_of(section: type[Section], schema: dict[str, Any]) -> dict[str, Any]:
-    return schema if section is Config else schema["$defs"][section.__name__]
+    described: dict[str, Any] = schema if section is Config else schema["$defs"][section.__name__]
+    return described
 
 
 def _row(path: str, name: str, field: Any, described: dict[str, Any]) -> tuple[str, ...]:

@@ -167,7 +167,7 @@ def _says(step: Says, number: int, places: Sequence[float], y: float) -> list[st
 
 def _does(step: Does, number: int, places: Sequence[float], y: float) -> list[str]:
     text = _numbered(number, step.text)
-    width = 7 * len(f"{number + 1}. {step.text}") + 16
+    width: float = 7 * len(f"{number + 1}. {step.text}") + 16
     middle = (places[step.first] + places[step.first if step.last is None else step.last]) / 2
     if step.last is not None:
         width = places[step.last] - places[step.first] + 100

@@ -29,11 +29,11 @@ class Network(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"moe": MoELayer(64, 16, 8, **options)}) for _ in range(2))
+        self.blocks: Any = nn.ModuleList(nn.ModuleDict({"moe": MoELayer(64, 16, 8, **options)}) for _ in range(2))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            hidden = hidden + block["moe"](hidden)  # type: ignore[operator]
+            hidden = hidden + block["moe"](hidden)
         return hidden
 
 
