@@ -28,14 +28,14 @@ def contents(file: Path) -> None:
             names = wheel.namelist()
             described(wheel.read(next(name for name in names if name.endswith(".dist-info/METADATA"))))
         strangers = {name.split("/")[0] for name in names if not name.startswith("ray_moe")}
-        wanted, there = WHEEL, set(names)
+        there, missing = set(names), set(WHEEL) - set(names)
     else:
         with tarfile.open(file) as archive:
             there = {name.partition("/")[2] for name in archive.getnames()}
-        strangers, wanted = {name for name in there if name.startswith((".venv", "build/", "dist/"))}, SOURCES
-    missing = [name for name in wanted if name not in there]
+        strangers = {name for name in there if name.startswith((".venv", "build/", "dist/"))}
+        missing = set(SOURCES) - there
     if missing or strangers:
-        raise SystemExit(f"{file.name}: missing {missing}; not to be there {sorted(strangers)}")
+        raise SystemExit(f"{file.name}: missing {sorted(missing)}; not to be there {sorted(strangers)}")
     print(f"{file.name}: {len(there)} files")
 
 

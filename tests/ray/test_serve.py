@@ -44,7 +44,8 @@ class Application:
     """The gRPC port of Serve's proxy."""
     direct: str
     """The gRPC port of a router."""
-    deploy: Callable[[Path], None]
+    deploy: Callable[..., None]
+    """Of a checkpoint; with other settings than the README's command has, as keywords."""
 
 
 def checkpoint(folder: Path, seed: int) -> tuple[Path, str]:
@@ -82,10 +83,15 @@ def application(
     (key,) = re.findall(r"\brm_\S+", made.stdout)
     monkeypatch_module.setenv("RAY_MOE_API_KEY", key)
 
-    def deploy(model: Path) -> None:
-        settings = {"model": model, "server.keys_file": keys, "server.port": direct, "server.grace_s": 1}
+    def deploy(model: Path, **changed: object) -> None:
+        settings: dict[str, object] = {
+            "model": model,
+            "server.keys_file": keys,
+            "server.port": direct,
+            "server.grace_s": 1,
+        }
         settings |= {"router.num_cpus": 0.1, "experts.num_actors": 1, "experts.num_cpus": 0.1}
-        settings |= {"model_name": "tiny", "service_name": "served"}
+        settings |= {"model_name": "tiny", "service_name": "served"} | changed
         (line,) = [line for line in README.splitlines() if line.startswith("serve run ")]
         words = [word for word in line.split() if word.partition("=")[0] not in settings]  # the number of routers stays
         command = [
@@ -237,3 +243,42 @@ def test_another_checkpoint_takes_its_place_under_load(
         assert ask(client) == models[1][1]
     names = {actor["name"].partition("/")[0] for actor in ray.util.list_named_actors(all_namespaces=True)}
     assert len({name for name in names if name.startswith("served-")}) == 1  # the first set of experts has ended
+
+
+def test_what_is_published_is_served_by_all_routers(application: Application, models: list[tuple[Path, str]]) -> None:
+    with Client(application.direct) as client:
+        await_status(client, lambda s: all_ready(s) and sum(r.ready for r in s.routers) == 2, what="two routers")
+        before = client.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True).text
+        other, text = models[0] if before == models[1][1] else models[1]
+        assert before != text
+        assert client.publish(str(other)).number == 1
+        for router in client.status().routers:
+            with Client(router.grpc_address, discover=False) as one:
+                assert one.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True).text == text
+
+
+def test_routers_follow_the_load(application: Application, models: list[tuple[Path, str]]) -> None:
+    limits = {"router.num_actors": 1, "router.max_actors": 2, "router.target_requests": 1}
+    application.deploy(models[0][0], **limits)
+    with Client(application.direct) as client:
+        await_status(client, lambda s: all_ready(s) and sum(r.ready for r in s.routers) == 1, what="one router")
+        stop = threading.Event()
+        failures: list[Exception] = []
+
+        def load() -> None:
+            while not stop.is_set():
+                try:
+                    client.generate(PROMPT, max_new_tokens=LONG, ignore_eos=True)
+                except Exception as error:
+                    failures.append(error)
+
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            await_status(client, lambda s: sum(r.ready for r in s.routers) == 2, timeout_s=150, what="another router")
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert failures == []

@@ -65,7 +65,7 @@ def _type(name: str, described: dict[str, Any]) -> str:
         return " or ".join(_type(name, each) for each in described["anyOf"])
     if "enum" in described:
         return ", ".join(f"`{value}`" for value in described["enum"])
-    kind = described.get("type", "")
+    kind: str = described.get("type", "")
     if kind == "array":
         items = described.get("items") or (described.get("prefixItems") or [{}])[0]
         return f"list of {_type('', items)}"

@@ -37,7 +37,7 @@ class Network(nn.Module):
         return hidden
 
 
-def loss_of(network: nn.Module, hidden: torch.Tensor | None = None) -> torch.Tensor:
+def loss_of(network: Any, hidden: torch.Tensor | None = None) -> torch.Tensor:
     out: torch.Tensor = network if isinstance(network, torch.Tensor) else network(hidden)
     return out.square().mean()
 

@@ -82,7 +82,8 @@ def parts(expression: Any) -> Iterator[Any]:
 
 def complaints(query: Query, exported: Exported) -> list[str]:
     """What a query, or the words that are filled from its result, asks for that is not exported."""
-    whole, said = promql.parse(query.text), []
+    whole = promql.parse(query.text)
+    said: list[str] = []
     for part in parts(whole):
         if isinstance(part, promql.VectorSelector):
             said += _unknown(part, exported)
@@ -90,7 +91,7 @@ def complaints(query: Query, exported: Exported) -> list[str]:
             asked = set(part.modifier.labels) if part.modifier else set()
             selectors = [inner for inner in parts(part.expr) if isinstance(inner, promql.VectorSelector)]
             for selector in selectors:
-                missing = asked - set(exported.get(selector.name, {})) - ADDED
+                missing = asked - set(exported.get(selector.name or "", {})) - ADDED
                 said += [f"{selector.name} has no label {label}" for label in sorted(missing)]
     shown = set(re.findall(r"(?:\{\{|\$labels\.)(\w+)", query.legend))
     return said + [f"the result has no label {label}" for label in sorted(shown - _labels(whole, exported))]
@@ -113,7 +114,7 @@ def _unknown(selector: Any, exported: Exported) -> Iterator[str]:
 def _labels(expression: Any, exported: Exported) -> set[str]:
     """Of the result."""
     if isinstance(expression, promql.VectorSelector):
-        return set(exported.get(expression.name, {})) | ADDED
+        return set(exported.get(expression.name or "", {})) | ADDED
     if isinstance(expression, promql.AggregateExpr) and "topk" not in str(expression.op):
         return set(expression.modifier.labels) if expression.modifier else set()
     vectors = [part for part in inside(expression) if not isinstance(part, promql.NumberLiteral | promql.StringLiteral)]
