@@ -72,9 +72,10 @@ def check(block: Block, folder: Path) -> None:
             parse(arguments)
     if block.language == "yaml":
         tree = yaml.safe_load(block.text)
-        file = folder / "settings.yaml"
-        file.write_text(yaml.safe_dump(tree))
-        load_config(file)
+        if not block.reason:  # else it is somebody else's
+            file = folder / "settings.yaml"
+            file.write_text(yaml.safe_dump(tree))
+            load_config(file)
 
 
 def our_commands(block: Block) -> list[list[str]]:

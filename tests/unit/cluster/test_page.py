@@ -90,7 +90,8 @@ def test_every_block_is_bash(block: str) -> None:
 
 
 def test_every_file_is_on_the_page_and_every_one_named_is_there() -> None:
-    named = set(re.findall(r"(?<![\w.~/-])(?:\.\./)?cluster/[\w./-]*\w", DEPLOY))
+    monitoring = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w.~/-])(?:\.\./)?cluster/[\w./-]*\w", DEPLOY + monitoring))
     paths = {name.removeprefix("../") for name in named}
     for name in paths:
         assert (ROOT / name).exists(), name
