@@ -57,7 +57,7 @@ release-check: $(STAMP)  ## build the wheel, and use its client alone on every P
 docs: $(STAMP)  ## the documentation site, in build/site
 	@$(PY) tools/docs/walks.py
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; search needs a server: $(PY) -m http.server -d build/site"
 
 bench: $(STAMP)  ## the transports side by side
 	@$(PY) benchmarks/dispatch.py
