@@ -33,9 +33,9 @@ def run(config: Config, interrupts: Interrupts) -> None:
             f"serving {config.model} on {service.address} (gRPC)"
             f"{f' and {service.http_address}/v1 (OpenAI)' if service.http_address else ''}\n"
             f"{who_may_call(config.server)}\n"
-            f"{f'  {service.http_address}/dashboard{chr(10)}' if service.http_address else ''}"
             f"  ray-moe generate 'Hello' {how}\n"
             f"  ray-moe status {how}\n"
+            f"{f'  {service.http_address}/dashboard{chr(10)}' if service.http_address else ''}"
             "Ctrl-C stops",
             markup=False,
             highlight=False,

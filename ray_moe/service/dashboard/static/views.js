@@ -27,10 +27,10 @@ export function tiles(history) {
     ["tokens", "Tokens per second", rate(tokens), `${number(router.generated_tokens)} in all`],
     ["requests", "Requests", number(router.active_requests), `${number(router.queued_requests)} queued, ${number(router.failed_requests)} failed`],
     ["first", "Time to first token", ms(first[0]), `p95 ${ms(first[1])}`],
-    ["gap", "Between two tokens", ms(gap[0]), `p95 ${ms(gap[1])}, max ${ms(router.longest_pause_s * 1000)}`],
+    ["gap", "Token to token", ms(gap[0]), `p95 ${ms(gap[1])}, max ${ms(router.longest_pause_s * 1000)}`],
     ["balance", "Balancedness", router.balancedness.toFixed(2), "1 is perfect"],
     ["hosts", "Hosts ready", `${ready} / ${hosts.length}`, `${number(hosts.reduce((sum, host) => sum + host.queued_rows, 0))} rows wait`],
-    ["safe", "Survive a lost node", service ? percent(service.p_lossless) : "–", "with every expert"],
+    ["safe", "Survive node loss", service ? percent(service.p_lossless) : "–", "with every expert"],
     ["again", "Calls again, hedged", `${number(router.retried_calls)}, ${number(router.hedged_calls)}`, `${rate(retried)}/s, ${rate(hedged)}/s`],
   ];
   const parent = byId("tiles");
