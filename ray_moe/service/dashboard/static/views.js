@@ -31,7 +31,7 @@ export function tiles(history) {
     ["balance", "Balancedness", router.balancedness.toFixed(2), "1 is perfect"],
     ["hosts", "Hosts ready", `${ready} / ${hosts.length}`, `${number(hosts.reduce((sum, host) => sum + host.queued_rows, 0))} rows wait`],
     ["safe", "Survive node loss", service ? percent(service.p_lossless) : "–", "with every expert"],
-    ["again", "Calls again, hedged", `${number(router.retried_calls)}, ${number(router.hedged_calls)}`, `${rate(retried)}/s, ${rate(hedged)}/s`],
+    ["again", "Retried, hedged", `${number(router.retried_calls)}, ${number(router.hedged_calls)}`, `${rate(retried)}/s, ${rate(hedged)}/s`],
   ];
   const parent = byId("tiles");
   if (!parent.children.length) {
