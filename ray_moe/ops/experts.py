@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ray_moe.errors import WireError
+from ray_moe.ops.expert_backward import DTYPES, Touched, through_experts
 
 ExpertArrays = dict[str, tuple[str, npt.NDArray[Any]]]
 """Tensors of some experts by name, ready to travel without torch: (name of the torch dtype, array). What numpy has no
@@ -32,8 +33,10 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 class ExpertGroup(Protocol):
     """Some experts of one layer, able to compute rows that are already grouped by expert."""
 
-    flops_per_row: int
-    """Multiply-adds of one row, times two."""
+    @property
+    def flops_per_row(self) -> int:
+        """Multiply-adds of one row, times two."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +96,10 @@ class StackedExperts:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self.flops_per_row = 2 * sum(p.numel() // p.shape[0] for p in module.parameters() if p.ndim >= 3)
+
+    @property
+    def flops_per_row(self) -> int:
+        return 2 * sum(p.numel() // p.shape[0] for p in self.module.parameters() if p.ndim >= 3)
 
     @property
     def device(self) -> torch.device:
@@ -255,12 +261,45 @@ def _compute(module: Any, rows: torch.Tensor, counts: Sequence[int], weights: We
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = weights(up_name)
     first = up.stack if isinstance(up, _Rows) else up[0]
-    hidden = _grouped_linear(rows.to(first.device, first.dtype), module, up_name, up, weights, counts)
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-    out = _grouped_linear(hidden, module, "down_proj", weights("down_proj"), weights, counts)
+    given = rows.to(first.device, first.dtype)
+    if _learns_alone(module, given, up):
+        out = _learning(module, given, counts, weights)
+    else:
+        hidden = _grouped_linear(given, module, up_name, up, weights, counts)
+        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+        out = _grouped_linear(hidden, module, "down_proj", weights("down_proj"), weights, counts)
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
     return out.to(rows.device, rows.dtype)
+
+
+def _learns_alone(module: Any, rows: torch.Tensor, up: Sequence[torch.Tensor]) -> bool:
+    """Whether the backward of `ops/expert_backward.py` is that of these experts.
+
+    Where they learn on the CPU, and nothing between their two products learns or looks at other rows.
+    """
+    if not torch.is_grad_enabled() or not len(up) or rows.device.type != "cpu" or rows.dtype not in DTYPES:
+        return False
+    between = [module.act_fn] if isinstance(getattr(module, "act_fn", None), nn.Module) else []
+    return set(module._parameters) <= _NAMES and not any(True for child in between for _ in child.parameters())
+
+
+_NAMES = {f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias")}
+"""Of the weights of feed-forward experts."""
+
+
+def _learning(module: Any, rows: torch.Tensor, counts: Sequence[int], weights: Weights) -> torch.Tensor:
+    """As `_compute`, with gradients: for experts that `_learns_alone`."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    names = [up, f"{up}_bias", "down_proj", "down_proj_bias"] if module.has_bias else [up, "", "down_proj", ""]
+    kinds = [weights(name) if name else () for name in names]
+    touched = Touched(
+        counts=list(counts),
+        experts=list(kinds[0].rows) if isinstance(kinds[0], _Rows) else None,
+        is_transposed=module.is_transposed,
+        activation=module._apply_gate if module.has_gate else module.act_fn,
+    )
+    return through_experts(rows, touched, *([kind.stack] if isinstance(kind, _Rows) else list(kind) for kind in kinds))
 
 
 def _fits_grouped_kernel(weight: torch.Tensor) -> bool:
