@@ -10,6 +10,7 @@ an expert.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 from ray_moe.errors import InvalidConfig, InvalidRequest
-from ray_moe.ops.dispatch import combine
+from ray_moe.ops.dispatch import FEW_SLOTS, combine
 from ray_moe.ops.experts import StackedExperts
+from ray_moe.ops.slots import combine_grouped, group
 from ray_moe.types import LayerPath
 
 Handler = Callable[[LayerPath, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -158,29 +160,60 @@ def run_slots(
     Raises: `InvalidRequest` for an index that is none.
     """
     slots, top_k = index.reshape(-1), index.shape[-1]
+    if len(slots) <= FEW_SLOTS and slots.is_cpu and not torch.is_grad_enabled():
+        return _run_few(run, hidden, slots.tolist(), weight, num_experts)
     counts = _rows_per_expert(slots, num_experts)
-    order = slots.argsort(stable=True)[: sum(counts)]  # "no expert" is last
+    order = slots.argsort(stable=True)
     touched = [expert for expert, count in enumerate(counts) if count]
-    rows = hidden.new_zeros(len(slots), hidden.shape[-1])
-    if touched:
-        grouped = hidden.index_select(0, order // top_k)
-        out = run(grouped, touched, [counts[expert] for expert in touched])
-        rows = rows.index_copy(0, order, out)
+    if not touched:
+        return torch.zeros_like(hidden)
+    rows_of_touched = [counts[expert] for expert in touched]
+    if sum(counts) == len(slots) and slots.is_cpu:
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        out = run(group(hidden, order, place, top_k), touched, rows_of_touched)
+        return combine_grouped(out, place, weight)
+    order = order[: sum(counts)]  # "no expert" is last
+    out = run(hidden.index_select(0, order // top_k), touched, rows_of_touched)
+    return combine(hidden.new_zeros(len(slots), hidden.shape[-1]).index_copy(0, order, out), weight)
+
+
+def _run_few(
+    run: Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor],
+    hidden: torch.Tensor,
+    slots: list[int],
+    weight: torch.Tensor,
+    num_experts: int,
+) -> torch.Tensor:
+    """The same for a handful of slots (decoding), where calls of torch take longer than what they do."""
+    order = sorted(range(len(slots)), key=slots.__getitem__)
+    counts = Counter(slots[slot] for slot in order)
+    for expert in (slots[order[0]], slots[order[-1]]) if slots else ():
+        _check(expert, num_experts)
+    kept = order[: len(order) - counts.pop(num_experts, 0)]
+    if not kept:
+        return torch.zeros_like(hidden)
+    tokens = [slot // weight.shape[-1] for slot in kept]
+    grouped = hidden.expand(len(kept), -1) if len(hidden) == 1 else hidden[tokens]
+    rows = run(grouped, list(counts), list(counts.values()))
+    if kept != list(range(len(slots))):
+        rows = hidden.new_zeros(len(slots), rows.shape[-1]).index_copy_(0, torch.tensor(kept), rows)
     return combine(rows, weight)
 
 
 def _rows_per_expert(slots: torch.Tensor, num_experts: int) -> list[int]:
     """[N] -> the number of slots that go to each of the E experts."""
     if slots.numel():
-        low, high = (int(end) for end in slots.aminmax())
-        if low < 0 or high > num_experts:
-            wrong = low if low < 0 else high
-            raise InvalidRequest(
-                f"a token is sent to expert {wrong}; there are 0 to {num_experts - 1}, and {num_experts} for "
-                '"no expert"'
-            )
+        for end in slots.aminmax():
+            _check(int(end), num_experts)
     counts: list[int] = slots.bincount(minlength=num_experts)[:num_experts].tolist()
     return counts
+
+
+def _check(expert: int, num_experts: int) -> None:
+    if not 0 <= expert <= num_experts:
+        raise InvalidRequest(
+            f'a token is sent to expert {expert}; there are 0 to {num_experts - 1}, and {num_experts} for "no expert"'
+        )
 
 
 def activation_of(activation: str | Activation) -> Activation:
