@@ -1,15 +1,16 @@
 """What sparse weights buy on this machine: a dense and an MoE model, trained and asked in turns.
 
-`python benchmarks/compare_dense.py [--quick]`. It is `ray-moe compare-dense` at several sizes, beside what this machine
-can do at best: how fast it reads weights for one token, and how fast it multiplies matrices. Where nothing but weights
-and multiplications took time, both ratios would be that of the active weights. Losses after the same time are those of
-a model small enough to be trained for hundreds of steps, with several seeds. Results go to
-`benchmarks/results/compare_dense.{json,md}`.
+`python benchmarks/compare_dense.py [--quick] [--only times|losses]`. It is `ray-moe compare-dense` at several sizes,
+beside what this machine can do at best: how fast it reads weights for one token, and how fast it multiplies matrices.
+Where nothing but weights and multiplications took time, both ratios would be that of the active weights. Losses after
+the same time are those of a model small enough to be trained for hundreds of steps, with several seeds. Results go to
+`benchmarks/results/compare_dense.{json,md}`; what is not measured anew is taken from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -23,17 +24,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks import report
-from ray_moe.models.compare import CompareSettings, Comparison, compare, expert_sizes
+from ray_moe.models.compare import CompareSettings, Comparison, Measured, compare, expert_sizes
 
-BASE = CompareSettings()
-LARGE = replace(BASE, hidden_size=1024, dense_width=16384, steps=0, answers=9)
+BASE = CompareSettings(steps=5, answers=9)
+LARGE = replace(BASE, hidden_size=1920, dense_width=7680, steps=0, answers=5, prompt=512)
 SIZES = {
-    "small": replace(BASE, hidden_size=256, num_layers=4, dense_width=2048),
     "medium": BASE,
     "large": LARGE,
-    "large, half active": replace(LARGE, active=0.5),
+    "large, 0.514 active": replace(LARGE, active=0.514),
 }
-LOSSES, SEEDS = replace(BASE, hidden_size=128, dense_width=1024, batch=4, window=128, steps=200, answers=0), (0, 1, 2)
+"""The last has of its dense model what LLaMA 7B has of 13B when embeddings that are looked up are left out."""
+LOSSES = replace(BASE, hidden_size=320, dense_width=1280, batch=8, window=128, steps=100, answers=0)
+SEEDS = (0, 1, 2)
 QUICK = replace(BASE, hidden_size=64, dense_width=512, batch=2, window=32, steps=2, answers=2)
 
 FLOPS_PER_WEIGHT = 6
@@ -92,6 +94,7 @@ def size_page(runs: Mapping[str, tuple[CompareSettings, Comparison]], limit: Map
                     f"{1000 * statistics.median(each.prompt_s):.0f}",
                     str(made.first_token(each)),
                 ]
+    prompts = sorted({settings.prompt for settings, _ in runs.values()})
     sizes = ["weights", "active"]
     training = [*sizes, "tokens", "s, step + update", "of the FLOPs", "as fast as dense", "without update"]
     asking = [*sizes, "read", "ms a token", "of the bandwidth", "of dense", "ms to the first", "of dense"]
@@ -101,7 +104,7 @@ def size_page(runs: Mapping[str, tuple[CompareSettings, Comparison]], limit: Map
 
 ## Answers
 
-A prompt of {BASE.prompt} tokens, and {BASE.new_tokens} more one by one.
+A prompt of {" or ".join(str(prompt) for prompt in prompts)} tokens, and {BASE.new_tokens} more one by one.
 
 {report.table(asking, asked)}"""
 
@@ -128,8 +131,9 @@ def page(sizes: str, losses: str, limit: Mapping[str, float]) -> str:
     return f"""# Beside a dense model
 
 `ray-moe compare-dense` at several sizes, one thread, float32. *Dense* is the model to compare with; *MoE* has
-{BASE.active} of its active weights and {BASE.total} times its weights, {BASE.top_k} experts for each token; *small* is
-dense, with as many weights as are active in the MoE model, so that what is left between them is the price of choosing.
+{BASE.active} of its active weights and {BASE.total} times its weights, {BASE.top_k} experts for each token, and
+{BASE.shape} of its layers and its width, as a model of 7 billion weights beside one of 13; *small* is dense, with the
+layers, the width and the active weights of the MoE model, so that what is left between them is the price of choosing.
 Models take turns; a ratio is the median of its turns (least-most). Times are those of the process on its core, which
 others shared with it; on a machine of its own they are those of the clock. The published pattern: training 1.75 times
 as fast, and answers in 0.51 of the time.
@@ -145,8 +149,8 @@ bytes each for a token of an answer, 6 FLOPs each for a token of training. If th
 
 
 def _copies(settings: CompareSettings) -> int:
-    """As many matrices as are beyond the caches: 400 MB of them."""
-    return max(400_000_000 // (BYTES_PER_WEIGHT * settings.dense_width * settings.hidden_size), 1)
+    """As many matrices as are beyond the caches: 1.2 GB of them."""
+    return max(1_200_000_000 // (BYTES_PER_WEIGHT * settings.dense_width * settings.hidden_size), 1)
 
 
 def _least_s(run: Callable[[], None], rounds: int = 9) -> float:
@@ -165,29 +169,49 @@ def _say(what: str) -> Callable[[str, int, int], None]:
     return say
 
 
+def _known() -> dict[str, Any]:
+    known: dict[str, Any] = json.loads((report.RESULTS / "compare_dense.json").read_text())
+    return known
+
+
+def _made(known: Mapping[str, Any]) -> Comparison:
+    """A comparison as it was written."""
+    return Comparison(*(Measured(**known[name]) for name in ("dense", "small", "moe")))
+
+
+def measured_times(sizes: Mapping[str, CompareSettings], shape: CompareSettings) -> dict[str, Any]:
+    limit = limits(shape)
+    made = {size: compare(settings, _say(size), time.process_time) for size, settings in sizes.items()}
+    after = limits(shape)
+    return {
+        "limits": {key: max(rate, after[key]) for key, rate in limit.items()},  # others may have been at work
+        "sizes": {size: {"settings": asdict(sizes[size]), **asdict(each)} for size, each in made.items()},
+    }
+
+
+def measured_losses(settings: CompareSettings, seeds: Sequence[int]) -> dict[str, Any]:
+    made = [compare(replace(settings, seed=seed), _say(f"seed {seed}"), time.process_time) for seed in seeds]
+    return {"to_learn": asdict(settings), "losses": [asdict(each) for each in made]}
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--quick", action="store_true", help="tiny models, to see that it runs; nothing is written")
-    quick: bool = arguments.parse_args().quick
+    arguments.add_argument("--only", choices=["times", "losses"], help="the rest is what was measured last")
+    given = arguments.parse_args()
     torch.set_num_threads(1)
-    limit = limits(QUICK if quick else BASE)
-    sizes = {"tiny": QUICK} if quick else SIZES
-    runs = {size: (settings, compare(settings, _say(size), time.process_time)) for size, settings in sizes.items()}
-    to_learn = replace(QUICK, steps=100, answers=0) if quick else LOSSES
-    after = limits(QUICK if quick else BASE)
-    limit = {key: max(rate, after[key]) for key, rate in limit.items()}  # others may have been at work
-    learnt = [
-        compare(replace(to_learn, seed=seed), clock=time.process_time) for seed in (SEEDS[:1] if quick else SEEDS)
-    ]
-    text = page(size_page(runs, limit), loss_page(learnt, to_learn), limit)
+    data = _known() if given.only and not given.quick else {}
+    if given.only != "losses" or given.quick:
+        data |= measured_times({"tiny": QUICK} if given.quick else SIZES, QUICK if given.quick else BASE)
+    if given.only != "times" or given.quick:
+        learning = (replace(QUICK, steps=100, answers=0), SEEDS[:1]) if given.quick else (LOSSES, SEEDS)
+        data |= measured_losses(*learning)
+    runs = {size: (CompareSettings(**each["settings"]), _made(each)) for size, each in data["sizes"].items()}
+    losses = [_made(each) for each in data["losses"]]
+    text = page(size_page(runs, data["limits"]), loss_page(losses, CompareSettings(**data["to_learn"])), data["limits"])
     print(text)
-    if not quick:
-        data: dict[str, Any] = {
-            "limits": limit,
-            "sizes": {size: {"settings": asdict(one), **asdict(made)} for size, (one, made) in runs.items()},
-            "losses": [asdict(made) for made in learnt],
-        }
-        report.write("compare_dense", text, data)
+    if not given.quick:
+        report.write("compare_dense", text, {key: each for key, each in data.items() if key != "machine"})
 
 
 if __name__ == "__main__":

@@ -181,10 +181,11 @@ def merge(
 def compare_dense(
     active: Annotated[float, typer.Option(help="Weights a token meets, as a multiple of the dense model's.")] = 0.54,
     total: Annotated[float, typer.Option(help="All weights, as a multiple of the dense model's.")] = 4.3,
+    shape: Annotated[float, typer.Option(min=0.1, help="Layers and width, as multiples of the dense model's.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Experts for each token.")] = 2,
-    hidden_size: Annotated[int, typer.Option(min=32, help="Width of the models.")] = 512,
-    num_layers: Annotated[int, typer.Option(min=1, help="Layers of the models.")] = 2,
-    dense_width: Annotated[int, typer.Option(min=32, help="Width of the dense model's networks.")] = 8192,
+    hidden_size: Annotated[int, typer.Option(min=32, help="Width of the dense model.")] = 640,
+    num_layers: Annotated[int, typer.Option(min=1, help="Layers of the dense model.")] = 5,
+    dense_width: Annotated[int, typer.Option(min=32, help="Width of the dense model's networks.")] = 2560,
     batch: Annotated[int, typer.Option(min=1, help="Windows of a training step.")] = 32,
     window: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of a window.")] = 256,
     steps: Annotated[int, typer.Option(min=0, help="Training steps of each model that are timed; 0 for none.")] = 3,
@@ -205,6 +206,7 @@ def compare_dense(
         settings = CompareSettings(
             active=active,
             total=total,
+            shape=shape,
             top_k=top_k,
             hidden_size=hidden_size,
             num_layers=num_layers,

@@ -1,12 +1,13 @@
 """A dense and an MoE model of a chosen ratio of active weights, trained and asked side by side.
 
-All are byte-level models with the same attention, made here. They train on Python's own library and are asked to go on
-with it. They take turns, in rotating order, so that whatever else the machine does falls on all of them, and every
-ratio is taken turn by turn. A third model, dense and with as many weights as are active in the MoE model, tells what
-choosing costs from what the size alone does. Called by `cli/compare.py` and `benchmarks/compare_dense.py`.
+All are byte-level models, made here. They train on Python's own library and are asked to go on with it. They take
+turns, in rotating order, so that whatever else the machine does falls on all of them, and every ratio is taken turn by
+turn. A third model, dense, with the layers, the width and the active weights of the MoE model, tells what choosing
+costs from what the size alone does. Called by `cli/compare.py` and `benchmarks/compare_dense.py`.
 
 The published pattern: with 54 % of the active weights (7 of 13 billion) and 4.3 times the weights, training 1.75 times
-as fast and answers in 0.51 of the time.
+as fast and answers in 0.51 of the time. Dense models of these sizes have 32 layers of width 4096 and 40 of 5120
+(LLaMA, arXiv:2302.13971), so here too the MoE model has 0.8 of the dense one's layers and width.
 
 Shape legend: D model width, F width of a network, E experts, B windows of a batch, S tokens of a window.
 """
@@ -44,10 +45,14 @@ class CompareSettings:
     """Weights that a token meets in the MoE model, as a multiple of the dense model's."""
     total: float = 4.3
     """All weights, likewise."""
+    shape: float = 0.8
+    """Layers and width of the MoE model, likewise."""
     top_k: int = 2
-    hidden_size: int = 512
-    num_layers: int = 2
-    dense_width: int = 8192
+    hidden_size: int = 640
+    """D of the dense model."""
+    num_layers: int = 5
+    """Of the dense model."""
+    dense_width: int = 2560
     """F of the dense model."""
     batch: int = 32
     """B."""
@@ -107,7 +112,7 @@ class Comparison:
 
     dense: Measured
     small: Measured
-    """Dense, with as many weights as are active in the MoE model."""
+    """Dense, with the MoE model's layers, width and active weights."""
     moe: Measured
 
     @property
@@ -157,15 +162,16 @@ def expert_sizes(settings: CompareSettings) -> tuple[int, int]:
     Raises:
         InvalidConfig: no experts can be so small, or so few.
     """
-    neuron = settings.num_layers * 3 * settings.hidden_size
+    like_moe = _reshaped(settings)
+    neuron = like_moe.num_layers * 3 * like_moe.hidden_size
     with torch.device("meta"):
         dense = _count(LlamaForCausalLM(_dense_config(settings)))
-    rest = dense - neuron * settings.dense_width
+        rest = _count(LlamaForCausalLM(_dense_config(like_moe))) - neuron * settings.dense_width
     width = round((settings.active * dense - rest) / (neuron * settings.top_k) / _ROUND) * _ROUND
     if width < _ROUND:
         raise InvalidConfig(
-            f"active is {settings.active}, but {rest / dense:.2f} of the dense model's weights are no networks; "
-            "expected more"
+            f"active is {settings.active}, but what is no networks is {rest / dense:.2f} of the dense model's "
+            "weights; expected more"
         )
     number = round((settings.total * dense - rest) / (neuron * width))
     if number < settings.top_k:
@@ -191,11 +197,11 @@ def compare(
         InsufficientResources: this Python comes without the sources of its library.
     """
     width, number = expert_sizes(settings)
-    small = replace(settings, dense_width=settings.top_k * width)
+    like_moe = _reshaped(settings)
     models = [
         _made(LlamaForCausalLM, _dense_config(settings), settings.seed),
-        _made(LlamaForCausalLM, _dense_config(small), settings.seed),
-        _made(MixtralForCausalLM, _moe_config(settings, width, number), settings.seed),
+        _made(LlamaForCausalLM, _dense_config(replace(like_moe, dense_width=settings.top_k * width)), settings.seed),
+        _made(MixtralForCausalLM, _moe_config(like_moe, width, number), settings.seed),
     ]
     measured = [Measured(name, *_weights(each)) for name, each in zip(("dense", "small", "moe"), models, strict=True)]
     data, generator = corpus(), torch.Generator().manual_seed(settings.seed)
@@ -257,6 +263,16 @@ def _answer(model: Any, tokens_BS: torch.Tensor, prompt: int, clock: Clock, into
     if into is not None:
         into.prompt_s.append(prompt_s)
         into.token_s.append(statistics.median(tokens_s))
+
+
+def _reshaped(settings: CompareSettings) -> CompareSettings:
+    """With the layers and the width of the MoE model."""
+    unit = 64 if settings.hidden_size >= 64 else 16  # a head, or what can be one
+    return replace(
+        settings,
+        num_layers=max(round(settings.shape * settings.num_layers), 1),
+        hidden_size=max(round(settings.shape * settings.hidden_size / unit), 1) * unit,
+    )
 
 
 def _common(settings: CompareSettings) -> dict[str, Any]:

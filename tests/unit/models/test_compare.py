@@ -15,19 +15,26 @@ TINY = CompareSettings(
 )
 
 
-def test_sizes_are_those_that_were_asked_for() -> None:
-    for settings in (CompareSettings(), CompareSettings(active=0.3, total=8.0, top_k=4, num_layers=4)):
-        width, number = expert_sizes(settings)
-        per_layer = settings.hidden_size * settings.hidden_size * 4
-        rest = settings.num_layers * per_layer + 2 * 257 * settings.hidden_size  # and both ends
-        ffn = settings.num_layers * 3 * settings.hidden_size
-        dense = rest + ffn * settings.dense_width
-        assert (rest + ffn * width * settings.top_k) / dense == pytest.approx(settings.active, rel=0.02)
-        assert (rest + ffn * width * number) / dense == pytest.approx(settings.total, rel=0.05)
+@pytest.mark.parametrize(
+    ("settings", "layers", "hidden"),
+    [
+        (CompareSettings(), 4, 512),  # as 32 layers of 4096 are beside 40 of 5120
+        (CompareSettings(active=0.3, total=8.0, top_k=4, num_layers=4, dense_width=4096), 3, 512),
+        (CompareSettings(shape=1.0, dense_width=8192), 5, 640),
+    ],
+)
+def test_sizes_are_those_that_were_asked_for(settings: CompareSettings, layers: int, hidden: int) -> None:
+    def weights(layers: int, hidden: int, width: int) -> int:
+        return layers * (4 * hidden**2 + 3 * hidden * width) + 2 * 257 * hidden  # and both ends
+
+    width, number = expert_sizes(settings)
+    dense = weights(settings.num_layers, settings.hidden_size, settings.dense_width)
+    assert weights(layers, hidden, width * settings.top_k) / dense == pytest.approx(settings.active, rel=0.02)
+    assert weights(layers, hidden, width * number) / dense == pytest.approx(settings.total, rel=0.05)
 
 
 def test_sizes_that_no_experts_have() -> None:
-    with pytest.raises(InvalidConfig, match=r"active is 0.1, but .* are no networks"):
+    with pytest.raises(InvalidConfig, match=r"active is 0.1, but what is no networks is"):
         expert_sizes(CompareSettings(hidden_size=256, dense_width=1024, active=0.1))
     with pytest.raises(InvalidConfig, match=r"total is 0.2, less than"):
         expert_sizes(CompareSettings(total=0.2))
