@@ -166,7 +166,7 @@ def run_slots(
     order = slots.argsort(stable=True)
     touched = [expert for expert, count in enumerate(counts) if count]
     if not touched:
-        return torch.zeros_like(hidden)
+        return combine(hidden.new_zeros(len(slots), hidden.shape[-1]), weight)
     rows_of_touched = [counts[expert] for expert in touched]
     if sum(counts) == len(slots) and slots.is_cpu:
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
