@@ -82,7 +82,7 @@ def through_experts(
         up_bias, down_bias: of either, or empty.
     """
     kinds = (up, up_bias, down, down_bias)
-    out: torch.Tensor = _ThroughExperts.apply(
+    out: torch.Tensor = _ThroughExperts.apply(  # type: ignore[no-untyped-call]
         rows, touched, [len(weights) for weights in kinds], *(weight for weights in kinds for weight in weights)
     )
     return out
@@ -109,7 +109,7 @@ class _ThroughExperts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         touched: Touched = ctx.touched
         rows, inner, *weights = ctx.saved_tensors
@@ -141,7 +141,9 @@ class _ThroughExperts(torch.autograd.Function):
                 torch.sum(to_inner, 0, out=to_up_bias)
             if to_mine is not None:
                 touched.to_rows(to_inner, up, to_mine)
-        flat = [each for kind, length in zip(made, ctx.lengths, strict=True) for each in kind or [None] * length]
+        flat: list[torch.Tensor | None] = []
+        for kind, length in zip(made, ctx.lengths, strict=True):
+            flat += kind or [None] * length
         return to_rows, None, None, *flat
 
 

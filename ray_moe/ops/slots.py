@@ -30,7 +30,7 @@ def group(hidden: torch.Tensor, order: torch.Tensor, place: torch.Tensor, top_k:
         place: [N], where each slot is in `order`.
         top_k: K.
     """
-    rows: torch.Tensor = _Group.apply(hidden, order, place, top_k)
+    rows: torch.Tensor = _Group.apply(hidden, order, place, top_k)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -42,7 +42,7 @@ def combine_grouped(rows: torch.Tensor, place: torch.Tensor, weight: torch.Tenso
         place: [N], where each slot's row is.
         weight: [T, K].
     """
-    out: torch.Tensor = _Combine.apply(rows, place, weight)
+    out: torch.Tensor = _Combine.apply(rows, place, weight)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -54,7 +54,7 @@ class _Group(torch.autograd.Function):
         return hidden.index_select(0, order // top_k)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (place,) = ctx.saved_tensors
         to_hidden = grad.new_empty(len(grad) // ctx.top_k, grad.shape[-1])
@@ -74,7 +74,7 @@ class _Combine(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, place, weight = ctx.saved_tensors
         to_rows, to_weight = torch.empty_like(rows), torch.empty_like(weight)
