@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, DeploymentActorConfig
 
 from ray_moe.actors.launcher import worker_env
@@ -114,7 +115,12 @@ def application(config: Config) -> serve.Application:
                 name=EXPERTS,
                 actor_class=ray.remote(ExpertSet),
                 init_args=(config,),
-                actor_options={"num_cpus": 0, "runtime_env": {"env_vars": worker_env(1)}},
+                actor_options={
+                    "num_cpus": 0,
+                    # Beside Serve's controller: Ray would put it to any node, also to one that a cloud takes back.
+                    "resources": {HEAD_NODE_RESOURCE_NAME: 0.001},
+                    "runtime_env": {"env_vars": worker_env(1)},
+                },
             )
         ],
         **options,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -96,6 +97,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield Head(environment, f"http://127.0.0.1:{dashboard}", home / ".ray-moe/keys.json", key)
 
 
+def test_ray_shows_the_certificate_of_its_node(head: Head) -> None:
+    host, port = head.environment["RAY_ADDRESS"].split(":")
+    shown = ssl.get_server_certificate((host, int(port)), timeout=10)
+    assert shown.strip() == (Path(head.environment["HOME"]) / ".ray/tls/node.pem").read_text().strip()
+
+
 @pytest.mark.timeout(600)
 def test_serve_deploy_brings_the_application_up(head: Head, model: tuple[Path, str], tmp_path: Path) -> None:
     tree = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())
@@ -168,3 +175,11 @@ def test_a_service_runs_as_a_job_of_the_cluster(head: Head, model: tuple[Path, s
     assert "was stopped" in stopped, stopped
     # It was told to end, and ended what it had started.
     assert "\nstopped" in head.run(f"ray job logs --address {head.dashboard} ray-moe")
+
+
+def test_ray_takes_the_notice_that_a_node_is_going(head: Head) -> None:
+    head.run(f"bash {ROOT}/cluster/spot.sh pod", SPOT_GRACE_S="0")
+    ask = (
+        "import ray; from ray_moe.actors.nodes import draining; ray.init(logging_level='error'); print(len(draining()))"
+    )
+    assert head.run(f'python -c "{ask}"').strip() == "1"
