@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def read(files: Sequence[Path]) -> list[Run]:
     faults: list[tuple[Mapping[str, Any], str]] = []
     for file in files:
         documents = _documents(file)
-        try:
+        with _whole(str(file)):
             if all(_is(each, "kind", "targets", "stall_s") for each in documents):
                 faults += [(each, str(file)) for each in documents]
             elif all(_is(each, "step", "steps") for each in documents):
@@ -38,9 +39,19 @@ def read(files: Sequence[Path]) -> list[Run]:
                 runs.append(benchmark(documents[0], file.stem, str(file)))
             else:
                 raise InvalidConfig(f"{file} is JSON, but of no run that is known; expected {KINDS}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidConfig(f"{file} is not whole ({type(error).__name__}: {error}); expected {KINDS}") from error
-    return [*([chaos(faults)] if faults else []), *runs]
+    if not faults:
+        return runs
+    with _whole(", ".join(dict.fromkeys(source for _, source in faults))):
+        return [chaos(faults), *runs]
+
+
+@contextmanager
+def _whole(source: str) -> Iterator[None]:
+    """Around the making of a run: what is missing in a file, or of another type, is the file's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidConfig(f"{source} is not whole ({type(error).__name__}: {error}); expected {KINDS}") from error
 
 
 def _documents(file: Path) -> list[Any]:
