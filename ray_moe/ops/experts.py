@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -97,9 +98,10 @@ class StackedExperts:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
-    @property
+    @cached_property  # layers make a group for each call, and do not ask
     def flops_per_row(self) -> int:
-        return 2 * sum(p.numel() // p.shape[0] for p in self.module.parameters() if p.ndim >= 3)
+        parameters: list[torch.Tensor] = list(self.module.parameters())
+        return 2 * sum(p.numel() // p.shape[0] for p in parameters if p.ndim >= 3)
 
     @property
     def device(self) -> torch.device:
