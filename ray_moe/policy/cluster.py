@@ -163,12 +163,20 @@ class Cluster:
     def lose(self, host: HostState) -> None:
         """Nobody can count on `host` any more."""
         self.say("lost", f"{host.host_id} ({host.incarnation})")
+        host.is_missed = bool(self.placed.on(host.host_id))
         self.fleet.lose(host, self.now_s)
         self.seeks_homes = self.is_unbalanced = True
         if host.draining:
             self.remove(host)
         elif self.transaction is not None and self.transaction.uses(host.host_id):
             self.abort(f"{host.host_id} was lost")
+
+    def look_whether_back(self, host: HostState) -> None:
+        """Say so when a host that was lost has all again that is placed on it."""
+        share, held = self.placed.on(host.host_id), self.fleet.held.on(host.host_id)
+        if host.is_missed and share and all(experts <= held.get(layer, set()) for layer, experts in share.items()):
+            host.is_missed = False
+            self.say("repaired", f"{host.host_id} has its experts again")
 
     def remove(self, host: HostState) -> None:
         """End a host. What was placed on it is placed elsewhere, or nowhere."""

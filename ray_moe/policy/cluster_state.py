@@ -149,6 +149,7 @@ class ClusterState(Cluster):
         if not was_up:
             host.is_new = not self.placed.on(host.host_id)
             self.seeks_homes = self.is_unbalanced = True
+            self.look_whether_back(host)
 
     def _host_lost(self, event: ev.HostLost) -> None:
         host = self.hosts.get(event.host_id)
@@ -168,6 +169,7 @@ class ClusterState(Cluster):
         if host is None:
             return
         loaded = self.fleet.done(host)
+        self.look_whether_back(host)
         self.due[host.host_id] = self.now_s
         self.seeks_homes = True
         if self.transaction is not None:

@@ -123,6 +123,8 @@ class HostState:
     """Loads that have failed since the last that did not."""
     is_new: bool = False
     """Whether it holds nothing and no plan has been made with it yet."""
+    is_missed: bool = False
+    """Whether it was lost with experts that it has not got again."""
     is_dismissed: bool = False
     """Whether tables name it no more, even for what nobody else holds: everything goes to sleep."""
     num_lives: int = 0

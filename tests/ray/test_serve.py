@@ -258,10 +258,9 @@ def test_what_is_published_is_served_by_all_routers(application: Application, mo
 
 
 def test_routers_follow_the_load(application: Application, models: list[tuple[Path, str]]) -> None:
-    limits = {"router.num_actors": 1, "router.max_actors": 2, "router.target_requests": 1}
-    application.deploy(models[0][0], **limits)
+    application.deploy(models[0][0], **{"router.max_actors": 3, "router.target_requests": 1})
     with Client(application.direct) as client:
-        await_status(client, lambda s: all_ready(s) and sum(r.ready for r in s.routers) == 1, what="one router")
+        await_status(client, lambda s: all_ready(s) and sum(r.ready for r in s.routers) == 2, what="two routers")
         stop = threading.Event()
         failures: list[Exception] = []
 
@@ -276,7 +275,7 @@ def test_routers_follow_the_load(application: Application, models: list[tuple[Pa
         for thread in threads:
             thread.start()
         try:
-            await_status(client, lambda s: sum(r.ready for r in s.routers) == 2, timeout_s=150, what="another router")
+            await_status(client, lambda s: sum(r.ready for r in s.routers) == 3, timeout_s=150, what="another router")
         finally:
             stop.set()
             for thread in threads:

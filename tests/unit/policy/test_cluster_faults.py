@@ -46,6 +46,15 @@ def test_with_fewer_standbys_than_losses_the_others_get_stand_ins():
     assert "1" in driver.placed[1]
 
 
+def test_it_is_told_when_a_host_that_was_lost_has_its_experts_again():
+    driver = Driver.ready()
+    driver.lose("expert-1")
+    driver.start("expert-1")
+    assert driver.told("repaired") == []
+    driver.load_all()
+    assert driver.told("repaired") == ["expert-1 has its experts again"]
+
+
 def test_a_standby_that_is_lost_changes_nothing_and_takes_nobodys_place():
     driver = Driver.ready(num_standbys=1)
     driver.lose("expert-2")
