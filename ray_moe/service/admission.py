@@ -76,7 +76,7 @@ class Admission:
         self._num_active = 0
 
     def caller(self, headers: Mapping[str, str], role: Role | None = None) -> Caller:
-        """Who calls, by headers in lower case. Raises: `Unauthenticated`; `PermissionDenied` without `role`, if named.
+        """Who calls, by headers in lower case. Raises: `Unauthenticated`; `PermissionDenied`, see `Caller.require`.
 
         It is cheap enough for each message of a long stream, which then ends soon after its key is revoked.
         """
@@ -84,8 +84,7 @@ class Admission:
         request = current()
         if request is not None:
             request.from_caller(caller.name)
-        if role is not None:
-            caller.require(role)
+        caller.require(role)
         return caller
 
     @property

@@ -31,11 +31,12 @@ class Caller:
     meter: Meter
     """Shared by all keys of that name."""
 
-    def require(self, role: Role) -> None:
-        """Raises: `PermissionDenied` unless the caller has `role`."""
-        if role not in self.roles:
+    def require(self, role: Role | None) -> None:
+        """Raises: `PermissionDenied` unless the caller has `role`; None is any but metrics, which reads those alone."""
+        if not ({role} if role is not None else set(ROLES) - {"metrics"}) & self.roles:
+            needs = f"the role {role}" if role is not None else "a role besides metrics"
             has = ", ".join(sorted(self.roles))
-            raise PermissionDenied(f"this call needs the role {role}, and this API key has {has}: use one that has it")
+            raise PermissionDenied(f"this call needs {needs}, and this API key has {has}: use one that has it")
 
     def request(self) -> AbstractContextManager[None]:
         """Around a request of the caller's, while it is answered.

@@ -42,7 +42,7 @@ class Guard:
 
     @asynccontextmanager
     async def known(self, context: Context, role: Role | None = None) -> AsyncIterator[None]:
-        """Around a call that asks something, or changes the cluster: by whoever has a key, of that role if named."""
+        """Around a call that asks something, or changes the cluster: by whoever `Caller.require` lets."""
         async with self.errors(context):
             self.caller(context, role)
             yield

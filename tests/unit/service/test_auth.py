@@ -207,6 +207,16 @@ def test_a_key_is_its_callers(path: Path) -> None:
     assert ring.identify(bob).name == "bob"
 
 
+def test_a_key_for_metrics_alone_may_ask_for_nothing_else(path: Path) -> None:
+    scraper, both = add(path, "scraper", ("metrics",)), add(path, "both", ("metrics", "infer"))
+    ring = KeyRing(path)
+    ring.load()
+    ring.identify(scraper).require("metrics")
+    with pytest.raises(PermissionDenied, match="needs a role besides metrics, and this API key has metrics"):
+        ring.identify(scraper).require(None)
+    ring.identify(both).require(None)
+
+
 def test_without_a_file_everybody_may_do_everything() -> None:
     ring = KeyRing(None)
     ring.load()

@@ -249,7 +249,7 @@ async def test_a_key_needs_the_role_and_a_scrape_costs_no_tokens(tmp_path: Path)
         )
     assert [answer.status_code for answer in answers] == [401, 403, 200]
     assert "role metrics" in answers[1].text
-    assert (models.status_code, refused.status_code) == (200, 403)
+    assert (models.status_code, refused.status_code) == (403, 403)
 
 
 async def test_the_readme_lists_the_metrics_that_there_are():

@@ -81,6 +81,7 @@ class Service:
         self.keys.add("ana", "infer")
         self.keys.add("trainer", "train")
         self.keys.add("chief", "admin")
+        self.keys.add("scraper", "metrics")
         self.keys.add("late", "infer", "train", "admin", expires_at=1)
         self.keys.add("spent", "infer", limits=Limits(requests_per_minute=1))
         self.keys.add("thirsty", "infer", limits=Limits(tokens_per_minute=1))

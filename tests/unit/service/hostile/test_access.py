@@ -112,6 +112,15 @@ def test_a_key_opens_what_is_its_role_s_and_nothing_else(service: Service, name:
     service.check("grpc")
 
 
+@pytest.mark.parametrize("method", KNOWN)
+def test_a_key_for_metrics_reads_nothing_else(service: Service, method: str) -> None:
+    path, data = KNOWN[method]
+    key = service.keys.metadata("scraper")
+    assert_refused(service.keyed_channel, Call(path, [data], C.PERMISSION_DENIED, "a role besides metrics", key))
+    assert keyed(service, "/v1/models", b"", service.keys.secrets["scraper"], "GET").status_code == 403
+    service.check("grpc")
+
+
 @pytest.mark.parametrize("name", ["spent", "thirsty"])
 def test_a_key_that_is_used_up_is_told_so_over_every_door(service: Service, name: str) -> None:
     key = service.keys.metadata(name)
