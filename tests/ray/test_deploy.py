@@ -86,12 +86,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     start += " --node-ip-address 127.0.0.1 --object-store-memory 200000000 --disable-usage-stats"
     for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"):
         start += f" --{name} {free_port()}"
+    # Ray gives a node 30 s to start, and none more where other tests have the cores: as somebody would, try again.
+    start = " || ".join(3 * [f"{{ . {ROOT}/cluster/node.sh && {start}; }}"])
     log = tmp_path_factory.mktemp("log") / "head.log"
     environment["RAY_ADDRESS"] = f"127.0.0.1:{gcs}"
-    with running(["bash", "-c", f". {ROOT}/cluster/node.sh && exec {start}"], log, environment) as process:
+    with running(["bash", "-c", start], log, environment) as process:
         end_by = time.monotonic() + START_TIMEOUT_S
         while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None, "the head has ended"
+            assert process.poll() is None, log.read_text()
             assert time.monotonic() < end_by, "the head does not come up"
             time.sleep(0.1)
         yield Head(environment, f"http://127.0.0.1:{dashboard}", home / ".ray-moe/keys.json", key)
@@ -175,11 +177,3 @@ def test_a_service_runs_as_a_job_of_the_cluster(head: Head, model: tuple[Path, s
     assert "was stopped" in stopped, stopped
     # It was told to end, and ended what it had started.
     assert "\nstopped" in head.run(f"ray job logs --address {head.dashboard} ray-moe")
-
-
-def test_ray_takes_the_notice_that_a_node_is_going(head: Head) -> None:
-    head.run(f"bash {ROOT}/cluster/spot.sh pod", SPOT_GRACE_S="0")
-    ask = (
-        "import ray; from ray_moe.actors.nodes import draining; ray.init(logging_level='error'); print(len(draining()))"
-    )
-    assert head.run(f'python -c "{ask}"').strip() == "1"
