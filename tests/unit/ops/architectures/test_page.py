@@ -10,7 +10,7 @@ from tests import pages
 
 def test_the_networks_of_the_page_compute() -> None:
     page = pages.ROOT / "docs" / "methods" / "architectures.md"
-    assert len(pages.blocks(page)) == 7
+    assert len(pages.blocks(page)) == 8
     names = pages.run(page, {})
     assert names["sizes"] == ExpertSizes(expert_size=32, num_experts=63, top_k=7, num_shared=1)
     tokens, sequences, images = torch.randn(3, 64), torch.randn(3, 5, 64), torch.randn(2, 3, 32, 32)
