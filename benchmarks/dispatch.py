@@ -89,7 +89,7 @@ class BenchHost:
         from ray_moe.transport.host_server import HostServer
         from ray_moe.types import HostAddress
 
-        self._server = HostServer(self._loop.submit, TOKEN)
+        self._server = HostServer(self._loop.accept, TOKEN)
         tcp, unix = await self._server.start()
         return HostAddress(f"expert-{number}", "1", ray.get_runtime_context().get_node_id(), os.getpid(), tcp, unix)
 

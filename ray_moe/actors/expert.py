@@ -147,7 +147,7 @@ class ExpertActor:
         from ray_moe.transport.host_server import HostServer
 
         self._server = HostServer(
-            self._loop.submit,
+            self._loop.accept,
             self._spec.token,
             incarnation=self._incarnation,
             settings=transport_settings(self._spec.config.transport, self._device),

@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import Empty
 
 import numpy as np
 import torch
 
 from ray_moe.errors import HostLost, StaleRouting, Unavailable
 from ray_moe.ops.dispatch import HostShare, Ints, cut, split_by_host
+from ray_moe.runtime.arrivals import Arrivals
 from ray_moe.runtime.lines import RECONNECT_EVERY_S, Lines, Peer, Sent
 from ray_moe.runtime.own_experts import OwnExperts
 from ray_moe.runtime.routing import How, LayerRoutes, Routes, View
@@ -107,7 +108,7 @@ class Exchange:
         self._in_order = how.in_order
         self._only = how.only
         self._avoid = how.avoid
-        self._arrived: SimpleQueue[Sent] = SimpleQueue()
+        self._arrived = Arrivals()
         self._is_over = False
         self._open: dict[int, Sent] = {}
         """What has been sent and not been answered."""
@@ -116,6 +117,8 @@ class Exchange:
         """When to look again at what was overdue."""
         self._answered: dict[int, Sequence[Sent]] = {}
         self._num_sent = 0
+        self._num_owed = 0
+        """Answers of hosts that have not arrived."""
         self._num_told = 0
         self._again: list[Ints] = []
         """Slots whose host failed."""
@@ -167,6 +170,8 @@ class Exchange:
                 else:
                     return
         finally:
+            if self._num_owed:  # late answers, which nobody waits for
+                self._arrived.leave()
             if self._open or answered:  # after an error, what still comes is nobody's
                 for sent in [sent for each in answered.values() for sent in each]:
                     sent.release()
@@ -266,13 +271,17 @@ class Exchange:
         if self._span is not None:
             self._asked.add(peer.address.host_id)
             call.trace = self._span.context
-        peer.submit(call, sent)
+        self._num_owed += 1
+        line = peer.attendable
+        peer.submit(call, sent, line is not None and self._arrived.attend(line))
 
     def _compute(self, share: HostShare, hedge: _Hedge | None = None, likely: Sequence[int] = ()) -> Sent | None:
         """Compute a share in this process; None when that cannot be. Args: likely: as of `OwnExperts.run`."""
         own = self._router.own
         if own is None:
             return None
+        if not own.has(self._layer, share.experts, self._version):
+            self._arrived.leave()  # reading experts takes long, and answers shall not wait for it
         num_loads = own.num_lifeboat_loads
         reply = own.run(self._make(share, self._view.table.epoch), likely)
         if own.num_lifeboat_loads != num_loads:
@@ -306,9 +315,7 @@ class Exchange:
         try:
             # A batch is never left alone for longer than a host may be silent.
             longest_s = self._router.settings.call_timeout_s
-            self._take(
-                self._arrived.get(timeout=min(timeout_s, longest_s)) if timeout_s > 0 else self._arrived.get_nowait()
-            )
+            self._take(self._arrived.get(min(timeout_s, longest_s)))
             while not self._arrived.empty():
                 self._take(self._arrived.get_nowait())
         except Empty:
@@ -320,6 +327,7 @@ class Exchange:
             self._look_at_clocks(time.monotonic())
 
     def _take(self, sent: Sent) -> None:
+        self._num_owed -= 1
         hedge = sent.hedge
         if hedge is None and sent.error is None and not self._hedge_of:  # as a rule
             if self._open.pop(sent.number, None) is None:

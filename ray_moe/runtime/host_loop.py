@@ -9,20 +9,23 @@ the servers of an expert actor, or the actor's own method.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 
-from ray_moe.errors import RayMoEError, Unavailable
+from ray_moe.errors import ExpertFailed, RayMoEError, Unavailable
 from ray_moe.runtime.expert_host import ExpertHost, Outcome
 from ray_moe.runtime.meter import Meter
 from ray_moe.runtime.tracing import Span, Tracer, Value
-from ray_moe.transport.base import ExpertCall, ExpertReply
+from ray_moe.transport.base import Answer, ExpertCall, ExpertReply
+
+_log = logging.getLogger(__name__)
 
 INLINE_FLOPS = 100_000_000
 """Up to here a batch takes a few milliseconds on one core, and blocking the event loop is the faster way."""
@@ -47,10 +50,8 @@ class Disturbance:
     """Of the choice which ones."""
 
 
-class _Waiting(NamedTuple):
-    call: ExpertCall
-    future: asyncio.Future[ExpertReply]
-    since_s: float
+Batch: TypeAlias = Sequence[tuple[Answer, float]]
+"""What is computed together, and when each of it came."""
 
 
 class HostLoop:
@@ -61,9 +62,13 @@ class HostLoop:
         self.tracer = tracer
         """None: what it computes is not recorded."""
         self._inline_flops = inline_flops
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[tuple[Answer, float]] = []
+        """With the time when each came."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="experts")
+        self._is_draining = False
+        """Whether what waits will be computed without being asked for again."""
         self._pump: asyncio.Task[None] | None = None
+        """At what takes longer than a moment."""
         self._busy_since_s: float | None = None
         self._closed = False
         self._meter = Meter()
@@ -72,55 +77,76 @@ class HostLoop:
         self._random = random.Random()
         self._disturbed = asyncio.Event()
 
-    async def submit(self, call: ExpertCall) -> ExpertReply:
-        """Compute `call`, together with what else is waiting. Raises the call's own `RayMoEError`."""
+    def accept(self, call: ExpertCall) -> Answer:
+        """Compute `call`, together with what else is waiting, from the next turn of the event loop on.
+
+        The answer may be the call's own `RayMoEError`. Raises: `Unavailable` when the host is stopping.
+        """
         if self._closed:
             raise Unavailable(f"host {self.host.host_id} is stopping")
-        future: asyncio.Future[ExpertReply] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(call, future, time.monotonic()))
-        if self._pump is None:
-            self._pump = asyncio.create_task(self._drain())
-        return await future
+        answer = Answer(call)
+        self._waiting.append((answer, time.monotonic()))
+        if not self._is_draining:
+            self._is_draining = True
+            asyncio.get_running_loop().call_soon(self._drain)
+        return answer
 
-    async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def submit(self, call: ExpertCall) -> ExpertReply:
+        """The same, awaited. Raises the call's own `RayMoEError`."""
+        return await self.accept(call)
+
+    def _drain(self) -> None:
+        """Compute a batch of what waits."""
+        batch = self._take()
+        if batch:
+            calls = [answer.call for answer, _ in batch]
+            flops = sum(map(self.host.flops, calls))
+            if flops > self._inline_flops or self._disturbance is not None:
+                self._pump = asyncio.create_task(self._compute(batch, calls, flops))
+                return
+            begin_s = self._busy_since_s = time.monotonic()
+            spans = self._record(calls, batch)
+            self._finish(batch, flops, begin_s, spans, self._run(calls))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._is_draining = bool(self._waiting)
+        if self._is_draining:
+            asyncio.get_running_loop().call_soon(self._drain)  # what has been answered goes out first
+
+    async def _compute(self, batch: Batch, calls: Sequence[ExpertCall], flops: int) -> None:
+        """The same for one that is large, or if the host is to misbehave."""
+        begin_s = self._busy_since_s = time.monotonic()
+        await self._hang()
+        spans = self._record(calls, batch)
+        if flops <= self._inline_flops:
+            outcomes = self._run(calls)
+        else:
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._worker, self._run, calls)
+        if self._disturbance is not None:
+            outcomes = await self._disturb(self._disturbance, outcomes, time.monotonic() - begin_s)
+        self._finish(batch, flops, begin_s, spans, outcomes)
+        self._pump = None
+        self._go_on()
+
+    def _run(self, calls: Sequence[ExpertCall]) -> Sequence[Outcome]:
         try:
-            while self._waiting:
-                batch = self._take()
-                if not batch:
-                    continue
-                calls = [each.call for each in batch]
-                begin_s = self._busy_since_s = time.monotonic()
-                await self._hang()
-                spans = self._record(calls, [each.since_s for each in batch])
-                flops = sum(map(self.host.flops, calls))
-                outcomes: Sequence[Outcome]
-                if flops <= self._inline_flops:
-                    outcomes = self.host.run(calls)
-                else:
-                    outcomes = await loop.run_in_executor(self._worker, self.host.run, calls)
-                if self._disturbance is not None:
-                    outcomes = await self._disturb(self._disturbance, outcomes, time.monotonic() - begin_s)
-                self._meter.add(flops, begin_s, time.monotonic())
-                self._busy_since_s = None
-                _end(spans, outcomes)
-                for (_, future, _), outcome in zip(batch, outcomes, strict=True):
-                    if future.done():
-                        continue
-                    if isinstance(outcome, RayMoEError):
-                        future.set_exception(outcome)
-                    else:
-                        future.set_result(outcome)
-                if self._waiting:
-                    await asyncio.sleep(0)  # these answers go out first
-        finally:
-            self._pump = None
+            return self.host.run(calls)
+        except Exception as error:  # not one of a call: those are outcomes
+            _log.exception("a batch of host %s failed as a whole", self.host.host_id)
+            return [ExpertFailed(f"host {self.host.host_id}: {type(error).__name__}: {error}") for _ in calls]
 
-    def _record(self, calls: Sequence[ExpertCall], since_s: Sequence[float]) -> dict[int, Span]:
-        """What is computed from now on, of a batch: spans of those calls that are traced, by position.
+    def _finish(
+        self, batch: Batch, flops: int, begin_s: float, spans: Mapping[int, Span], outcomes: Sequence[Outcome]
+    ) -> None:
+        self._meter.add(flops, begin_s, time.monotonic())
+        self._busy_since_s = None
+        _end(spans, outcomes)
+        for (answer, _), outcome in zip(batch, outcomes, strict=True):
+            answer.set(outcome)
 
-        Args: since_s: when each of them came.
-        """
+    def _record(self, calls: Sequence[ExpertCall], batch: Batch) -> dict[int, Span]:
+        """What is computed from now on: spans of those calls that are traced, by position."""
         spans: dict[int, Span] = {}
         if self.tracer is None:
             return spans
@@ -131,7 +157,7 @@ class HostLoop:
                     "rows": call.num_rows,
                     "experts": len(call.experts),
                     "batch.calls": len(calls),
-                    "queue_wait_s": time.monotonic() - since_s[position],
+                    "queue_wait_s": time.monotonic() - batch[position][1],
                 }
                 span = self.tracer.start("experts.compute", {"traceparent": call.trace}, how)
                 if span is not None:
@@ -169,18 +195,18 @@ class HostLoop:
                 answered.append(outcome)
         return answered
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self) -> Batch:
         """What is computed next: calls in their order, up to `MAX_BATCH_ROWS`; given-up ones are dropped."""
-        batch: list[_Waiting] = []
+        batch: list[tuple[Answer, float]] = []
         num_rows = taken = 0
         for waiting in self._waiting:
-            call = waiting.call
-            if batch and num_rows + call.num_rows > MAX_BATCH_ROWS:
+            rows = waiting[0].call.num_rows
+            if batch and num_rows + rows > MAX_BATCH_ROWS:
                 break
             taken += 1
-            if not waiting.future.done():
+            if not waiting[0].is_over:
                 batch.append(waiting)
-                num_rows += call.num_rows
+                num_rows += rows
         del self._waiting[:taken]
         return batch
 
@@ -192,7 +218,7 @@ class HostLoop:
     @property
     def queued_rows(self) -> int:
         """Rows that wait to be computed."""
-        return sum(each.call.num_rows for each in self._waiting if not each.future.done())
+        return sum(answer.call.num_rows for answer, _ in self._waiting if not answer.is_over)
 
     @property
     def flops_per_s(self) -> float:
@@ -208,8 +234,10 @@ class HostLoop:
         """Refuse new calls, finish those accepted (even if it was told to hang), and end the worker thread."""
         self._closed = True
         self.disturb(None)
-        if self._pump is not None:
-            await asyncio.gather(self._pump, return_exceptions=True)
+        while self._is_draining:
+            await asyncio.sleep(0)
+            if self._pump is not None:
+                await asyncio.gather(self._pump, return_exceptions=True)
         self._worker.shutdown(wait=True)
 
 

@@ -23,7 +23,7 @@ from ray_moe.ops.dispatch import HostShare
 from ray_moe.runtime.latency import LatencyHistory
 from ray_moe.runtime.reports import Reports
 from ray_moe.runtime.routing import Floats, Routes
-from ray_moe.transport.base import Connection, ExpertCall, ExpertReply, Transport
+from ray_moe.transport.base import Attendable, Connection, ExpertCall, ExpertReply, Transport
 from ray_moe.types import HostAddress, HostId
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Peer:
 
     def __init__(self, connection: Connection, everyone: LatencyHistory, on_relief: Callable[[Peer], None]) -> None:
         self.connection = connection
+        self.attendable = connection if isinstance(connection, Attendable) else None
         self.address = connection.address
         self.last_answer_s = -math.inf
         self.rows_sent = 0
@@ -109,8 +110,11 @@ class Peer:
         self._on_relief = on_relief
         self._lock = threading.Lock()
 
-    def submit(self, call: ExpertCall, sent: Sent) -> None:
-        """Send `call`; `sent.hear` is told of its reply or error, perhaps before this returns."""
+    def submit(self, call: ExpertCall, sent: Sent, is_attended: bool = False) -> None:
+        """Send `call`; `sent.hear` is told of its reply or error, perhaps before this returns.
+
+        Args: is_attended: whether the caller takes the answer in; only if the line is `attendable`.
+        """
         with self._lock:
             self.rows_sent += sent.num_rows
             self.rows_in_flight += sent.num_rows
@@ -118,7 +122,10 @@ class Peer:
             sent.ahead_rows = self.rows_in_flight
         sent.sent_s = time.monotonic()
         try:
-            future = self.connection.submit(call)
+            if is_attended and self.attendable is not None:
+                future = self.attendable.submit(call, True)
+            else:
+                future = self.connection.submit(call)
         except BaseException:
             self._landed(sent)
             raise

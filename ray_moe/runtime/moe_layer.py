@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ray_moe.errors import ExpertFailed, InvalidRequest, Unavailable
-from ray_moe.ops.dispatch import HostShare, Ints, combine, sum_parts
+from ray_moe.ops.dispatch import HostShare, Ints, combine, put_rows, sum_parts
 from ray_moe.policy.parts import parts_of, slots_in_parts
 from ray_moe.runtime.drift import DriftMeter
 from ray_moe.runtime.exchange import Exchange, MakeCall, Router
@@ -189,7 +189,7 @@ class ExpertDispatcher:
                 every = exchange.num_rows == len(slots)
                 make = torch.empty if every else torch.zeros
                 rows = make(len(slots), reply.shape[-1], dtype=hidden.dtype, device=hidden.device)
-            rows.index_copy_(0, torch.from_numpy(share.slot).to(rows.device), reply.to(rows.device))
+            put_rows(rows, share.slot, reply)
             sources.append((share.slot, address))
         return hidden.new_zeros(len(slots), hidden.shape[-1]) if rows is None else rows, sources
 

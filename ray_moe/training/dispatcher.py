@@ -25,7 +25,7 @@ import torch
 
 from ray_moe.errors import HostLost, InvalidRequest, StepInterrupted, StepRefused, WireError
 from ray_moe.ops.compression import pack_rows, unpack_rows
-from ray_moe.ops.dispatch import HostShare, Ints, combine, cut, split_by_host, spread, sum_parts
+from ray_moe.ops.dispatch import HostShare, Ints, combine, cut, put_rows, split_by_host, spread, sum_parts
 from ray_moe.policy.parts import slots_in_parts
 from ray_moe.policy.split import Replicas, split_tokens
 from ray_moe.training.settings import ExchangeSettings
@@ -199,7 +199,7 @@ class TrainingDispatcher:
         for part, reply in self._exchange(parts, calls, hidden.dtype):
             if reply.shape[-1] != rows.shape[-1]:
                 rows = hidden.new_zeros(num_slots, reply.shape[-1])
-            rows.index_copy_(0, torch.from_numpy(part.share.slot).to(rows.device), reply.to(rows.device, rows.dtype))
+            put_rows(rows, part.share.slot, reply.to(rows.dtype))
         return rows
 
     def backward_rows(

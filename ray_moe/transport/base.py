@@ -10,10 +10,11 @@ Shape legend: t tokens sent to this host, n rows (token, expert) computed there,
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -91,8 +92,69 @@ class ExpertReply:
     release: Callable[[], None] = lambda: None
 
 
+class Answer(Awaitable[ExpertReply]):
+    """The reply to a call, once it is there. Used in one event loop.
+
+    Who listens is told at once, where a future would tell in the next turn of the loop, and a task in the one after.
+    """
+
+    __slots__ = ("_hear", "_outcome", "call", "is_over")
+
+    def __init__(self, call: ExpertCall) -> None:
+        self.call = call
+        self.is_over = False
+        """Whether it is there, or nobody wants it any more."""
+        self._outcome: ExpertReply | Exception | None = None
+        self._hear: Callable[[ExpertReply | Exception], None] | None = None
+
+    def listen(self, hear: Callable[[ExpertReply | Exception], None]) -> None:
+        """Have `hear` told of the reply or error, now or later; it must not raise. At most one listens."""
+        if self._outcome is not None:
+            hear(self._outcome)
+        else:
+            self._hear = hear
+
+    def set(self, outcome: ExpertReply | Exception) -> None:
+        """What the answer is; what nobody wants is released."""
+        if self.is_over:
+            if isinstance(outcome, ExpertReply):
+                outcome.release()
+            return
+        self.is_over, self._outcome = True, outcome
+        hear, self._hear = self._hear, None
+        if hear is not None:
+            hear(outcome)
+
+    def give_up(self) -> None:
+        """Nobody wants it any more."""
+        self.is_over, self._hear = True, None
+
+    def __await__(self) -> Generator[Any, None, ExpertReply]:
+        outcome = self._outcome
+        if outcome is None:
+            done: asyncio.Future[ExpertReply | Exception] = asyncio.get_running_loop().create_future()
+
+            def hear(heard: ExpertReply | Exception) -> None:
+                if not done.done():
+                    done.set_result(heard)
+                elif isinstance(heard, ExpertReply):
+                    heard.release()
+
+            self.listen(hear)
+            try:
+                outcome = yield from done
+            except asyncio.CancelledError:
+                self.give_up()
+                raise
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
 Submit = Callable[[ExpertCall], Awaitable[ExpertReply]]
-"""The host's entry: queues the call, computes it with whatever else is waiting, and returns the reply."""
+"""The host's entry: queues the call, computes it with whatever else is waiting, and returns the reply.
+
+An `Answer` is the quickest to send; anything else is awaited in a task."""
 
 
 class Connection(Protocol):
@@ -111,6 +173,28 @@ class Connection(Protocol):
 
     def close(self) -> None:
         """Free the line and what belongs to it; calls in flight fail with `HostLost`. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Attendable(Protocol):
+    """A connection whose answers may be taken in by the thread that waits for them, which saves waking another first.
+
+    Who submits a call with `is_attended` polls `fileno` and calls `take_in` until the future is done, or calls `leave`.
+    """
+
+    def submit(self, call: ExpertCall, is_attended: bool = False) -> Future[ExpertReply]: ...
+
+    def fileno(self) -> int:
+        """Readable when something has come; -1 where answers cannot be taken in (any more)."""
+        ...
+
+    def take_in(self) -> bool:
+        """Complete the futures, anybody's, of what has come; never waits. False when the line is over: all are done."""
+        ...
+
+    def leave(self) -> None:
+        """Nobody may be waiting for what is in flight: from now on the connection sees to it itself."""
         ...
 
 

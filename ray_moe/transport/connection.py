@@ -2,7 +2,8 @@
 
 A line that breaks is the failure detector: it fails every call in flight at once. Retrying is not done here
 (`runtime/moe_layer.py`). What takes the messages there and back is a `Carrier`: a gRPC stream or a socket. Replies
-complete a `concurrent.futures.Future`, which engine threads wait on and coroutines wrap.
+complete a `concurrent.futures.Future`, which engine threads wait on and coroutines wrap. A thread that does nothing but
+wait may read them itself (`base.Attendable`), where the carrier lets it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -35,12 +36,19 @@ _JOIN_S = 1.0
 """How long `close` waits for the reader: not for ever, since a callback may wait for whoever closes."""
 
 
+_HOST_ENDED = "the host ended it"
+
+
 class LineEnded(Exception):
     """Why a line is over. With a `refusal` the host did not let the router in, and that is the error to raise."""
 
     def __init__(self, reason: str, refusal: RayMoEError | None = None) -> None:
         super().__init__(reason)
         self.refusal = refusal
+
+
+Received = Callable[[int, memoryview], None]
+"""Told the id and the bytes of each message of the host. Raises `LineEnded` and `WireError`."""
 
 
 class Carrier(Protocol):
@@ -52,20 +60,32 @@ class Carrier(Protocol):
     is_distrusted: bool
     """Whether it failed because one end did not accept the other, as far as one can tell."""
 
-    def open(self, hello: Hello) -> None:
-        """Begin; the host's answer is the first of `messages`. Raises `LineEnded` when nobody is there."""
+    def open(self, hello: Hello, received: Received) -> None:
+        """Begin; the first that is `received` is the host's answer. Raises `LineEnded` when nobody is there."""
         ...
 
     def send(self, message_id: int, buffers: Sequence[Buffer], num_bytes: int) -> None:
         """Send a message of `num_bytes`. Never waits for the host; does nothing once the line is over. Thread-safe."""
         ...
 
-    def messages(self) -> Iterator[tuple[int, memoryview]]:
-        """What the host says, as it comes; over when it is. Raises `LineEnded`, and `WireError` for nonsense."""
+    def listen(self) -> None:
+        """See to what the host says until the line is over. Raises `LineEnded`, `WireError` for nonsense."""
         ...
 
     def close(self) -> None:
-        """End the line, and `messages`. Idempotent, from any thread."""
+        """End the line, and `listen`. Idempotent, from any thread."""
+        ...
+
+    def fileno(self) -> int:
+        """What to poll for messages that others than `listen` take in; -1 where only `listen` can."""
+        ...
+
+    def set_listening(self, is_on: bool) -> None:
+        """Whether `listen` takes messages in, or only sees when the line breaks."""
+        ...
+
+    def take_in(self) -> bool:
+        """Hand over what has come, without waiting. False when the line is over. Raises as `listen` does."""
         ...
 
 
@@ -77,6 +97,8 @@ class _InFlight:
     future: Future[ExpertReply]
     wanted: codec.Wanted
     slot: Slot | DeviceSlot | None
+    is_attended: bool
+    """Whether the one who waits for it reads the line."""
 
 
 class StreamConnection:
@@ -106,6 +128,9 @@ class StreamConnection:
         self._hello: Future[None] = Future()
         self._lock = threading.Lock()
         self._in_flight: dict[int, _InFlight] = {}
+        self._num_unattended = 0
+        """Of those in flight; guarded by _lock, as is the next."""
+        self._is_listening = True
         self._end: str | None = None  # why the line is over; guarded by _lock, like _in_flight
         self._arena = _make_arena(settings.arena_bytes) if share_memory else None
         self._device_arena = _make_device_arena(settings) if share_memory else None
@@ -116,7 +141,8 @@ class StreamConnection:
         arena = None if self._arena is None else self._arena.offer
         device_arena = None if self._device_arena is None else self._device_arena.offer
         try:
-            self._carrier.open(Hello(token, hello.PROTOCOL_VERSION, self.address.incarnation, arena, device_arena))
+            greeting = Hello(token, hello.PROTOCOL_VERSION, self.address.incarnation, arena, device_arena)
+            self._carrier.open(greeting, self._received)
         except LineEnded as error:
             self._finish(str(error), by_itself=True)
         else:
@@ -141,8 +167,11 @@ class StreamConnection:
     def is_lost(self) -> bool:
         return self._end is not None
 
-    def submit(self, call: ExpertCall) -> Future[ExpertReply]:
-        """Send `call`. Its tensors must not change until the future is done."""
+    def submit(self, call: ExpertCall, is_attended: bool = False) -> Future[ExpertReply]:
+        """Send `call`. Its tensors must not change until the future is done.
+
+        Args: is_attended: whether the caller takes the answer in itself, see `base.Attendable`.
+        """
         future: Future[ExpertReply] = Future()
         wanted = codec.wanted(call)
         slot = self._take_slot(call, wanted.num_rows)
@@ -159,13 +188,45 @@ class StreamConnection:
         with self._lock:
             end = self._end
             if end is None:
-                self._in_flight[message_id] = _InFlight(future, wanted, slot)
+                self._in_flight[message_id] = _InFlight(future, wanted, slot, is_attended)
+                self._num_unattended += not is_attended
+                if (self._num_unattended > 0) is not self._is_listening:
+                    self._listen_if_needed()
         if end is None:
             self._carrier.send(message_id, buffers, num_bytes)
         else:
             future.set_exception(HostLost(end))
         return future
 
+    # --- Attendable ------------------------------------------------------------------------------------------
+    def fileno(self) -> int:
+        return self._carrier.fileno()
+
+    def take_in(self) -> bool:
+        try:
+            if self._carrier.take_in():
+                return True
+            reason = _HOST_ENDED
+        except (LineEnded, WireError) as error:
+            reason = self._explain(error)
+        self._finish(reason, by_itself=True)
+        return False
+
+    def leave(self) -> None:
+        with self._lock:
+            for call in self._in_flight.values():
+                call.is_attended = False
+            self._num_unattended = len(self._in_flight)
+            self._listen_if_needed()
+
+    def _listen_if_needed(self) -> None:
+        """Holding the lock."""
+        is_needed = self._num_unattended > 0
+        if is_needed is not self._is_listening and self._carrier.fileno() >= 0:
+            self._is_listening = is_needed
+            self._carrier.set_listening(is_needed)
+
+    # --- life ------------------------------------------------------------------------------------------------
     def close(self) -> None:
         self._finish("it was closed here", by_itself=False)
         if self._reader.ident is not None and threading.current_thread() is not self._reader:
@@ -214,18 +275,20 @@ class StreamConnection:
 
     # --- Receiving -------------------------------------------------------------------------------------------
     def _read(self) -> None:
-        reason = "the host ended it"
+        reason = _HOST_ENDED
         try:
-            for message_id, message in self._carrier.messages():
-                self._received(message_id, message)
-        except LineEnded as error:
-            reason = str(error)
-            if error.refusal is not None and not self._hello.done():
-                self._hello.set_exception(error.refusal)
-        except WireError as error:
-            reason = f"the host sent what cannot be understood: {error}"
+            self._carrier.listen()
+        except (LineEnded, WireError) as error:
+            reason = self._explain(error)
         finally:
             self._finish(reason, by_itself=True)
+
+    def _explain(self, error: LineEnded | WireError) -> str:
+        if isinstance(error, WireError):
+            return f"the host sent what cannot be understood: {error}"
+        if error.refusal is not None and not self._hello.done():
+            self._hello.set_exception(error.refusal)
+        return str(error)
 
     def _received(self, message_id: int, message: memoryview) -> None:
         if message_id == HELLO_ID:
@@ -233,6 +296,7 @@ class StreamConnection:
             return
         with self._lock:
             call = self._in_flight.pop(message_id, None)
+            self._num_unattended -= call is not None and not call.is_attended
         if call is None:
             return
         try:

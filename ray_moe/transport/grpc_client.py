@@ -7,12 +7,12 @@ certificate, the stream is encrypted and each end checks the other's; the token 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from ray_moe.errors import Unauthenticated, WireError
 from ray_moe.transport import frames
-from ray_moe.transport.connection import LineEnded
+from ray_moe.transport.connection import LineEnded, Received
 from ray_moe.transport.grpc_options import (
     ARENA_KEY,
     DEVICE_ARENA_KEY,
@@ -52,7 +52,8 @@ class GrpcCarrier:
             options.append(("grpc.ssl_target_name_override", certificate.name))
             self._channel = grpc.secure_channel(target, channel_credentials(certificate), options)
 
-    def open(self, hello: Hello) -> None:
+    def open(self, hello: Hello, received: Received) -> None:
+        self._received = received
         metadata: tuple[tuple[str, str | bytes], ...] = (
             (TOKEN_KEY, TOKEN_PREFIX + hello.token),
             (VERSION_KEY, str(hello.version)),
@@ -71,16 +72,25 @@ class GrpcCarrier:
         else:
             self._outbox.put(frames.cut(message_id, buffers, num_bytes, self._settings.chunk_bytes))
 
-    def messages(self) -> Iterator[tuple[int, memoryview]]:
+    def listen(self) -> None:
         assembler = frames.Assembler(self._settings.max_message_bytes)
         try:
             for frame in self._stream:
                 message = assembler.feed(frame)
                 if message is not None:
                     self._has_heard = True
-                    yield message
+                    self._received(*message)
         except grpc.RpcError as error:
             raise self._explain(error) from None
+
+    def fileno(self) -> int:
+        return -1
+
+    def set_listening(self, is_on: bool) -> None:
+        """It always does."""
+
+    def take_in(self) -> bool:
+        return True
 
     def close(self) -> None:
         self._outbox.close()

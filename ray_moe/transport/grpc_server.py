@@ -124,19 +124,10 @@ class GrpcServer:
 
     async def _serve(self, context: Context, arena: bytes | None, device_arena: bytes | None) -> None:
         """Read calls until the router goes away. Raises `WireError` when the frames make no sense."""
-
-        writing = asyncio.Lock()
-
-        async def write(frame: bytes) -> None:
-            try:
-                async with writing:
-                    await context.write(frame)
-            except Exception as error:  # grpc has several for a stream that is over
-                raise RouterGone from error
-
         assembler = frames.Assembler(self._settings.max_message_bytes)
-        stream = HostStream(write, self._submit, self._settings, arena, device_arena)
-        await write(stream.hello())
+        outlet = _Outlet(context)
+        stream = HostStream(outlet, self._submit, self._settings, arena, device_arena)
+        await outlet.write(stream.hello())
         try:
             while isinstance(frame := await context.read(), bytes):
                 message = assembler.feed(frame)
@@ -144,3 +135,21 @@ class GrpcServer:
                     stream.take(*message)
         finally:
             await stream.end()
+
+
+class _Outlet:
+    """One stream's way to its router."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._writing = asyncio.Lock()
+
+    def write_now(self, frame: bytes) -> bool:  # grpc has only the other way
+        return False
+
+    async def write(self, frame: bytes) -> None:
+        try:
+            async with self._writing:
+                await self._context.write(frame)
+        except Exception as error:  # grpc has several for a stream that is over
+            raise RouterGone from error

@@ -6,24 +6,34 @@ Answers go in the order in which they are ready. It computes nothing and knows n
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 
 from ray_moe.errors import RayMoEError, WireError
 from ray_moe.transport import codec, device_memory, frames, shared_memory
-from ray_moe.transport.base import Submit
+from ray_moe.transport.base import Answer, ExpertCall, ExpertReply, Submit
 from ray_moe.transport.hello import HELLO_ID
 from ray_moe.transport.settings import TransportSettings
 from ray_moe.wire import tensors
+from ray_moe.wire.tensors import Buffer
 
 _log = logging.getLogger(__name__)
 
-Write = Callable[[bytes], Awaitable[None]]
-"""Sends a frame once the router is ready for it and those that waited longer are sent. Raises `RouterGone`."""
+
+class Outlet(Protocol):
+    """Where frames for the router go, in the order in which they are given."""
+
+    def write_now(self, frame: bytes) -> bool:
+        """Send `frame` if nothing is in the way. Raises `RouterGone`."""
+        ...
+
+    async def write(self, frame: bytes) -> None:
+        """Send `frame` once the router is ready for it and those that waited longer are sent. Raises `RouterGone`."""
+        ...
 
 
 class RouterGone(Exception):
@@ -34,29 +44,30 @@ class HostStream:
     """One router's calls, and the memory shared with that router, if any.
 
     The tensors of a call may lie in memory that the router reuses once it has the answer: they are valid until `submit`
-    returns, and must not be kept or written to.
+    has answered, and must not be kept or written to.
     """
 
     def __init__(
         self,
-        write: Write,
+        outlet: Outlet,
         submit: Submit,
         settings: TransportSettings,
         arena: bytes | None,
         device_arena: bytes | None,
     ) -> None:
-        self._write = write
+        self._outlet = outlet
         self._submit = submit
         self._settings = settings
         self._shared = shared_memory.attach(arena)
         device = torch.device(settings.device) if settings.device else None
         self._device_memory = device_memory.attach(device_arena, device)
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._open: dict[int, Answer | asyncio.Task[None]] = {}
+        """What has not been answered: what computes it, or sends it."""
 
     @property
     def num_open(self) -> int:
         """Calls that have not been answered."""
-        return len(self._tasks)
+        return len(self._open)
 
     def hello(self) -> bytes:
         """The frame that the router must get first."""
@@ -65,31 +76,35 @@ class HostStream:
 
     def take(self, message_id: int, message: memoryview) -> None:
         """Answer this call. Raises `WireError` when it is being answered already."""
-        if message_id in self._tasks:
+        if message_id in self._open:
             raise WireError(f"message {message_id} came again before it was answered")
-        self._tasks[message_id] = asyncio.create_task(self._answer(message_id, message))
+        try:
+            call, room = self._read(message)
+            answer = self._submit(call)
+        except Exception as error:
+            self._answered(message_id, None, error)
+            return
+        if isinstance(answer, Answer):
+            self._open[message_id] = answer
+            answer.listen(partial(self._answered, message_id, room))
+        else:
+            self._open[message_id] = asyncio.create_task(self._await(message_id, room, answer))
 
     async def end(self) -> None:
         """Cancel what has not been answered, and wait until nothing of it runs."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
+        unanswered, self._open = self._open, {}
+        tasks = []
+        for each in unanswered.values():
+            if isinstance(each, Answer):
+                each.give_up()
+            else:
+                each.cancel()
+                tasks.append(each)
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, message_id: int, message: memoryview) -> None:
-        try:
-            await self._compute(message_id, message)
-        except RouterGone:
-            _log.debug("a router went away before its answer")
-        except Exception as error:  # whatever it is, the router hears it
-            if not isinstance(error, RayMoEError):
-                _log.exception("a call failed in an unexpected way")
-            with contextlib.suppress(RouterGone):
-                await self._send(message_id, codec.failure_fields(error), ())
-        finally:
-            self._tasks.pop(message_id, None)
-
-    async def _compute(self, message_id: int, message: memoryview) -> None:
+    # --- reading ---------------------------------------------------------------------------------------------
+    def _read(self, message: memoryview) -> tuple[ExpertCall, memoryview | torch.Tensor | None]:
+        """The call, and the shared memory where its reply may go."""
         fields, specs, region = tensors.decode(message)
         if len(fields) != 2 or type(fields[0]) is not list:
             raise WireError("a call has a list of fields, and its place in shared memory or nil")
@@ -104,22 +119,7 @@ class HostStream:
             if placement is not None:
                 region, room = self._find(placement, region)
             contents = tensors.tensors_in(region, specs)
-        reply = await self._submit(codec.read_call(call_fields, specs, contents))
-        try:
-            rows = reply.rows
-            if room is not None and rows.nbytes <= len(room):
-                spec = tensors.make_spec(rows.dtype, tuple(rows.shape))
-                if isinstance(room, torch.Tensor):
-                    device_memory.tensor_at(room, 0, spec).copy_(rows.detach())
-                    device_memory.finish(room.device)
-                else:
-                    tensors.tensor_at(room, 0, spec).copy_(rows.detach())
-                header = tensors.encode_header((codec.ROWS_IN_ROOM,), (spec,))
-                await self._write(frames.frame(message_id, (header,), len(header)))
-            else:
-                await self._send(message_id, (codec.ROWS_FOLLOW,), (rows,))
-        finally:
-            reply.release()
+        return codec.read_call(call_fields, specs, contents), room
 
     def _find(self, placement: object, inline: memoryview) -> tuple[memoryview, memoryview]:
         """Where the request lies and where the reply may go, as the router says; `inline` is what its message holds."""
@@ -131,10 +131,76 @@ class HostStream:
             raise WireError(f"no shared memory reaches from byte {offset} to {end}")
         return self._shared[offset:middle] if request_bytes else inline, self._shared[middle:end]
 
-    async def _send(self, message_id: int, fields: Sequence[Any], contents: codec.Tensors) -> None:
-        buffers, num_bytes = tensors.encode(fields, contents)
-        if num_bytes <= self._settings.chunk_bytes:
-            await self._write(frames.frame(message_id, buffers, num_bytes))
+    # --- answering -------------------------------------------------------------------------------------------
+    async def _await(
+        self, message_id: int, room: memoryview | torch.Tensor | None, answer: Awaitable[ExpertReply]
+    ) -> None:
+        try:
+            reply = await answer
+        except Exception as error:
+            self._answered(message_id, room, error)
         else:
-            for frame in frames.cut(message_id, buffers, num_bytes, self._settings.chunk_bytes):
-                await self._write(frame)
+            self._answered(message_id, room, reply)
+
+    def _answered(
+        self, message_id: int, room: memoryview | torch.Tensor | None, outcome: ExpertReply | Exception
+    ) -> None:
+        """Send what a call came to: at once if that can be, else in a task that waits for the router."""
+        self._open.pop(message_id, None)
+        release: Callable[[], None] = _nothing
+        try:
+            if isinstance(outcome, ExpertReply):
+                release = outcome.release
+                message = self._reply(outcome.rows, room)
+            else:
+                message = _failure(outcome)
+        except Exception as error:  # whatever it is, the router hears it
+            message = _failure(error)
+        buffers, num_bytes = message
+        try:
+            if num_bytes <= self._settings.chunk_bytes:
+                frame = frames.frame(message_id, buffers, num_bytes)
+                if self._outlet.write_now(frame):
+                    release()
+                    return
+                left: Iterable[bytes] = (frame,)
+            else:
+                left = frames.cut(message_id, buffers, num_bytes, self._settings.chunk_bytes)
+        except RouterGone:
+            release()
+            return
+        self._open[message_id] = asyncio.create_task(self._write(message_id, left, release))
+
+    def _reply(self, rows: torch.Tensor, room: memoryview | torch.Tensor | None) -> tuple[Sequence[Buffer], int]:
+        """The message of these rows, which have been copied into the room where they fit there."""
+        if room is None or rows.nbytes > len(room):
+            return tensors.encode((codec.ROWS_FOLLOW,), (rows,))
+        spec = tensors.make_spec(rows.dtype, tuple(rows.shape))
+        if isinstance(room, torch.Tensor):
+            device_memory.tensor_at(room, 0, spec).copy_(rows.detach())
+            device_memory.finish(room.device)
+        else:
+            tensors.tensor_at(room, 0, spec).copy_(rows.detach())
+        header = tensors.encode_header((codec.ROWS_IN_ROOM,), (spec,))
+        return (header,), len(header)
+
+    async def _write(self, message_id: int, left: Iterable[bytes], release: Callable[[], None]) -> None:
+        try:
+            for frame in left:
+                await self._outlet.write(frame)
+        except RouterGone:
+            _log.debug("a router went away before its answer")
+        finally:
+            self._open.pop(message_id, None)
+            release()
+
+
+def _failure(error: Exception) -> tuple[Sequence[Buffer], int]:
+    if not isinstance(error, RayMoEError):
+        _log.error("a call failed in an unexpected way", exc_info=error)
+    header = tensors.encode_header(codec.failure_fields(error), ())
+    return (header,), len(header)
+
+
+def _nothing() -> None:
+    """There is nothing to release."""

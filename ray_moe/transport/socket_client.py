@@ -1,7 +1,8 @@
 """A Unix stream socket to a host of this machine, for a `StreamConnection`.
 
-The thread that submits a call writes it to the socket; a thread of the connection reads. Nothing waits for the host to
-read: what the socket does not take at once is sent by a thread that lives until it has caught up.
+The thread that submits a call writes it to the socket. Who waits for the answer may read it there; a thread of the
+connection reads what nobody waits for so, and sees when the line breaks. Nothing waits for the host to read: what the
+socket does not take at once is sent by a thread that lives until it has caught up.
 
 There are no pings. The socket of a host that died is closed by the kernel, and of one that is silent the kernel knows
 whether it has been stopped. So one that is only busy, with its event loop or with all of Python, is never taken for
@@ -13,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ray_moe.transport import frames
-from ray_moe.transport.connection import LineEnded
+from ray_moe.transport.connection import LineEnded, Received
 from ray_moe.transport.hello import HELLO_ID, Hello, write_hello
 from ray_moe.transport.outbox import Outbox
 from ray_moe.transport.settings import TransportSettings
@@ -35,12 +35,16 @@ class SocketCarrier:
         self.target = target
         self.is_distrusted = False
         self._settings = settings
+        self._bytes = frames.ByteStream(settings.max_message_bytes)
+        self._reading = threading.Lock()
+        """Held from the bytes that came until everybody has been told."""
         self._outbox = Outbox()
         self._sending = threading.Lock()
         self._writer: threading.Thread | None = None
         """While there is more to send than the socket takes; guarded by _sending, as is who may write."""
 
-    def open(self, hello: Hello) -> None:
+    def open(self, hello: Hello, received: Received) -> None:
+        self._received = received
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect("\0" + self.target)
@@ -50,9 +54,8 @@ class SocketCarrier:
                 raise LineEnded(f"the socket belongs to {self._peer}, and this is another user")
             message = write_hello(hello)
             self._socket.sendall(frames.frame(HELLO_ID, (message,), len(message)), socket.MSG_NOSIGNAL)
-            interval_s = self._settings.ping_interval_s
-            seconds = struct.pack("@ll", int(interval_s), int(interval_s % 1 * 1e6) or 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+            self._watch = select.epoll()
+            self._watch.register(self._socket, select.EPOLLRDHUP | select.EPOLLIN)
         except OSError as error:
             self._socket.close()
             raise LineEnded(f"{error.strerror or error}") from None
@@ -77,19 +80,47 @@ class SocketCarrier:
                     self._writer = None
                     self.close()
 
-    def messages(self) -> Iterator[tuple[int, memoryview]]:
-        stream = frames.ByteStream(self._settings.max_message_bytes)
+    def listen(self) -> None:
         try:
-            while num_bytes := self._receive(stream.space()):
-                yield from stream.received(num_bytes)
+            while True:
+                if self._watch.poll(self._settings.ping_interval_s):
+                    if not self.take_in():
+                        return
+                elif self._peer.is_stopped and self._stays_stopped():
+                    raise LineEnded(f"{self._peer} is stopped")
         finally:
             self.close()
             with self._sending:
                 writer = self._writer
             if writer is not None:
                 writer.join()
-            with self._sending:  # nobody is about to write to a file that has got its number
+            with self._sending, self._reading:  # nobody is about to use a file that has got its number
+                self._watch.close()
                 self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def set_listening(self, is_on: bool) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it is over
+            self._watch.modify(self._socket, select.EPOLLRDHUP | (select.EPOLLIN if is_on else 0))
+
+    def take_in(self) -> bool:
+        with self._reading:
+            while True:
+                space = self._bytes.space()
+                try:
+                    num_bytes = self._socket.recv_into(space, 0, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return True
+                except OSError:
+                    return False
+                if not num_bytes:
+                    return False
+                for message_id, message in self._bytes.received(num_bytes):
+                    self._received(message_id, message)
+                if num_bytes < len(space):  # as a rule there is no more
+                    return True
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # it was never open, or is closed
@@ -116,18 +147,6 @@ class SocketCarrier:
                 self._socket.sendall(frame, socket.MSG_NOSIGNAL)
             except OSError:
                 return  # it is over, and so is whatever still waits
-
-    # --- Receiving -------------------------------------------------------------------------------------------
-    def _receive(self, space: memoryview) -> int:
-        """Bytes that came into `space`; 0 at the end."""
-        while True:
-            try:
-                return self._socket.recv_into(space)
-            except BlockingIOError:  # ping_interval_s of silence
-                if self._peer.is_stopped and self._stays_stopped():
-                    raise LineEnded(f"{self._peer} is stopped") from None
-            except OSError:
-                return 0
 
     def _stays_stopped(self) -> bool:
         heard = select.poll()

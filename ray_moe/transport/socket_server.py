@@ -146,7 +146,7 @@ class _Line(asyncio.BufferedProtocol):
         self._deadline.cancel()
         settings = self._server.settings
         self._bytes.assembler.max_message_bytes = settings.max_message_bytes
-        self._stream = HostStream(self._write, self._server.submit, settings, hello.arena, hello.device_arena)
+        self._stream = HostStream(self, self._server.submit, settings, hello.arena, hello.device_arena)
         self._transport.write(self._stream.hello())
 
     def _refuse(self, error: RayMoEError) -> None:
@@ -163,15 +163,18 @@ class _Line(asyncio.BufferedProtocol):
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
-    async def _write(self, frame: bytes) -> None:
-        if self._may_write.is_set() and not self._writing.locked():
-            self._write_now(frame)
-        else:
-            async with self._writing:  # they line up, frame by frame
-                await self._may_write.wait()
-                self._write_now(frame)
-
-    def _write_now(self, frame: bytes) -> None:
+    def write_now(self, frame: bytes) -> bool:
+        if not self._may_write.is_set() or self._writing.locked():
+            return False
         if self._transport.is_closing():
             raise RouterGone
         self._transport.write(frame)
+        return True
+
+    async def write(self, frame: bytes) -> None:
+        if not self.write_now(frame):
+            async with self._writing:  # they line up, frame by frame
+                await self._may_write.wait()
+                if self._transport.is_closing():
+                    raise RouterGone
+                self._transport.write(frame)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_moe.ops import dispatch
-from ray_moe.ops.dispatch import NOWHERE, combine, split_by_host
+from ray_moe.ops.dispatch import NOWHERE, combine, put_rows, split_by_host
 
 
 @st.composite
@@ -155,3 +155,27 @@ def test_combine_after_dispatch_is_the_identity_for_identity_experts(batch):
     num_kept = kept.sum(1, keepdim=True)
     weight = kept / num_kept.clamp(min=1)
     torch.testing.assert_close(combine(rows, weight), hidden * (num_kept > 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None])
+@pytest.mark.parametrize("top_k", [1, 2, 8, 15, 16, 40])
+def test_a_sum_has_the_bits_of_the_plain_expression_however_many_tokens_there_are(dtype, weight_dtype, top_k):
+    num_tokens, width = 333, 1000
+    generator = torch.Generator().manual_seed(top_k)
+    rows = torch.randn(num_tokens * top_k, width, generator=generator).to(dtype)
+    weight = torch.rand(num_tokens, top_k, generator=generator).to(weight_dtype or dtype)
+    plain = (rows * weight.reshape(-1, 1)).view(num_tokens, top_k, width).sum(dim=1).to(dtype)
+    assert torch.equal(combine(rows, weight), plain)
+    assert torch.equal(combine(rows.clone().requires_grad_(), weight).detach(), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
+def test_rows_are_put_where_they_belong(dtype):
+    rows = torch.zeros(50, 7, dtype=dtype)
+    places = np.random.default_rng(0).permutation(50)[:20]
+    values = torch.randint(1, 9, (20, 7)).to(dtype)
+    put_rows(rows, places, values)
+    for place in range(50):
+        expected = values[places.tolist().index(place)] if place in places else torch.zeros(7, dtype=dtype)
+        assert torch.equal(rows[place].float(), expected.float())

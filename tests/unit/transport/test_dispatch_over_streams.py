@@ -51,7 +51,7 @@ def cluster(request, background, sockets):
     servers, addresses = {}, {}
     for name, host in hosts.items():
         loop = HostLoop(host)
-        servers[name] = HostServer(loop.submit, "token", incarnation="1", settings=settings)
+        servers[name] = HostServer(loop.accept, "token", incarnation="1", settings=settings)
         tcp, unix = background(servers[name].start())
         addresses[name] = HostAddress(name, "1", NODE, 0, tcp, unix)
     transport = StreamTransport("token", node_id=NODE, sockets=sockets, settings=settings)
