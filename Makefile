@@ -60,8 +60,8 @@ docs: $(STAMP)  ## the documentation site, in build/site
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 	@echo "open build/site/index.html; search needs a server: $(PY) -m http.server -d build/site"
 
-bench: $(STAMP)  ## the transports side by side
-	@$(PY) benchmarks/dispatch.py
+bench: $(STAMP)  ## the transports side by side; `make bench RUN=layer` is another one of `ray-moe bench`
+	@$(BIN)/ray-moe bench $(or $(RUN),dispatch)
 
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 

@@ -9,9 +9,7 @@ slots, and ours may use them freely (no price on moves). Results go to `benchmar
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -200,57 +198,19 @@ def measure_times(rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def cell(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.4f} ({min(values):.2f}–{max(values):.2f})"
-
-
-def render(balance: dict[str, Any], times: dict[str, list[float]], missing: Sequence[str], seeds: int) -> str:
-    titles = {
-        "window": "Planned and scored on the same window",
-        "drift": "Planned on one window, scored on later batches: each expert's load times exp(0.3 normal)",
-        "topics": f"The same, batches being mixtures of {NUM_TOPICS} topics that come and go",
-    }
-    parts = [
-        "# Balance",
-        "Balancedness, mean / max of tokens per host (1 is perfect), mean (least–greatest) over "
-        f"{len(LOADS)} laws of load ({', '.join(f'{kind} {shape}' for kind, shape in LOADS)}) and {seeds} seeds. Rows: "
-        "experts, hosts, slots beyond one for each expert. A batch has 4,096 tokens, top-8. "
-        "*Equal split*: an expert's rows over its replicas; *best split*: the linear program.",
-    ]
-    for table, title in titles.items():
-        rows = balance[table]
-        columns = sorted(next(iter(rows.values())), key=lambda column: column.startswith("ours"))
-        cells = {setting: [cell(values[column]) for column in columns] for setting, values in rows.items()}
-        parts += [f"## {title}", report.table(columns, cells)]
-    parts += [f"Not compared: {line}" for line in missing]
-    first, later, split, _ = (statistics.median(seconds) for seconds in times.values())
-    parts += [
-        "## Cost",
-        f"A planning pass over {LAYERS} layers of 256 experts on 64 hosts with 5 slots, one core: {first:.2f} s the "
-        f"first time, {later:.2f} s on a placement that is there. Splitting a batch of 4,096 tokens, top-8, for one "
-        f"such layer: {split * 1e6:.0f} µs, {report.cell(times['split'], times['dispatch'])} of the time that "
-        "`ops/dispatch.split_by_host` takes to group the same batch.",
-    ]
-    return "\n\n".join(parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = report.options(__doc__, rounds=5)
     parser.add_argument("--originals", type=Path, default=Path("originals"), help="folder; see benchmarks/originals.py")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5, help="of the timings")
-    parser.add_argument("--quick", action="store_true", help="1 seed, small settings, 1 round, nothing written")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     peers, missing = originals.load(arguments.originals)
     for line in missing:
         print("not compared:", line)
     seeds = 1 if arguments.quick else arguments.seeds
     balance = measure_balance(SETTINGS[:3] if arguments.quick else SETTINGS, seeds, peers)
     times = measure_times(1 if arguments.quick else arguments.rounds)
-    markdown = render(balance, times, missing, seeds)
-    print(markdown)
-    if not arguments.quick:
-        report.write("balance", markdown, {"balancedness": balance, "time_s": times})
+    about = {"seeds": seeds, "missing": missing, "loads": LOADS, "layers": LAYERS, "num_topics": NUM_TOPICS}
+    report.finish("balance", {**about, "balancedness": balance, "time_s": times}, arguments)
 
 
 if __name__ == "__main__":

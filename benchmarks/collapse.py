@@ -9,10 +9,9 @@ Shape legend: B windows of a batch, S tokens of a window, D model width, E exper
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,13 @@ class Way:
     revives: bool = False
 
 
+BIAS = "loss-free bias, sigmoid gate"
 WAYS = {
     "nothing": Way(),
     "auxiliary loss": Way({"auxiliary": {"load_balancing": 0.01}}),
     "usage loss": Way({"auxiliary": {"usage": 0.01}}),
     "nothing, sigmoid gate": Way({"gate": "sigmoid"}),
-    "loss-free bias, sigmoid gate": Way({"gate": "sigmoid"}, bias_rate=0.02),
+    BIAS: Way({"gate": "sigmoid"}, bias_rate=0.02),
     "revival": Way(revives=True),
 }
 
@@ -128,44 +128,9 @@ def unseen(model: ByteLM, data: Data, seed: int, num_batches: int = 16) -> dict[
     }
 
 
-def page(results: Mapping[str, Sequence[Mapping[str, float]]], num_steps: int) -> str:
-    cells = {name: [_cell(runs, key, form) for key, form in KEYS.values()] for name, runs in results.items()}
-    return f"""# Collapse, and the ways out of it
-
-The network of `examples/moe_layer_lm.py` ({LAYERS} layers of {EXPERTS} experts, top {TOP_K}, width {WIDTH}) after
-{num_steps} steps of {BATCH} windows of {WINDOW} bytes of the standard library, {len(results["nothing"])} seeds. Before
-the first step the gates' rows of two experts were pulled along the mean hidden state, so that all tokens go to these
-two. Under-used: an expert with less than a tenth (a quarter) of 1/{EXPERTS} of the slots. All but the last column are
-of files kept apart: mean over the seeds, least and greatest.
-
-`auxiliary loss`: `load_balancing` 0.01; `usage loss`: `usage` 0.01; `loss-free bias`: rate {WAYS[BIAS].bias_rate};
-`revival`: every {REVIVE_EVERY} steps, of experts with less than a quarter, in the first {REVIVE_UNTIL:.0%} of the
-steps.
-
-{report.table(list(KEYS), cells)}"""
-
-
-BIAS = "loss-free bias, sigmoid gate"
-KEYS = {
-    "under-used at first": ("before", ".0%"),
-    "under-used (a tenth)": ("tenth", ".1%"),
-    "under-used (a quarter)": ("quarter", ".1%"),
-    "entropy": ("entropy", ".2f"),
-    "loss, nats a byte": ("loss", ".3f"),
-    "experts revived": ("revived", ".0f"),
-}
-
-
-def _cell(runs: Sequence[Mapping[str, float]], key: str, form: str) -> str:
-    values = [each[key] for each in runs]
-    mean, least, most = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
-    return mean if least == most else f"{mean} ({least}–{most})"
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="ten steps, to see that it runs; nothing is written")
-    quick: bool = arguments.parse_args().quick
+def main(argv: list[str] | None = None) -> None:
+    given = report.options(__doc__).parse_args(argv)
+    quick: bool = given.quick
     torch.set_num_threads(1)
     num_steps, seeds = (10, SEEDS[:1]) if quick else (STEPS, SEEDS)
     data = open_data("stdlib", vocab_size=END + 1)
@@ -173,10 +138,18 @@ def main() -> None:
     for name, way in WAYS.items():
         results[name] = [run(data, seed, way, num_steps) for seed in seeds]
         print(name, results[name], flush=True)
-    text = page(results, num_steps)
-    print(text)
-    if not quick:
-        report.write("collapse", text, {"steps": num_steps, "seeds": seeds, "runs": results})
+    settings = {
+        "layers": LAYERS,
+        "experts": EXPERTS,
+        "top_k": TOP_K,
+        "width": WIDTH,
+        "batch": BATCH,
+        "window": WINDOW,
+        "bias_rate": WAYS[BIAS].bias_rate,
+        "revive_every": REVIVE_EVERY,
+        "revive_until": REVIVE_UNTIL,
+    }
+    report.finish("collapse", {"settings": settings, "steps": num_steps, "seeds": seeds, "runs": results}, given)
 
 
 if __name__ == "__main__":

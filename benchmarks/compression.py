@@ -8,11 +8,8 @@ timing. Results go to `benchmarks/results/compression.{json,md}`.
 
 from __future__ import annotations
 
-import argparse
 import math
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,72 +136,15 @@ def stdlib_run(data: Data, seed: int, num_steps: int, gradient_compression: str)
     return figures | {"loss": unseen[0]}
 
 
-def page(results: Mapping[str, Mapping[str, float]], num_steps: int) -> str:
-    exact = results["as they are"]
-    cells = {}
-    for name, figures in results.items():
-        sizes = [f"{figures[key] / 1024:,.1f} ({exact[key] / figures[key]:.1f}×)" for key in KEYS]
-        half, last = (
-            f"{figures[key]:.4f} ({100 * (figures[key] / exact[key] - 1):+.2f} %)" for key in ("half", "loss")
-        )
-        cells[name] = [*sizes, half, last]
-    columns = ["gradients to owners", "gradients of a worker", "calls and replies", "loss half-way", "loss at the end"]
-    return f"""# What training sends
-
-{num_steps} steps of a Mixtral of width {WIDTH}, two workers, two hosts, every expert on both; AdamW with a cosine
-schedule. KiB of a step, and how many times fewer than without the option; mean loss of the last tenth of the steps. Of
-every call the numbers of its tokens are counted too. With `1bit` a fifth of the steps goes before gradients are
-compressed (`compression_warmup_steps`), and counts.
-
-{report.table(columns, cells)}"""
-
-
-def stdlib_page(runs: Mapping[str, Sequence[Mapping[str, float]]], num_steps: int) -> str:
-    exact = runs["none"]
-    cells = {}
-    for seed, whole, small in zip(STDLIB_SEEDS, exact, runs["1bit"], strict=False):
-        ratio = 100 * (small["loss"] / whole["loss"] - 1)
-        cells[f"seed {seed}"] = [
-            f"{whole['loss']:.4f}",
-            f"{small['loss']:.4f} ({ratio:+.2f} %)",
-            *(f"{_fewer(whole, small, key, True):.1f}×" for key in ("replicas", "workers", "all")),
-            f"{_fewer(whole, small, 'all', False):.1f}×",
-        ]
-    of_all = [100 * (b["loss"] / a["loss"] - 1) for a, b in zip(exact, runs["1bit"], strict=True)]
-    columns = ["loss", "with `1bit`", "fewer bytes to owners", "of a worker", "of all", "of all, the whole run"]
-    return f"""## Gradients in one bit, learning the standard library
-
-The model, data and settings of `examples/train_stdlib_lm.py` for {num_steps} steps, by two workers on two hosts, every
-expert on both; the loss (nats a byte) is that of files that were kept apart, and a run with `1bit` has the same seed,
-first weights and batches as the one without. The first {num_steps // WARMUP} steps send whole gradients; bytes are
-those of the steps after them, and of the whole run. Those of experts (to owners) have one bit a number, those of the
-rest of the model (of a worker) four.
-
-{report.table(columns, cells)}
-
-The loss with `1bit` is {statistics.mean(of_all):+.2f} % (from {min(of_all):+.2f} to {max(of_all):+.2f} %) beside that
-without."""
-
-
 def _sent(gradients: Gradients) -> dict[str, float]:
     """Bytes so far: from replicas to owners, of one worker, and of everybody."""
     everybody = gradients.replicas + NUM_WORKERS * gradients.workers
     return {"replicas": gradients.replicas, "workers": gradients.workers, "all": everybody}
 
 
-def _fewer(whole: Mapping[str, float], small: Mapping[str, float], key: str, is_after: bool) -> float:
-    """How many times fewer bytes, after the warm-up or of the whole run."""
-    before = f"{key}, warm-up"
-    return (whole[key] - is_after * whole[before]) / (small[key] - is_after * small[before])
-
-
-KEYS = ("replicas", "workers", "rows")
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="ten steps, to see that it runs; nothing is written")
-    quick: bool = arguments.parse_args().quick
+def main(argv: list[str] | None = None) -> None:
+    given = report.options(__doc__).parse_args(argv)
+    quick: bool = given.quick
     torch.set_num_threads(1)
     num_steps = 10 if quick else 200
     origin = model()
@@ -212,10 +152,8 @@ def main() -> None:
     stdlib_steps, seeds = (10, STDLIB_SEEDS[:1]) if quick else (STDLIB_STEPS, STDLIB_SEEDS)
     data = open_data("stdlib", vocab_size=END + 1)
     runs = {how: [stdlib_run(data, seed, stdlib_steps, how) for seed in seeds] for how in ("none", "1bit")}
-    text = f"{page(results, num_steps)}\n\n{stdlib_page(runs, stdlib_steps)}"
-    print(text)
-    if not quick:
-        report.write("compression", text, {"steps": num_steps, "runs": results, "stdlib": runs})
+    about = {"width": WIDTH, "warmup": WARMUP, "stdlib_steps": stdlib_steps, "stdlib_seeds": seeds}
+    report.finish("compression", {**about, "steps": num_steps, "runs": results, "stdlib": runs}, given)
 
 
 if __name__ == "__main__":

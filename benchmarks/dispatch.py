@@ -8,7 +8,6 @@ multiple of what the same bytes cost through shared memory. Results go to `bench
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import uuid
@@ -21,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+from benchmarks import report
 from benchmarks.floor import Ping
+from benchmarks.pages.dispatch import FLOOR, ONE
 
 D, F, E, K, NUM_HOSTS = 1024, 4096, 8, 2, 2
 TOKENS = (1, 8, 64, 512, 4096)
 LAYER, ECHO = "ffn", "identity"
-FLOOR = "shared memory + eventfd, two cores"
 TOKEN = uuid.uuid4().hex
 
 
@@ -133,26 +133,22 @@ def plain_forward(ray: Any, actors: Sequence[Any], layer: str, hidden: Any, inde
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="2 rounds, up to 512 tokens, nothing written")
-    arguments = parser.parse_args()
-    sizes = TOKENS[:-1] if arguments.quick else TOKENS
+def main(argv: list[str] | None = None) -> None:
+    given = report.options(__doc__, rounds=7).parse_args(argv)
+    sizes = TOKENS[:-1] if given.quick else TOKENS
     ping = Ping(max(sizes) * D * 4)  # forks: before threads
     try:
-        measure(2 if arguments.quick else arguments.rounds, sizes, ping, write_results=not arguments.quick)
+        measured = measure(2 if given.quick else given.rounds, sizes, ping)
     finally:
         ping.close()
+    problem = {"width": D, "inner": F, "experts": E, "top_k": K, "hosts": NUM_HOSTS}
+    report.finish("dispatch", {"problem": problem, **measured}, given)
 
 
-def measure(rounds: int, sizes: Sequence[int], ping: Ping, write_results: bool) -> None:
+def measure(rounds: int, sizes: Sequence[int], ping: Ping) -> dict[str, dict[int, dict[str, list[float]]]]:
     import ray
     import torch
-    from rich.console import Console
-    from rich.markdown import Markdown
 
-    from benchmarks import report
     from benchmarks.report import Contestant
     from ray_moe.transport.allocator import tune_malloc
 
@@ -171,7 +167,7 @@ def measure(rounds: int, sizes: Sequence[int], ping: Ping, write_results: bool) 
             with torch.no_grad():
                 expected = single(hidden, index, weight)
                 batch = (hidden, index, weight)
-                contestants = [Contestant("one process", partial(single, *batch), partial(torch.set_num_threads, 2))]
+                contestants = [Contestant(ONE, partial(single, *batch), partial(torch.set_num_threads, 2))]
                 for name, forward in doors.items():
                     torch.testing.assert_close(forward(LAYER, *batch), expected, rtol=1e-3, atol=1e-3)
                     run = partial(forward, LAYER, *batch)
@@ -188,10 +184,7 @@ def measure(rounds: int, sizes: Sequence[int], ping: Ping, write_results: bool) 
                 for name, forward in doors.items():
                     ways.append(Contestant(name, partial(forward, ECHO, hidden, home, unit), partial(ping.on_cores, 0)))
                 way_times[num_tokens] = report.interleave(ways, rounds)
-        markdown = render(report, layer_times, way_times, sizes)
-        Console().print(Markdown(markdown))
-        if write_results:
-            report.write("dispatch", markdown, {"layer_s": layer_times, "way_s": way_times})
+        return {"layer_s": layer_times, "way_s": way_times}
     finally:
         ray.shutdown()
 
@@ -234,29 +227,6 @@ def make_doors(ray: Any) -> dict[str, Callable[..., Any]]:
         doors[name] = dispatcher.forward
     doors["Ray call per expert"] = lambda *batch: plain_forward(ray, plain, *batch)
     return doors
-
-
-def render(report: Any, layer_times: Any, way_times: Any, sizes: Sequence[int]) -> str:
-    columns = [f"{size} tokens" if size > 1 else "1 token" for size in sizes]
-    layer = {
-        name: [report.cell(layer_times[size]["one process"], layer_times[size][name]) for size in sizes]
-        for name in layer_times[sizes[0]]
-    }
-    way = {
-        name: [report.cell(way_times[size][name], way_times[size][FLOOR]) for size in sizes]
-        for name in way_times[sizes[0]]
-    }
-    text: str = (
-        "# Dispatch\n\n"
-        f"MoE layer, {E} experts of {D}-{F}-{D} float32, top-{K}, on {NUM_HOSTS} actors of one thread: speed relative "
-        "to one process of two threads (`transformers` grouped_mm); above 1 is faster. Median of the rounds "
-        "(least–greatest).\n\n"
-        + report.table(columns, layer)
-        + f"\n\nThe way alone: identity experts on one host, tokens of {D} float32 there and back, through the whole "
-        "dispatcher, as a multiple of the time for the same bytes through shared memory and an eventfd "
-        "between two processes on a core each.\n\n" + report.table(columns, way)
-    )
-    return text
 
 
 if __name__ == "__main__":

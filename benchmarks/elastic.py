@@ -8,17 +8,15 @@ stream are compared with those of `transformers`. Results go to `benchmarks/resu
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,46 +236,9 @@ def await_whole(client: Client, settings: dict[str, Any]) -> None:
     await_status(client, is_whole, what="whole")
 
 
-# --- Report --------------------------------------------------------------------------------------------------
-def spread(values: Sequence[float]) -> str:
-    """Seconds; infinite is what did not happen while it was looked for."""
-    least, median, most = (
-        f"{value:.2f}" if math.isfinite(value) else f"over {SETTLE_S:.0f}"
-        for value in (min(values), statistics.median(values), max(values))
-    )
-    return f"{median} s ({least}–{most})"
-
-
-def render(skew: dict[str, list[float]], stalls: dict[str, list[float]]) -> str:
-    rows = {
-        name: [report.cell(skew[f"skewed, {key}"], skew[f"even, {key}"])]
-        for name, key in (("fixed placement", "fixed"), ("with replication", "elastic"))
-    }
-    parts = [
-        "# Elasticity",
-        f"Median of {len(skew['routed_s'])} rounds (least–greatest).",
-        "## Skewed traffic",
-        f"One layer of {EXPERTS} experts of {WIDTH}-{INNER}-{WIDTH} float32 on two actors of one thread; batches of "
-        f"{TOKENS:,} tokens, {ASKERS} under way. Throughput with {HOT_SHARE:.0%} of the tokens for one expert, "
-        "relative to the same number spread evenly, in turns on the same services.",
-        report.table(["skewed / even"], rows),
-        f"From the first skewed batch until the routers name two hosts for the hot expert {spread(skew['routed_s'])}, "
-        f"until both have worked {spread(skew['served_s'])} (the load is looked at every 0.25 s, half-life 0.5 s).",
-        "## Stalls",
-        f"{STREAMS} clients generate {STREAM_TOKENS} tokens each from a tiny Mixtral on three actors. Longest pause "
-        "between two tokens of any stream. Every stream ended, and every token was the one that `transformers` "
-        "generates.",
-        report.table(["longest stall"], {name: [spread(values)] for name, values in stalls.items()}),
-    ]
-    return "\n\n".join(parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="1 round, nothing written")
-    arguments = parser.parse_args()
-    rounds = 1 if arguments.quick else arguments.rounds
+def main(argv: list[str] | None = None) -> None:
+    given = report.options(__doc__, rounds=5).parse_args(argv)
+    rounds = 1 if given.quick else given.rounds
 
     import ray
 
@@ -292,10 +253,18 @@ def main() -> None:
             stalls = measure_stalls(Path(folder, "tiny"), rounds)
     finally:
         ray.shutdown()
-    markdown = render(skew, stalls)
-    print(markdown)
-    if not arguments.quick:
-        report.write("elastic", markdown, {"skew": skew, "stall_s": stalls})
+    settings = {
+        "experts": EXPERTS,
+        "width": WIDTH,
+        "inner": INNER,
+        "tokens": TOKENS,
+        "hot_share": HOT_SHARE,
+        "askers": ASKERS,
+        "settle_s": SETTLE_S,
+        "streams": STREAMS,
+        "stream_tokens": STREAM_TOKENS,
+    }
+    report.finish("elastic", {"settings": settings, "skew": skew, "stall_s": stalls}, given)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ msgpack, and no Ray: the hosts are plain processes with the very server and loop
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import multiprocessing
 import os
@@ -22,6 +21,9 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "4")
+
+from benchmarks import report
+from benchmarks.pages.gpu import ONE
 
 NUM_HOSTS = 4
 NODE = "here"
@@ -94,11 +96,8 @@ def serve_host(number: int, token: str, pipe: Any) -> None:
     asyncio.run(serve())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="2 rounds, nothing written")
-    arguments = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    given = report.options(__doc__, rounds=7).parse_args(argv)
     import torch
 
     if not torch.cuda.is_available():
@@ -112,20 +111,17 @@ def main() -> None:
         pipes.append(here)
         hosts.append(process)
     try:
-        measure([pipe.recv() for pipe in pipes], 2 if arguments.quick else arguments.rounds, not arguments.quick)
+        times = measure([pipe.recv() for pipe in pipes], 2 if given.quick else given.rounds)
     finally:
         for process in hosts:
             process.kill()
             process.join()
+    report.finish("gpu", {"gpu": torch.cuda.get_device_name(), "layer_s": times}, given)
 
 
-def measure(addresses: Sequence[Any], rounds: int, write_results: bool) -> None:
+def measure(addresses: Sequence[Any], rounds: int) -> dict[str, dict[str, list[float]]]:
     import torch
-    from rich.console import Console
-    from rich.markdown import Markdown
     from transformers.integrations.moe import grouped_mm_experts_forward
-
-    from benchmarks import report
 
     doors = make_doors(addresses)
     times: dict[str, dict[str, list[float]]] = {}
@@ -147,13 +143,7 @@ def measure(addresses: Sequence[Any], rounds: int, write_results: bool) -> None:
                 contestants.append(report.Contestant(name, partial(finished, run)))
             times[f"{shape.name}, {num_tokens} tokens"] = report.interleave(contestants, rounds)
         del local
-    markdown = render(report, times)
-    Console(width=120).print(Markdown(markdown))
-    if write_results:
-        report.write("gpu", markdown, {"gpu": torch.cuda.get_device_name(), "layer_s": times})
-
-
-ONE = "one process, `transformers` grouped_mm"
+    return times
 
 
 def finished(run: Callable[[], Any]) -> None:
@@ -203,23 +193,6 @@ def make_doors(addresses: Sequence[Any]) -> dict[str, Callable[..., Any]]:
     dispatcher.update(RoutingTable(1, placement, {name: local.address(name) for name in names}))
     doors["four hosts in this process, which combine"] = torch.no_grad()(dispatcher.forward)
     return doors
-
-
-def render(report: Any, times: dict[str, dict[str, list[float]]]) -> str:
-    import torch
-
-    columns = list(times)
-    rows = {
-        name: [report.cell(times[column][ONE], times[column][name]) for column in columns] for name in times[columns[0]]
-    }
-    text: str = (
-        "# One GPU\n\n"
-        f"One MoE layer in bfloat16 on one {torch.cuda.get_device_name()}: speed relative to one process with all "
-        "experts (`transformers` grouped_mm); above 1 is faster. The hosts are processes of their own that share the "
-        "card; hidden states start and end on it. Median of the rounds (least–greatest).\n\n"
-        + report.table(columns, rows)
-    )
-    return text
 
 
 if __name__ == "__main__":

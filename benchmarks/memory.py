@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from ray_moe.training.shelf import shelf_for
 from ray_moe.transport.base import ExpertCall
 
 NUM_HOSTS = 4
-MIB = 2**20
 
 Sizes = Mapping[str, int]
 LARGE: Sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 4}
@@ -210,7 +209,7 @@ def _bytes_of(module: nn.Module) -> int:
     return sum({p.data_ptr(): p.nbytes for p in module.parameters()}.values())
 
 
-# --- The page ------------------------------------------------------------------------------------------------
+# --- What is compared ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Row:
     """An option, beside the same without it."""
@@ -268,37 +267,11 @@ def measured(case: str, folder: Path, quick: bool) -> dict[str, int]:
     return figures
 
 
-def page(results: Mapping[str, Mapping[str, int]], quick: bool) -> str:
-    cells = {}
-    for number, row in enumerate(ROWS):
-        before, after = results[row.without][row.by], results[row.having][row.by]
-        saved = f"{100 * (1 - after / before):.0f} %" if before > 0 else "–"
-        cells[f"{number + 1}. {row.name}"] = [row.what, f"{before / MIB:,.0f}", f"{after / MIB:,.0f}", saved]
-    whole = results["whole model"]["tensors"] / MIB
-    sizes = TINY if quick else LARGE
-    small = " A quick run: too small to say anything." if quick else ""
-    return f"""# What options save of memory
-
-A Mixtral of {whole:,.0f} MiB in float32 ({sizes["num_local_experts"]} experts in each of {sizes["num_hidden_layers"]}
-layers); for activations one of eight narrow layers and {TOKENS[quick][0]} sequences of {TOKENS[quick][1]} tokens; for
-`experts.tensor` one with a single large expert in each layer. Each
-figure is the growth of the resident memory of a process of its own, in MiB, where the first column does not say
-otherwise.{small}
-
-{report.table(["what", "without", "with", "saved"], cells)}
-
-The largest process of 1 is an actor; a worker or router has the backbone alone:
-{results["backbone"]["rss"] / MIB:,.0f} MiB. In 6 and 7 the actors recompute too: what the first of two forward passes
-keeps, nobody would fetch. In 11 every expert has computed twice. `offload: cpu` moves weights or optimizer state from a
-GPU to the CPU, and there is none here: it is not measured."""
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs; nothing is written")
+def main(argv: list[str] | None = None) -> None:
+    arguments = report.options(__doc__)
     arguments.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     arguments.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    chosen = arguments.parse_args()
+    chosen = arguments.parse_args(argv)
     if chosen.case:
         print(json.dumps(CASES[chosen.case](chosen.folder, chosen.quick)))
         return
@@ -306,10 +279,8 @@ def main() -> None:
         _model(TINY if chosen.quick else LARGE).save_pretrained(name)
         _model(TINY_ONE if chosen.quick else ONE, top_k=1).save_pretrained(Path(name) / ONE_EXPERT)
         results = {case: measured(case, Path(name), chosen.quick) for case in CASES}
-    text = page(results, chosen.quick)
-    print(text)
-    if not chosen.quick:
-        report.write("memory", text, {"bytes": results})
+    about = {"quick": chosen.quick, "sizes": TINY if chosen.quick else LARGE, "tokens": TOKENS[chosen.quick]}
+    report.finish("memory", {**about, "rows": [asdict(row) for row in ROWS], "bytes": results}, chosen)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ runs of `ray_moe.train` with `in_flight` 1 and 2 take turns on the same actor. R
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,38 +78,16 @@ def measure(config: Config, rounds: int) -> dict[int, list[float]]:
     return speeds
 
 
-def render(speeds: dict[int, list[float]]) -> str:
-    def cell(values: Sequence[float]) -> str:
-        return f"{statistics.median(values):,.0f} ({min(values):,.0f}–{max(values):,.0f})"
-
-    rows = {
-        f"`in_flight: {in_flight}`": [cell(values), report.cell(values, speeds[IN_FLIGHT[0]])]
-        for in_flight, values in speeds.items()
-    }
-    return (
-        "# Micro-batches in flight\n\n"
-        f"A model over bytes ({MODEL.num_layers} layers, width {MODEL.hidden_size}, {MODEL.num_experts} experts of "
-        f"{MODEL.expert_width}, top-{MODEL.top_k}) is trained by a worker and an expert actor of one thread each, "
-        f"{MICRO_BATCHES} micro-batches of {WINDOWS}×{WINDOW} tokens a step. Runs take turns, and have the same losses "
-        f"to within 1e-5. Tokens per second of the median step, and as a multiple of one at a time: median of "
-        f"{len(speeds[IN_FLIGHT[0]])} rounds (least–greatest).\n\n"
-        f"{report.table(['tokens/s', 'ratio'], rows)}"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    given = report.options(__doc__, rounds=3).parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
         write_new(model, MODEL)
         config = Config.model_validate(settings(model, STEPS))
         with Service(config, keep_routers=False):
-            speeds = measure(config, arguments.rounds)
-    text = render(speeds)
-    print(text)
-    report.write("overlap", text, {"tokens_per_s": speeds})
+            speeds = measure(config, 1 if given.quick else given.rounds)
+    about = {"micro_batches": MICRO_BATCHES, "windows": WINDOWS, "window": WINDOW}
+    report.finish("overlap", {"model": asdict(MODEL), **about, "tokens_per_s": speeds}, given)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ Shape legend: D model width, F expert width, n rows.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -140,78 +139,9 @@ def timed(width: int, size: int, rounds: int, block_s: float) -> dict[str, dict[
     return times
 
 
-def page(
-    forms: Mapping[str, Sequence[Mapping[str, float]]],
-    times: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
-    trained: Mapping[str, Sequence[Mapping[str, float]]],
-    tuned: Mapping[str, Sequence[Mapping[str, float]]],
-    num_steps: int,
-) -> str:
-    def mean(runs: Sequence[Mapping[str, float]], key: str) -> float:
-        return statistics.mean(run[key] for run in runs)
-
-    whole = mean(forms["none"], "bytes")
-    cells = {}
-    for kind, runs in forms.items():
-        worse = [100 * (run["loss"] / exact["loss"] - 1) for run, exact in zip(runs, forms["none"], strict=True)]
-        cells[f"`{kind}`"] = [
-            f"{mean(runs, 'bytes') / 1024:,.0f} ({whole / mean(runs, 'bytes'):.2f}×)",
-            f"{100 * mean(runs, 'error'):.2f} %",
-            f"{100 * mean(runs, 'agree'):.1f} %",
-            f"{mean(runs, 'loss'):.4f}",
-            f"{statistics.mean(worse):+.3f} %",
-        ]
-    tables = []
-    for shape, by_rows in times.items():
-        names = [name for name in next(iter(by_rows.values())) if name != "none"]
-        lines = {f"`{name}`": [report.cell(each[name], each["none"]) for each in by_rows.values()] for name in names}
-        micros = ", ".join(f"{rows}: {1e6 * statistics.median(each['none']):,.0f}" for rows, each in by_rows.items())
-        columns = [f"{rows} row{'s' if rows != '1' else ''}" for rows in by_rows]
-        tables.append(f"D and F {shape} (microseconds of `none` by rows: {micros}):\n\n{report.table(columns, lines)}")
-
-    def learned(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-        lines, exact = {}, results["float32"]
-        for name, runs in results.items():
-            worse = [100 * (run["loss"] / other["loss"] - 1) for run, other in zip(runs, exact, strict=True)]
-            spread = f"{statistics.mean(worse):+.2f} % ({min(worse):+.2f} to {max(worse):+.2f})"
-            title = "float32" if name == "float32" else f"int8, compensation `{name}`"
-            cells = [f"{mean(runs, 'bytes') / 1024:,.0f}", f"{mean(runs, 'loss'):.4f}"]
-            lines[title] = [*cells, "" if name == "float32" else spread]
-        return report.table(["KiB", "loss", "beside float32"], lines)
-
-    between = "\n\n"  # no backslash within an f-string before Python 3.12
-    return f"""# Experts in 8 bits
-
-The network of `examples/moe_layer_lm.py` (width {WIDTH}, {LAYERS} layers, {EXPERTS} experts), trained for {num_steps}
-steps; means of {len(forms["none"])} seeds. Experts held in each form of `experts.quantization`: KiB of their weights,
-how far logits are from those of float32 (norm over norm), how often the most probable byte is the same, and nats a byte
-of files that were kept apart.
-
-{report.table(["KiB", "error of logits", "same byte", "loss", "beside `none`"], cells)}
-
-## Time
-
-One expert, one thread, as a multiple of float32 weights (median, least and greatest of the rounds).
-
-{between.join(tables)}
-
-## Training in 8 bits
-
-The same training with the experts' weights as int8 codes (`ops/quantized_training.py`): KiB of weights and
-compensations between steps, without gradients and optimizer state, and the loss as above, of the codes alone.
-
-{learned(trained)}
-
-The float32 network of each seed trained on for {num_steps // 2} steps with a learning rate of {TUNE_LR:g}, where
-updates are small beside the steps of the codes:
-
-{learned(tuned)}"""
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; nothing is written")
-    quick: bool = arguments.parse_args().quick
+def main(argv: list[str] | None = None) -> None:
+    given = report.options(__doc__).parse_args(argv)
+    quick: bool = given.quick
     torch.set_num_threads(1)
     num_steps, seeds, num_batches = (6, SEEDS[:1], 1) if quick else (STEPS, SEEDS, 8)
     data = open_data("stdlib", vocab_size=END + 1)
@@ -233,14 +163,9 @@ def main() -> None:
                 print(name, results[name][-1], flush=True)
     rounds, block_s = (1, 0.01) if quick else (5, 0.1)
     times = {f"{width} and {size}": timed(width, size, rounds, block_s) for width, size in SHAPES}
-    text = page(forms, times, trained, tuned, num_steps)
-    print(text)
-    if not quick:
-        report.write(
-            "quantization",
-            text,
-            {"steps": num_steps, "forms": forms, "times": times, "training": trained, "tuning": tuned},
-        )
+    settings = {"width": WIDTH, "layers": LAYERS, "experts": EXPERTS, "tune_lr": TUNE_LR}
+    measured = {"steps": num_steps, "forms": forms, "times": times, "training": trained, "tuning": tuned}
+    report.finish("quantization", {"settings": settings, **measured}, given)
 
 
 if __name__ == "__main__":

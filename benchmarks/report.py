@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 RESULTS = Path(__file__).parent / "results"
-PAGE_OF = {"train_step_gated": "train_step"}
+PAGE_OF = {"train_step_gated": "train_step", "layer_gated": "layer"}
 """Results that have the page of others."""
 
 Data = Mapping[str, Any]

@@ -17,11 +17,9 @@ Without it, that part is left out, and the page says so.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,13 +33,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import report, serving_load, serving_servers
+from benchmarks.pages.serving import CONTINUOUS, IN_PROCESS, OURS, SEQUENTIAL
 from benchmarks.serving_load import Job, Load
 from benchmarks.serving_servers import Contestant, Server
 from benchmarks.serving_work import Settings, make_jobs, write_model
 
-GOAL_TRANSFORMERS, GOAL_IN_PROCESS = 2.0, 0.85
-OURS, IN_PROCESS = "ray_moe", "same engine, experts in process"
-SEQUENTIAL, CONTINUOUS = "transformers serve", "transformers serve, continuous batching"
+GOALS = {"in process": 0.85, "transformers": 2.0}
 CB_PAGE_TOKENS, CB_BATCH_TOKENS = 256, 512
 """Of continuous batching: its page of keys and values, and its longest step, which is that of ray_moe."""
 
@@ -104,9 +101,6 @@ class Results:
     same_answers: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Share of the answers that are, word for word, those of the engine in one process."""
 
-    def rates(self, name: str) -> list[float]:
-        return [figures["output_tokens_per_s"] for figures in self.figures[name]]
-
 
 def take_turn(server: Server, servers: Sequence[Server], jobs: Sequence[Job], settings: Settings) -> Load:
     """Have one server do the jobs while the others do nothing."""
@@ -152,86 +146,8 @@ def measure(servers: Sequence[Server], settings: Settings, rounds: int) -> Resul
     return results
 
 
-# --- Report --------------------------------------------------------------------------------------------------
-COLUMNS = {
-    "output tokens/s": ("output_tokens_per_s", 1),
-    "all tokens/s": ("total_tokens_per_s", 1),
-    "first token p50, ms": ("ttft_p50_s", 1000),
-    "first token p99, ms": ("ttft_p99_s", 1000),
-    "between tokens p50, ms": ("itl_p50_s", 1000),
-    "between tokens p99, ms": ("itl_p99_s", 1000),
-    "CPU, ms/output token": ("cpu_s_per_token", 1000),
-}
-
-
-def spread(values: Sequence[float]) -> str:
-    middle = statistics.median(values)
-    digits = 2 if middle < 10 else 1 if middle < 100 else 0
-    return f"{middle:,.{digits}f} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
-
-
-def better_of_transformers(results: Results) -> str | None:
-    """The way of `transformers serve` with the higher throughput; None when it was left out."""
-    ways = [name for name in (CONTINUOUS, SEQUENTIAL) if name in results.figures]
-    return max(ways, key=lambda name: statistics.median(results.rates(name)), default=None)
-
-
-def ratio_rows(results: Results) -> dict[str, list[str]]:
-    better = better_of_transformers(results)
-    goals = {IN_PROCESS: f"≥ {GOAL_IN_PROCESS}"} | ({} if better is None else {better: f"≥ {GOAL_TRANSFORMERS}"})
-    ours = results.rates(OURS)
-    return {
-        f"{OURS} / {name}": [report.cell(ours, results.rates(name)), goals.get(name, "")]
-        for name in results.figures
-        if name != OURS
-    }
-
-
-def render(results: Results, settings: Settings, extra: Sequence[str]) -> str:
-    num_rounds = len(results.figures[OURS])
-    rows = {
-        name: [spread([scale * figures[key] for figures in rounds]) for key, scale in COLUMNS.values()]
-        for name, rounds in results.figures.items()
-    }
-    same = {name: statistics.mean(shares) for name, shares in results.same_answers.items() if name != IN_PROCESS}
-    others = [f["others_cores"] for name, rounds in results.figures.items() if name != OURS for f in rounds]
-    clients = [f["client_cores"] for f in results.figures[OURS]]
-    parts = [
-        "# Serving",
-        f"{settings.clients} concurrent clients, each with one streamed completion after the other (OpenAI's "
-        f"interface, greedy), {settings.requests} requests in a round: prompts of {settings.min_prompt} to "
-        f"{settings.max_prompt} tokens, outputs of {settings.min_output} to {settings.max_output}. All servers serve "
-        f"the same random Qwen3-MoE in float32 ({settings.layers} layers of {settings.experts} experts of "
-        f"{settings.hidden}-{settings.expert_width}-{settings.hidden}, top-{settings.top_k}, {settings.vocabulary:,} "
-        f"words), which never ends by itself, and share the same {settings.cores} cores with the clients. They take "
-        "turns in rotating order, and every round has new prompts, the same for all. Median of "
-        f"{num_rounds} {'round' if num_rounds == 1 else 'rounds'} (least–greatest).",
-        "## Ratios",
-        "Output tokens/s, round by round.",
-        report.table(["ratio", "goal"], ratio_rows(results)),
-        "## Figures",
-        "*First token*: from sending a request. *Between tokens*: of a stream, as its client sees them. *CPU*: of all "
-        "processes of the server.",
-        report.table(list(COLUMNS), rows),
-        "## Contestants",
-        "\n".join(f"- *{name}*: {what}" for name, what in about(settings, extra).items() if name in results.figures),
-    ]
-    if better_of_transformers(results) is None:
-        parts.append("`transformers serve` was left out: no `--transformers-python`.")
-    parts.append(
-        "Before the rounds all gave the same texts. Answers of the rounds that were, word for word, those of the "
-        f"engine in one process: {', '.join(f'{name} {share:.1%}' for name, share in same.items())}. The other "
-        f"servers are suspended (SIGSTOP) during a turn, but for {OURS}, whose processes watch each other: it took "
-        f"{spread(others)} cores of the others' turns. The clients took {spread(clients)} cores of its own. Idle "
-        f"threads sleep in all servers (OMP_WAIT_POLICY={serving_servers.WAIT_POLICY})."
-    )
-    return "\n\n".join(parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="1 round of few requests, nothing written")
+def main(argv: list[str] | None = None) -> None:
+    parser = report.options(__doc__, rounds=5)
     parser.add_argument("--transformers-python", metavar="PYTHON", help="of an environment with transformers[serving]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ray-moe serve")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the servers write")
@@ -239,7 +155,7 @@ def main() -> None:
         parser.add_argument(
             f"--{one.name.replace('_', '-')}", type=int, default=one.default, help="default: %(default)s"
         )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     settings = Settings(**{one.name: getattr(arguments, one.name) for one in fields(Settings)})
     if arguments.quick:
         settings = replace(settings, requests=settings.clients)
@@ -258,10 +174,15 @@ def main() -> None:
             servers.append(ending.enter_context(serving_servers.running(contestant, log)))
         compare(servers, settings)
         results = measure(servers, settings, 1 if arguments.quick else arguments.rounds)
-    markdown = render(results, settings, arguments.set)
-    print(markdown)
-    if not arguments.quick:
-        report.write("serving", markdown, {"settings": asdict(settings), "set": arguments.set, **vars(results)})
+    measured = {
+        "settings": asdict(settings),
+        "set": arguments.set,
+        "contestants": {name: what for name, what in about(settings, arguments.set).items() if name in results.figures},
+        "goals": GOALS,
+        "wait_policy": serving_servers.WAIT_POLICY,
+        **vars(results),
+    }
+    report.finish("serving", measured, arguments)
 
 
 if __name__ == "__main__":

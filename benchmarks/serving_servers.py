@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from benchmarks.processes import free_port
 
 START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 30.0
@@ -101,7 +102,7 @@ class Server:
 @contextmanager
 def running(contestant: Contestant, log: Path) -> Iterator[Server]:
     """The server, ready to answer; what it writes goes to `log`. Raises RuntimeError when it does not start."""
-    port = _free_port()
+    port = free_port()
     environment = {**os.environ, **_environment(contestant.num_threads)}
     command = [part.replace("{port}", str(port)) for part in contestant.command]
     with log.open("wb") as output:
@@ -148,9 +149,3 @@ def _await_health(server: Server, process: subprocess.Popen[bytes], log: Path) -
             ended = "does not answer" if process.poll() is None else f"ended with code {process.returncode}"
             raise RuntimeError(f"{server.name} {ended}:\n{log.read_text(errors='replace')[-4000:]}")
         time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +40,11 @@ class Settings:
         return self.max_prompt + self.max_output
 
 
-def write_model(folder: Path, settings: Settings) -> None:
-    """A random Qwen3-MoE that never ends by itself, and a tokenizer of `vocabulary` words, each one token."""
+def write_model(folder: Path, settings: Settings, change: Callable[[Any], None] = lambda model: None) -> None:
+    """A random Qwen3-MoE that never ends by itself, and a tokenizer of `vocabulary` words, each one token.
+
+    Args: change: what is done with the model before it is written.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -63,7 +68,9 @@ def write_model(folder: Path, settings: Settings) -> None:
         pad_token_id=None,
     )
     torch.manual_seed(settings.seed)
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    model: Any = Qwen3MoeForCausalLM(config).eval()
+    change(model)
+    model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({_word(token): token for token in range(settings.vocabulary)}, _word(0)))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=False).save_pretrained(folder)

@@ -9,7 +9,6 @@ exit status 1 when an answer was wrong or a valid request failed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -50,8 +49,6 @@ OURS, OPENAI, TRITON, IMPATIENT, RUDE = 8, 4, 2, 3, 2
 """Clients of each kind. Those that wait for answers keep as many requests under way as there are of them."""
 PROMPTS = 24
 SAMPLE_S = 5.0
-SETTLED = 0.2
-"""The first part of the time, in which caches fill, is left out of the slopes of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +221,6 @@ def watch(client: Client, routers: Sequence[int], minutes: float, kill_every_s: 
     return memory, killed
 
 
-def slope(samples: Sequence[tuple[float, float]]) -> float:
-    """MiB per minute, by least squares over what comes after the settling."""
-    settled = samples[int(SETTLED * len(samples)) :]
-    if len(settled) < 2:
-        return 0.0
-    return float(np.polyfit([at_s / 60 for at_s, _ in settled], [mib for _, mib in settled], 1)[0])
-
-
 # --- The run -------------------------------------------------------------------------------------------------
 def questions(model: Any, tokenizer: Any) -> list[Question]:
     rng = random.Random(1)
@@ -247,12 +236,12 @@ def questions(model: Any, tokenizer: Any) -> list[Question]:
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = report.options(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--kill-every", type=float, default=60.0, help="seconds between two killed expert actors")
-    parser.add_argument("--record", action="store_true", help="write the results page")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    minutes = 0.5 if arguments.quick else arguments.minutes
     torch.set_num_threads(1)
     # A Ray of the benchmark's own: when the service is gone, it is asked what is left.
     ray.init(num_cpus=16, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -274,30 +263,19 @@ def main() -> None:
                     routers.append(one.status().router.pid)
             soak = Soak(service.address, service.http_address, asked)
             with clients(soak):
-                memory, killed = watch(client, routers, arguments.minutes, arguments.kill_every)
+                memory, killed = watch(client, routers, minutes, arguments.kill_every)
             ended = await_status(client, all_ready, what="whole again")
-    text = page(soak, memory, killed, arguments.minutes, ended.router.longest_pause_s)
-    print(text)
-    if arguments.record:
-        report.write("soak", text, {"counts": soak.counts, "problems": soak.problems, "memory_mib": memory})
+    measured = {
+        "minutes": minutes,
+        "killed": killed,
+        "tokens": soak.tokens,
+        "longest_pause_s": ended.router.longest_pause_s,
+        "counts": soak.counts,
+        "problems": soak.problems,
+        "memory_mib": memory,
+    }
+    report.finish("soak", measured, arguments)
     sys.exit(1 if soak.problems else 0)
-
-
-def page(soak: Soak, memory: dict[int, Any], killed: int, minutes: float, pause_s: float) -> str:
-    rows = {kind: [f"{count:,}"] for kind, count in sorted(soak.counts.items())}
-    slopes = ", ".join(f"{slope(samples):+.2f}" for samples in memory.values())
-    sizes = ", ".join(f"{samples[0][1]:.0f} → {samples[-1][1]:.0f}" for samples in memory.values() if samples)
-    problems = "\n".join(f"- {problem}" for problem in soak.problems[:20]) or "None."
-    return (
-        f"# A service at saturation for {minutes:g} minutes\n\n"
-        f"`python benchmarks/soak.py --minutes {minutes:g}`. Two routers, three expert actors, of which {killed} were "
-        f"killed; {soak.tokens:,} tokens were compared with those of `transformers`.\n\n"
-        f"{report.table(['requests'], rows)}\n\n"
-        f"Wrong answers, failed valid requests, and malformed ones that were not refused as they should: "
-        f"**{len(soak.problems)}**.\n\n{problems}\n\n"
-        f"Memory of the routers, MiB: {sizes}; slope after the first fifth of the time: **{slopes} MiB per minute**. "
-        f"Longest pause of a stream in the last minute: {pause_s:.2f} s."
-    )
 
 
 if __name__ == "__main__":

@@ -216,23 +216,23 @@ def train(folder: Path, arguments: argparse.Namespace, bar: Bar) -> Run:
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = report.options(__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--publish-every", type=int, default=10)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1, help="workers of Ray Train")
-    parser.add_argument("--record", action="store_true", help="write the results page")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.steps, arguments.publish_every = 30, 10
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, Bar() as bar:
         write_model(Path(folder))
         run = train(Path(folder), arguments, bar)
     verdict = judge(run.asking, run.references)
-    text = page(arguments, verdict, run)
-    print(text)
-    if arguments.record:
-        report.write("train_serve", text, {"verdict": asdict(verdict), "folders": run.num_folders})
+    names = ("steps", "publish_every", "clients", "workers")
+    settings = {name: getattr(arguments, name) for name in names} | {"num_tokens": NUM_TOKENS}
+    report.finish("train_serve", {"settings": settings, "verdict": asdict(verdict), **figures(run)}, arguments)
     is_right = not (verdict.failures or verdict.num_mixed or verdict.num_backward)
     sys.exit(0 if is_right and arguments.steps in verdict.seen else 1)
 
@@ -250,41 +250,26 @@ def _windows(client: Client) -> dict[str, tuple[float, float]]:
     return windows
 
 
-def page(arguments: argparse.Namespace, verdict: Verdict, run: Run) -> str:
+def figures(run: Run) -> dict[str, Any]:
+    """Times, in seconds; of those between two tokens the median, 99 % and the longest."""
     gaps: dict[bool, list[float]] = {True: [], False: []}
     for at_s, gap_s in run.asking.gaps:
         gaps[any(begin_s <= at_s <= end_s for begin_s, end_s in run.windows.values())].append(gap_s)
     took_s = [end_s - begin_s for begin_s, end_s in run.windows.values()] or [float("nan")]
-    rows = {
-        "requests": [f"{verdict.num_requests:,}"],
-        "failed": [f"**{len(verdict.failures)}**"],
-        "of no one version (mixtures)": [f"**{verdict.num_mixed}**"],
-        "of an older version than the answer before": [f"**{verdict.num_backward}**"],
-        "versions published": [f"{len(run.references.of_step) - 1}"],
-        "versions that answers were of for certain, with the first": [f"{len(verdict.seen)}"],
-        "answers that several versions give": [f"{verdict.num_shared:,}"],
-        "most folders of published versions on the disk": [f"{max(run.num_folders, default=0)}"],
+    return {
+        "versions": len(run.references.of_step) - 1,
+        "folders": run.num_folders,
+        "between_tokens_s": {
+            "while a version was being published": _quantiles(gaps[True]),
+            "otherwise": _quantiles(gaps[False]),
+        },
+        "version_s": {"median": float(np.median(took_s)), "longest": max(took_s)},
+        "run_s": run.took_s,
     }
-    pauses = {"while a version was being published": _quantiles(gaps[True]), "otherwise": _quantiles(gaps[False])}
-    failures = "".join(f"\n- {failure}" for failure in verdict.failures[:10])
-    return (
-        f"# {arguments.steps} steps of training while {arguments.clients} clients are served\n\n"
-        f"`python benchmarks/train_serve.py --steps {arguments.steps} --publish-every {arguments.publish_every} "
-        f"--clients {arguments.clients} --workers {arguments.workers}`. Three expert actors, a tiny model of bytes; "
-        f"each client streams {NUM_TOKENS} tokens greedily again and again, and each answer is compared with what "
-        "`transformers` generates from each published folder.\n\n"
-        f"{report.table(['number'], rows)}\n{failures}\n"
-        f"{report.table(['median, s', '99 %, s', 'longest, s'], pauses)}\n\n"
-        "The second table is the time between two tokens of a stream. A version took "
-        f"{np.median(took_s):.2f} s (at most {max(took_s):.2f} s) from being announced to being served by all; the "
-        f"run took {run.took_s:.0f} s, with the start of its workers."
-    )
 
 
-def _quantiles(gaps: Sequence[float]) -> list[str]:
-    if not gaps:
-        return ["none"] * 3
-    return [f"{value:.3f}" for value in (*np.quantile(gaps, [0.5, 0.99]), max(gaps))]
+def _quantiles(gaps: Sequence[float]) -> list[float]:
+    return [*map(float, np.quantile(gaps, [0.5, 0.99])), max(gaps)] if gaps else []
 
 
 if __name__ == "__main__":

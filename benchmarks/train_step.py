@@ -16,28 +16,26 @@ Without it, that part is left out, and the page says so.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import report
+from benchmarks.pages.train_step import ONE as ONE_PROCESS
+from benchmarks.pages.train_step import OURS
+from benchmarks.processes import Processes
 from benchmarks.train_step_work import Problem
 
 TOKENS = (512, 4096)
-ONE_PROCESS = "one process"
-OURS = "ray_moe"
 PEERS, OWN = Path(__file__).with_name("train_step_peers.py"), Path(__file__).with_name("train_step_ours.py")
 
 
@@ -72,33 +70,13 @@ class Contestant(Protocol):
 
 
 @dataclass
-class Processes:
+class Trainer(Processes):
     """A contestant of one or more processes that speak the protocol of `train_step_work.answer`."""
 
-    name: str
-    about: str
-    commands: Sequence[Sequence[str]]
-    log: Path
     same_math: bool = True
-    _processes: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    def start(self) -> Processes:
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        with self.log.open("w") as log:
-            for command in self.commands:
-                self._processes.append(
-                    subprocess.Popen(
-                        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-                    )
-                )
-        self._answers()
-        return self
 
     def turn(self, tokens: int, steps: int) -> Turn:
-        for process in self._processes:
-            _pipe(process.stdin).write(json.dumps({"tokens": tokens, "steps": steps}) + "\n")
-            _pipe(process.stdin).flush()
-        answers = self._answers()
+        answers = self.ask({"tokens": tokens, "steps": steps})
         slowest = {
             key: [max(each) for each in zip(*(answer.get(key, ()) for answer in answers), strict=True)]
             for key in ("train_s", "update_s", "compute_s")
@@ -106,47 +84,17 @@ class Processes:
         sums = {key: sum(answer["sums"][key] for answer in answers) for key in answers[0]["sums"]}
         return Turn(slowest["train_s"], slowest["update_s"], slowest["compute_s"], sums)
 
-    def _answers(self) -> list[dict[str, Any]]:
-        """Of every process. Raises SystemExit, with the end of the log, if one of them has ended."""
-        lines = [_pipe(process.stdout).readline() for process in self._processes]
-        if not all(lines):
-            raise SystemExit(f"{self.name} has ended:\n{self.log.read_text()[-2000:]}")
-        return [json.loads(line) for line in lines]
 
-    def close(self) -> None:
-        for process in self._processes:
-            _pipe(process.stdin).close()
-        for process in self._processes:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            _pipe(process.stdout).close()
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def peers(problem: Problem, cores: int, deepspeed_python: str | None, logs: Path) -> list[Processes]:
+def peers(problem: Problem, cores: int, deepspeed_python: str | None, logs: Path) -> list[Trainer]:
     """Everybody but ourselves, not started."""
 
-    def processes(name: str, kind: str, python: str, num_ranks: int, about: str, same_math: bool = True) -> Processes:
+    def processes(name: str, kind: str, python: str, num_ranks: int, about: str, same_math: bool = True) -> Trainer:
         threads = cores // num_ranks
         commands = [
             (python, str(PEERS), kind, json.dumps(asdict(problem)), str(rank), str(num_ranks), str(threads))
             for rank in range(num_ranks)
         ]
-        return Processes(name, about, commands, logs / f"{kind}.log", same_math)
+        return Trainer(name, about, commands, logs / f"{kind}.log", same_math=same_math)
 
     each = f"{cores} processes of one thread, each with its part of the tokens and of the experts"
     contestants = [
@@ -169,9 +117,9 @@ def peers(problem: Problem, cores: int, deepspeed_python: str | None, logs: Path
     return contestants
 
 
-def ours(problem: Problem, cores: int, logs: Path) -> Processes:
+def ours(problem: Problem, cores: int, logs: Path) -> Trainer:
     """Not started."""
-    return Processes(
+    return Trainer(
         OURS,
         f"a worker of {cores} threads with the gate, and {cores} expert hosts of one thread each, processes of their "
         "own, over the sockets and shared memory that expert actors use. *With the update* includes the norm of all "
@@ -225,65 +173,14 @@ def measure(contestants: Sequence[Contestant], tokens: int, rounds: int, steps: 
     return results
 
 
-# --- Report --------------------------------------------------------------------------------------------------
-def seconds_cell(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f}–{max(values):.3f})"
-
-
-def share_cell(parts: Sequence[float]) -> str:
-    return f"{statistics.median(parts):.0%} ({min(parts):.0%}–{max(parts):.0%})"
-
-
-def render(results: dict[int, Results], contestants: Sequence[Contestant], problem: Problem, cores: int) -> str:
-    names = [contestant.name for contestant in contestants]
-    equals = [c.name for c in contestants if c.same_math and c.name != OURS]
-    columns = [f"{tokens} tokens{what}" for tokens in results for what in ("", ", with the update")]
-    pairs = [part for result in results.values() for part in (result.train, result.whole)]
-    best = [
-        report.cell([min(each) for each in zip(*(part[n] for n in equals), strict=True)], part[OURS]) for part in pairs
-    ]
-    speeds, times = {}, {}
-    for name in names:
-        speeds[name] = [report.cell(part[ONE_PROCESS], part[name]) for part in pairs]
-        times[name] = [seconds_cell(part[name]) for part in pairs]
-    num_rounds = len(next(iter(results.values())).train[ONE_PROCESS])
-    kind = "SwiGLU" if problem.gated else "FFN"
-    parts = [
-        "# A training step",
-        f"Forward and backward of one MoE layer: {problem.experts} experts, top-{problem.top_k}, {kind} "
-        f"{problem.width}-{problem.inner}-{problem.width} in float32; *with the update*: and a step of AdamW (fused). "
-        f"All use {cores} cores, and take turns in rotating order. Median of {num_rounds} "
-        f"{'round' if num_rounds == 1 else 'rounds'} (least–greatest).",
-        f"## Speed, as a multiple of {ONE_PROCESS}",
-        report.table(columns, speeds),
-        f"And {OURS} as a multiple of whoever else was the quickest in each round, of those that compute the same:",
-        report.table(columns, {OURS: best}),
-        "## Seconds of a step",
-        report.table(columns, times),
-        "## Share of communication",
-        "Of ray_moe's forward and backward, the part in which the slowest host did not compute. So this is all of "
-        "communication, and the gate, the sorting and the weighing of rows as well: "
-        + "; ".join(f"{tokens} tokens **{share_cell(result.between)}**" for tokens, result in results.items())
-        + ".",
-        "## Contestants",
-        "\n".join(f"- *{contestant.name}*: {contestant.about}" for contestant in contestants),
-        "Before the rounds those that drop nothing gave the same outputs and gradients.",
-    ]
-    if not any(name.startswith("DeepSpeed") for name in names):
-        parts.append("DeepSpeed was left out: no `--deepspeed-python`.")
-    return "\n\n".join(parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+def main(argv: list[str] | None = None) -> None:
+    parser = report.options(__doc__, rounds=5)
     parser.add_argument("--steps", type=int, default=3, help="of a turn")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--gated", action="store_true", help="SwiGLU experts instead of plain ones")
-    parser.add_argument("--quick", action="store_true", help="a small layer, 1 round of 1 step, nothing written")
     parser.add_argument("--deepspeed-python", metavar="PYTHON", help="of an environment with deepspeed")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the contestants write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     size = {"width": 128, "inner": 512} if arguments.quick else {}
     problem = Problem(**size, gated=arguments.gated)
     rounds, steps = (1, 1) if arguments.quick else (arguments.rounds, arguments.steps)
@@ -296,16 +193,19 @@ def main() -> None:
         others = peers(problem, arguments.cores, arguments.deepspeed_python, logs)
         for contestant in [ours(problem, arguments.cores, logs), *others]:
             ending.callback(contestant.close)
-            contestants.append(contestant.start())
+            contestant.start()
+            contestants.append(contestant)
         for tokens in TOKENS:
             compare(contestants, tokens)
             results[tokens] = measure(contestants, tokens, rounds, steps)
-        markdown = render(results, contestants, problem, arguments.cores)
-    print(markdown)
-    if not arguments.quick:
-        name = "train_step_gated" if arguments.gated else "train_step"
-        figures = {tokens: asdict(result) for tokens, result in results.items()}
-        report.write(name, markdown, {"problem": asdict(problem), "steps": steps, "seconds": figures})
+    measured = {
+        "problem": asdict(problem),
+        "cores": arguments.cores,
+        "steps": steps,
+        "contestants": {each.name: {"about": each.about, "same_math": each.same_math} for each in contestants},
+        "seconds": {tokens: asdict(result) for tokens, result in results.items()},
+    }
+    report.finish("train_step_gated" if arguments.gated else "train_step", measured, arguments)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.train_step_work import Problem, take_stdout
 from ray_moe.models.experts import expert_rows
+from ray_moe.ops.experts import StackedExperts
 from ray_moe.ops.gates.topk import TopKGate
 from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.ops.routed_experts import Experts
@@ -76,11 +77,12 @@ def serve(orders: Connection, problem: Problem, experts: list[int]) -> None:
     # Without a learning rate it costs the same, and every step can be compared with the first.
     trainees.open("run", "life", OptimizerSettings(lr=0.0, fused=True), 0)
     trainees.hold(LAYER, stack, {e: expert_rows(stack, row) for row, e in enumerate(experts)}, experts)
-    asyncio.run(_serve(orders, name, trainees))
-
-
-async def _serve(orders: Connection, name: str, trainees: Trainees) -> None:
     host = TimedHost(name, trainees)
+    host.hold(LAYER, experts, StackedExperts(stack))  # the same memory, for calls without gradients
+    asyncio.run(_serve(orders, name, host, trainees))
+
+
+async def _serve(orders: Connection, name: str, host: TimedHost, trainees: Trainees) -> None:
     server = HostServer(HostLoop(host).submit, TOKEN, incarnation=name)
     tcp, unix = await server.start("127.0.0.1")
     orders.send(HostAddress(name, name, NODE, os.getpid(), tcp, unix))

@@ -33,9 +33,9 @@ def page(data: report.Data) -> str:
     first, later, split, _ = (statistics.median(seconds) for seconds in times.values())
     parts += [
         "## Cost",
-        f"A planning pass over {data['layers']} layers of 256 experts on 64 hosts with 5 slots, one core: {first:.2f} s "
-        f"the first time, {later:.2f} s on a placement that is there. Splitting a batch of 4,096 tokens, top-8, for one "
-        f"such layer: {split * 1e6:.0f} µs, {report.cell(times['split'], times['dispatch'])} of the time that "
+        f"A planning pass over {data['layers']} layers of 256 experts on 64 hosts with 5 slots, one core: {first:.2f} "
+        f"s the first time, {later:.2f} s on a placement that is there. Splitting a batch of 4,096 tokens, top-8, for "
+        f"one such layer: {split * 1e6:.0f} µs, {report.cell(times['split'], times['dispatch'])} of the time that "
         "`ops/dispatch.split_by_host` takes to group the same batch.",
     ]
     return "\n\n".join(parts)

@@ -20,7 +20,9 @@ def page(data: report.Data) -> str:
     losses = [_made(each) for each in data["losses"]]
     base = next(iter(runs.values()))[0]
     sizes = size_page(runs, data["limits"])
-    return whole_page(base, sizes, loss_page(losses, CompareSettings(**data["to_learn"]), data["seeds"]), data["limits"])
+    return whole_page(
+        base, sizes, loss_page(losses, CompareSettings(**data["to_learn"]), data["seeds"]), data["limits"]
+    )
 
 
 def size_page(runs: Mapping[str, tuple[CompareSettings, Comparison]], limit: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ import typer
 
 import ray_moe
 from ray_moe.actors.process import made_to_stay
+from ray_moe.cli.bench import bench
 from ray_moe.cli.canary import canary
 from ray_moe.cli.keys import keys
 from ray_moe.cli.model_commands import model_commands
@@ -30,6 +31,7 @@ commands = typer.Typer(
 )
 commands.add_typer(keys, name="keys")
 commands.add_typer(canary, name="canary")
+commands.add_typer(bench, name="bench")
 commands.add_typer(model_commands)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML.")]
