@@ -12,6 +12,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from benchmarks import report
-from benchmarks.floor import Ping
+from benchmarks.floor import Ping, measure_rates
 from benchmarks.pages.dispatch import FLOOR, ONE
 
 D, F, E, K, NUM_HOSTS = 1024, 4096, 8, 2, 2
@@ -142,10 +143,10 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         ping.close()
     problem = {"width": D, "inner": F, "experts": E, "top_k": K, "hosts": NUM_HOSTS}
-    report.finish("dispatch", {"problem": problem, **measured}, given)
+    report.finish("dispatch", {"problem": problem, "cores": NUM_HOSTS, **measured}, given)
 
 
-def measure(rounds: int, sizes: Sequence[int], ping: Ping) -> dict[str, dict[int, dict[str, list[float]]]]:
+def measure(rounds: int, sizes: Sequence[int], ping: Ping) -> dict[str, Any]:
     import ray
     import torch
 
@@ -160,10 +161,12 @@ def measure(rounds: int, sizes: Sequence[int], ping: Ping) -> dict[str, dict[int
         single = make_local(local)
         layer_times: dict[int, dict[str, list[float]]] = {}
         way_times: dict[int, dict[str, list[float]]] = {}
+        touched: dict[int, int] = {}
         for num_tokens in sizes:
             hidden = torch.randn(num_tokens, D, generator=torch.Generator().manual_seed(num_tokens))
             scores = torch.rand(num_tokens, E, generator=torch.Generator().manual_seed(num_tokens + 1))
             weight, index = scores.softmax(-1).topk(K)
+            touched[num_tokens] = len(index.unique())
             with torch.no_grad():
                 expected = single(hidden, index, weight)
                 batch = (hidden, index, weight)
@@ -184,7 +187,10 @@ def measure(rounds: int, sizes: Sequence[int], ping: Ping) -> dict[str, dict[int
                 for name, forward in doors.items():
                     ways.append(Contestant(name, partial(forward, ECHO, hidden, home, unit), partial(ping.on_cores, 0)))
                 way_times[num_tokens] = report.interleave(ways, rounds)
-        return {"layer_s": layer_times, "way_s": way_times}
+        ping.on_cores(0)
+        torch.set_num_threads(NUM_HOSTS)
+        rates = asdict(measure_rates(D, F))
+        return {"rates": rates, "touched": touched, "layer_s": layer_times, "way_s": way_times}
     finally:
         ray.shutdown()
 

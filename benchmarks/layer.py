@@ -8,7 +8,7 @@ hivemind runs in an environment of its own:
 
     python -m venv DIR
     DIR/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
-    DIR/bin/pip install hivemind==1.1.12 "setuptools<81"
+    DIR/bin/pip install hivemind==1.1.12
     python benchmarks/layer.py --hivemind-python DIR/bin/python
 
 Without it, that part is left out, and the page says so.
@@ -20,9 +20,10 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ QUICK_SIZES = (1, 64)
 
 # --- Contestants ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """What everybody is asked to run."""
+
+    what: str
+    """``forward``, or ``train``: forward and backward."""
+    tokens: int
+    block_s: float
+    """Seconds of a turn."""
+
+
+@dataclass(frozen=True, slots=True)
 class Way:
     """A contestant's way to run the layer."""
 
@@ -49,9 +61,15 @@ class Way:
     way: str
     sizes: Mapping[str, Sequence[int]]
     """Tokens, forward and in training: beyond them somebody takes minutes, or cannot."""
+    about: str = ""
+    """Where it is more than what its processes are."""
 
-    def ask(self, what: str, tokens: int, block_s: float) -> dict[str, Any]:
-        (answer,) = self.processes.ask({"way": self.way, "what": what, "tokens": tokens, "block_s": block_s})
+    def takes(self, ask: Ask) -> bool:
+        return ask.tokens in self.sizes.get(ask.what, ())
+
+    def turn(self, ask: Ask) -> dict[str, Any]:
+        """See `layer_work.answer`."""
+        (answer,) = self.processes.ask({"way": self.way, **asdict(ask)})
         return answer
 
 
@@ -72,7 +90,7 @@ def make_ways(problem: Problem, cores: int, hivemind_python: str | None, logs: P
     ways = [
         Way(ONE, processes("one", f"`transformers`' grouped_mm and autograd, {cores} threads."), "layer", every),
         Way(OURS, ours, "layer", every),
-        Way(CACHED, ours, "cached", {"forward": SIZES}),
+        Way(CACHED, ours, "cached", {"forward": SIZES}, "the same, with room for all experts in its own cache."),
         Way(
             SERVE,
             processes(
@@ -90,8 +108,12 @@ def make_ways(problem: Problem, cores: int, hivemind_python: str | None, logs: P
     ]
     if hivemind_python is not None:
         command = (hivemind_python, str(OF_HIVEMIND), json.dumps(asdict(problem)), str(cores))
-        about = f"hivemind 1.1.12, a server and a client of {cores} threads each, on the same cores."
-        hivemind = Processes("hivemind", about, [command], logs / "hivemind.log")
+        about = (
+            f"hivemind 1.1.12, a server and a client of {cores} threads each, which sleep when they are idle, as they "
+            "share the cores (OMP_WAIT_POLICY=passive)."
+        )
+        sleeping = {"OMP_WAIT_POLICY": "passive"}
+        hivemind = Processes("hivemind", about, [command], logs / "hivemind.log", sleeping)
         few = (1, 64, 256)
         ways += [
             Way(GROUPED, hivemind, "grouped", {"forward": (64, 1024), "train": (64, 1024)}),
@@ -101,33 +123,42 @@ def make_ways(problem: Problem, cores: int, hivemind_python: str | None, logs: P
 
 
 # --- Rounds --------------------------------------------------------------------------------------------------
-def compare(ways: Sequence[Way], what: str, tokens: int) -> None:
+def compare(ways: Sequence[Way], ask: Ask) -> None:
     """Raises SystemExit unless all compute the same. It warms them up, too."""
-    sums = {way.name: way.ask(what, tokens, 0.0)["sums"] for way in ways}
+    once = replace(ask, block_s=0.0)
+    sums = {way.name: way.turn(once)["sums"] for way in ways}
     expected = sums[ONE]
     for name, mine in sums.items():
         different = [key for key in expected if abs(mine[key] - expected[key]) > 1e-3 * max(1, abs(expected[key]))]
         if different:
-            raise SystemExit(f"{name} computes something else ({what}, {tokens} tokens): {mine}, but {ONE} {expected}")
+            raise SystemExit(f"{name} computes something else ({once}): {mine}, but {ONE} {expected}")
 
 
-def measure(ways: Sequence[Way], what: str, tokens: int, rounds: int, block_s: float) -> dict[str, list[float]]:
-    """Median seconds of each in each round."""
-    compare(ways, what, tokens)
-    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+@dataclass
+class Seconds:
+    """What was measured at one size."""
+
+    of: dict[str, list[float]]
+    """Median seconds of each contestant in each round."""
+    others_cores: list[float]
+    """Cores that those took who did not have their turn, turn by turn."""
+
+
+def measure(ways: Sequence[Way], everybody: Sequence[Processes], ask: Ask, rounds: int) -> Seconds:
+    """In every round all take their turn, in rotating order."""
+    compare(ways, ask)
+    found = Seconds({way.name: [] for way in ways}, [])
     for number in range(rounds):
         shift = number % len(ways)
         for way in [*ways[shift:], *ways[:shift]]:
-            seconds[way.name].append(way.ask(what, tokens, block_s)["s"])
-    told = ", ".join(f"{name} {min(each) * 1000:.2f} ms" for name, each in seconds.items())
-    print(f"{what}, {tokens} tokens: {told}", file=sys.stderr, flush=True)
-    return seconds
-
-
-def touched(problem: Problem, tokens: int) -> int:
-    """Experts that a batch goes to."""
-    hidden, _ = problem.batch(tokens, 0, 1)
-    return len((hidden @ problem.gate().T).topk(problem.top_k).indices.unique())
+            others = [each for each in everybody if each is not way.processes]
+            before_s, began_s = sum(each.cpu_s() for each in others), time.perf_counter()
+            found.of[way.name].append(way.turn(ask)["s"])
+            took_s = time.perf_counter() - began_s
+            found.others_cores.append((sum(each.cpu_s() for each in others) - before_s) / took_s)
+    told = ", ".join(f"{name} {min(each) * 1000:.2f} ms" for name, each in found.of.items())
+    print(f"{ask.what}, {ask.tokens} tokens: {told}", file=sys.stderr, flush=True)
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,27 +175,28 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(given.cores)
-    seconds: dict[str, dict[int, dict[str, list[float]]]] = {}
+    found: dict[str, dict[int, Seconds]] = {"forward": {}, "train": {}}
     rates = measure_rates(problem.width, problem.inner)
     with ExitStack() as ending:
         logs = given.logs or Path(ending.enter_context(tempfile.TemporaryDirectory()))
         logs.mkdir(parents=True, exist_ok=True)
         ways = make_ways(problem, given.cores, given.hivemind_python, logs)
-        for processes in {id(way.processes): way.processes for way in ways}.values():
+        everybody = list({id(way.processes): way.processes for way in ways}.values())
+        for processes in everybody:
             ending.callback(processes.close)
             processes.start()
         for what in ("forward", "train"):
-            seconds[what] = {
-                tokens: measure([w for w in ways if tokens in w.sizes.get(what, ())], what, tokens, rounds, block_s)
-                for tokens in sizes
-            }
+            for tokens in sizes:
+                ask = Ask(what, tokens, block_s)
+                found[what][tokens] = measure([way for way in ways if way.takes(ask)], everybody, ask, rounds)
     measured = {
         "problem": asdict(problem),
         "cores": given.cores,
-        "contestants": {way.name: way.processes.about for way in ways},
-        "touched": {tokens: touched(problem, tokens) for tokens in sizes},
+        "contestants": {way.name: way.about or way.processes.about for way in ways},
+        "touched": {tokens: problem.touched(tokens) for tokens in sizes},
         "rates": asdict(rates.best(measure_rates(problem.width, problem.inner))),
-        "seconds": seconds,
+        "others_cores": [each for of_size in found.values() for one in of_size.values() for each in one.others_cores],
+        "seconds": {what: {size: each.of for size, each in of_size.items()} for what, of_size in found.items()},
     }
     report.finish("layer_gated" if given.gated else "layer", measured, given)
 

@@ -87,7 +87,8 @@ def grouped(problem: Problem, dht: Any) -> Run:
 
         def call(number: int) -> torch.Tensor:
             with torch.set_grad_enabled(with_grad):  # which is each thread's own
-                return experts[number](hidden[places[number][0]])
+                rows: torch.Tensor = experts[number](hidden[places[number][0]])
+                return rows
 
         out = torch.zeros_like(hidden)
         for (token, choice), rows in zip(places.values(), pool.map(call, places), strict=True):

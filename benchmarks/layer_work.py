@@ -62,5 +62,5 @@ def train(run: Run, hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Ten
     """What comes out, and the gradient of the hidden states. That of the weights accumulates, as in a micro-batch."""
     tokens = hidden.clone().requires_grad_()
     out = run(tokens)
-    out.backward(grad)  # type: ignore[no-untyped-call]
+    out.backward(grad)
     return out.detach(), torch.zeros(()) if tokens.grad is None else tokens.grad

@@ -29,11 +29,13 @@ class Processes:
     commands: Sequence[Sequence[str]]
     log: Path
     """What they write besides answers."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Changes to that of this process."""
     _processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self) -> None:
         """Returns when all are ready."""
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **self.environment}
         with self.log.open("w") as log:
             for command in self.commands:
                 self._processes.append(

@@ -30,6 +30,7 @@ from typing import Protocol
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import report
+from benchmarks.floor import measure_rates
 from benchmarks.pages.train_step import ONE as ONE_PROCESS
 from benchmarks.pages.train_step import OURS
 from benchmarks.processes import Processes
@@ -185,6 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     problem = Problem(**size, gated=arguments.gated)
     rounds, steps = (1, 1) if arguments.quick else (arguments.rounds, arguments.steps)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])  # inherited by all contestants
+    import torch
+
+    torch.set_num_threads(arguments.cores)
+    rates = measure_rates(problem.width, problem.inner)
     results: dict[int, Results] = {}
     with ExitStack() as ending:
         logs = arguments.logs or Path(ending.enter_context(tempfile.TemporaryDirectory()))
@@ -202,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
         "problem": asdict(problem),
         "cores": arguments.cores,
         "steps": steps,
+        "rates": asdict(rates.best(measure_rates(problem.width, problem.inner))),
+        "touched": {tokens: problem.touched(tokens) for tokens in TOKENS},
         "contestants": {each.name: {"about": each.about, "same_math": each.same_math} for each in contestants},
         "seconds": {tokens: asdict(result) for tokens, result in results.items()},
     }

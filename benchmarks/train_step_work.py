@@ -54,6 +54,11 @@ class Problem:
         both = torch.randn(2, tokens, self.width, generator=_seeded(10**7 + tokens))
         return both[0].chunk(num_ranks)[rank].clone(), both[1].chunk(num_ranks)[rank].clone()
 
+    def touched(self, tokens: int) -> int:
+        """Experts that a batch of T tokens goes to."""
+        hidden, _ = self.batch(tokens, 0, 1)
+        return len((hidden @ self.gate().T).topk(self.top_k).indices.unique())
+
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks import report
 from benchmarks.floor import FLOAT_BYTES, Rates, Work
+from benchmarks.pages.floors import rates_text
 from benchmarks.pages.serving import COLUMNS, CONTINUOUS, IN_PROCESS, OURS, figure_rows, rates, same_answers
 
 CACHED = "ray_moe, a quarter of the experts cached by the router"
@@ -24,8 +25,9 @@ def page(data: report.Data) -> str:
         f"{s['clients']} concurrent clients (OpenAI's interface, greedy, streamed), {s['requests']} requests in a "
         f"round: prompts of {s['min_prompt']} to {s['max_prompt']} tokens, answers of {s['min_output']} to "
         f"{s['max_output']}. A random Qwen3-MoE in float32, {s['layers']} layers of {s['experts']} experts of "
-        f"{s['hidden']}-{s['expert_width']}-{s['hidden']}, top-{s['top_k']}. All share the same {s['cores']} cores with the clients "
-        f"and take turns in rotating order. Median of {num_rounds} {'round' if num_rounds == 1 else 'rounds'} "
+        f"{s['hidden']}-{s['expert_width']}-{s['hidden']}, top-{s['top_k']}. All share the same {s['cores']} cores "
+        "with the clients and take turns in rotating order. "
+        f"Median of {num_rounds} {'round' if num_rounds == 1 else 'rounds'} "
         "(least–greatest).",
     ]
     for law, results in data["laws"].items():
@@ -72,9 +74,8 @@ def floor_text(figures: Figures, data: report.Data) -> str:
     }
     return (
         f"The floor: a step of {s['clients']} tokens reads up to {step.read_bytes / 1e6:.0f} MB of weights, computes "
-        f"{step.flops / 1e9:.2f} GFLOP, and sends {step.moved_bytes / 1e3:.0f} KB to the experts and back. At the "
-        f"{best.read_bytes_per_s / 1e9:.1f} GB/s and {best.flops_per_s / 1e9:.0f} GFLOP/s of this machine it takes "
-        f"{1000 * least_s:.2f} ms at least; it took "
+        f"{step.flops / 1e9:.2f} GFLOP, and sends {step.moved_bytes / 1e3:.0f} KB to the experts and back; "
+        f"{rates_text(best, s['cores'])}. So it takes {1000 * least_s:.2f} ms at least; it took "
         + ", ".join(f"{name} {1000 * taken:.1f} ms ({taken / least_s:.1f}×)" for name, taken in steps_s.items())
         + "."
     )

@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks import report
+from benchmarks.pages.floors import layer_floor, with_goals
 
+GOALS = {"4096 tokens": "≥ 1"}
 ONE, OURS = "one process", "ray_moe"
 
 
@@ -25,6 +27,8 @@ def page(data: report.Data) -> str:
     num_rounds = len(pairs[0][ONE])
     kind = "SwiGLU" if problem["gated"] else "FFN"
     width, inner = problem["width"], problem["inner"]
+    train_s = {tokens: result["train"] for tokens, result in results.items()}
+    floor = [layer_floor(data, train_s, (ONE, OURS), train=True)] if "rates" in data else []
     parts = [
         "# A training step",
         f"Forward and backward of one MoE layer: {problem['experts']} experts, top-{problem['top_k']}, {kind} "
@@ -34,9 +38,10 @@ def page(data: report.Data) -> str:
         f"## Speed, as a multiple of {ONE}",
         report.table(columns, speeds),
         f"And {OURS} as a multiple of whoever else was the quickest in each round, of those that compute the same:",
-        report.table(columns, {OURS: best}),
+        report.table(columns, {OURS: with_goals(dict(zip(columns, best, strict=True)), GOALS)}),
         "## Seconds of a step",
         report.table(columns, times),
+        *floor,
         "## Share of communication",
         "Of ray_moe's forward and backward, the part in which the slowest host did not compute. So this is all of "
         "communication, and the gate, the sorting and the weighing of rows as well: "
