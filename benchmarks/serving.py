@@ -33,6 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import report, serving_load, serving_servers
+from benchmarks.floor import measure_rates
 from benchmarks.pages.serving import CONTINUOUS, IN_PROCESS, OURS, SEQUENTIAL
 from benchmarks.serving_load import Job, Load
 from benchmarks.serving_servers import Contestant, Server
@@ -163,6 +164,10 @@ def main(argv: list[str] | None = None) -> None:
         check_environment(arguments.transformers_python)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by the way of all context managers
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.cores])  # inherited by all servers
+    import torch
+
+    torch.set_num_threads(settings.cores)
+    rates = measure_rates(settings.hidden, settings.expert_width, repeats=3)
     with ExitStack() as ending:
         folder = Path(ending.enter_context(tempfile.TemporaryDirectory()))
         write_model(folder / "model", settings)
@@ -179,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         "set": arguments.set,
         "contestants": {name: what for name, what in about(settings, arguments.set).items() if name in results.figures},
         "goals": GOALS,
+        "rates": asdict(rates),
         "wait_policy": serving_servers.WAIT_POLICY,
         **vars(results),
     }

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks import report
-from benchmarks.floor import FLOAT_BYTES, Rates, Work
-from benchmarks.pages.floors import rates_text
+from benchmarks.pages.floors import serving_floor
 from benchmarks.pages.serving import COLUMNS, CONTINUOUS, IN_PROCESS, OURS, figure_rows, rates, same_answers
 
 CACHED = "ray_moe, a quarter of the experts cached by the router"
@@ -47,7 +45,7 @@ def section(law: str, results: report.Data, data: report.Data) -> list[str]:
         "Output tokens/s, round by round.",
         report.table(["ratio", "goal"], ratio_rows(law, figures, data["goals"])),
         report.table(list(COLUMNS), figure_rows(figures)),
-        floor_text(figures, data),
+        serving_floor(figures, data),
         f"Before the rounds all gave the same texts. {same_answers(results)}",
     ]
 
@@ -62,35 +60,3 @@ def ratio_rows(law: str, figures: Figures, goals: Mapping[str, float]) -> dict[s
             cell = report.cell(rates(figures, ours), rates(figures, other))
             rows[f"{ours} / {other}"] = [cell, "" if goal is None else f"≥ {goal:g}"]
     return rows
-
-
-def floor_text(figures: Figures, data: report.Data) -> str:
-    """A step of all clients: no layer can do with less than its weights read and its products computed."""
-    s, best = data["settings"], Rates(**data["rates"])
-    step = step_work(s)
-    least_s = step.least_s(best)
-    steps_s = {
-        name: s["clients"] / statistics.median(rates(figures, name)) for name in (OURS, IN_PROCESS) if name in figures
-    }
-    return (
-        f"The floor: a step of {s['clients']} tokens reads up to {step.read_bytes / 1e6:.0f} MB of weights, computes "
-        f"{step.flops / 1e9:.2f} GFLOP, and sends {step.moved_bytes / 1e3:.0f} KB to the experts and back; "
-        f"{rates_text(best, s['cores'])}. So it takes {1000 * least_s:.2f} ms at least; it took "
-        + ", ".join(f"{name} {1000 * taken:.1f} ms ({taken / least_s:.1f}×)" for name, taken in steps_s.items())
-        + "."
-    )
-
-
-def step_work(s: Mapping[str, int]) -> Work:
-    """Of one token of each client: experts (all that they can touch), attention's matrices, and the words'."""
-    hidden, tokens = s["hidden"], s["clients"]
-    expert = 3 * hidden * s["expert_width"]
-    touched = min(s["experts"], tokens * s["top_k"])
-    heads, kv_heads = hidden // 64, max(1, hidden // 128)
-    attention = hidden * 64 * (2 * heads + 2 * kv_heads)
-    head = hidden * s["vocabulary"]
-    return Work(
-        moved_bytes=2 * s["layers"] * tokens * hidden * FLOAT_BYTES,
-        read_bytes=FLOAT_BYTES * (s["layers"] * (touched * expert + attention) + head),
-        flops=2 * tokens * (s["layers"] * (s["top_k"] * expert + attention) + head),
-    )

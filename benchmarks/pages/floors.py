@@ -1,4 +1,4 @@
-"""The floor beside what one MoE layer takes: shared by the pages of `dispatch.py`, `layer.py` and `train_step.py`."""
+"""The floor beside what was measured: of one MoE layer, and of a served model. Used by the other pages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import report
-from benchmarks.floor import Rates, Work, layer_work
+from benchmarks.floor import FLOAT_BYTES, Rates, Work, layer_work
 
 
 def rates_text(rates: Rates, cores: int) -> str:
@@ -56,3 +56,54 @@ def work_of(problem: Mapping[str, Any], tokens: int, touched: int, train: bool) 
 def with_goals(cells: Mapping[str, str], goals: Mapping[str, str]) -> list[str]:
     """Cells of a row, by their column, each with what it should be."""
     return [f"{cell}, goal {goals[key]}" if cell and key in goals else cell for key, cell in cells.items()]
+
+
+# --- A served model ------------------------------------------------------------------------------------------
+def serving_floor(figures: Mapping[str, Sequence[Mapping[str, float]]], data: report.Data) -> str:
+    """Text. Args: figures: of each server, round by round."""
+    s, rates = data["settings"], Rates(**data["rates"])
+    step, prompt = step_work(s), prompt_work(s)
+    least_s = {}
+    for name, rounds in figures.items():
+        before = statistics.median(each["total_tokens_per_s"] / each["output_tokens_per_s"] - 1 for each in rounds)
+        least_s[name] = step.least_s(rates) / s["clients"] + before * prompt.least_s(rates)
+    taken_s = {name: 1 / statistics.median(each["output_tokens_per_s"] for each in figures[name]) for name in figures}
+    ours = next(iter(figures))
+    beside = ", ".join(f"{name} {1000 * t:.2f} ms ({t / least_s[name]:.1f}×)" for name, t in taken_s.items())
+    return (
+        f"The floor: {rates_text(rates, s['cores'])}. A step in which all {s['clients']} get a token reads "
+        f"{step.read_bytes / 1e6:.0f} MB of weights, computes {step.flops / 1e9:.2f} GFLOP and moves "
+        f"{step.moved_bytes / 1e3:.0f} KB to the experts and back; a token of a prompt computes "
+        f"{prompt.flops / 1e6:.1f} MFLOP. So an answer's token, with its part of the prompts, takes "
+        f"{1000 * least_s[ours]:.2f} ms at least. It took {beside}."
+    )
+
+
+def prompt_work(s: Mapping[str, int]) -> Work:
+    """Of a token of a long prompt, whose weights are read for many: products, and the way to the experts and back."""
+    return Work(
+        moved_bytes=2 * s["layers"] * s["hidden"] * FLOAT_BYTES,
+        read_bytes=0,
+        flops=2 * s["layers"] * (s["top_k"] * _expert(s) + _attention(s)),
+    )
+
+
+def step_work(s: Mapping[str, int]) -> Work:
+    """Of one token of each client: experts (all that they can touch), attention's matrices, and the words'."""
+    tokens, head = s["clients"], s["hidden"] * s["vocabulary"]
+    touched = min(s["experts"], tokens * s["top_k"])
+    return Work(
+        moved_bytes=2 * s["layers"] * tokens * s["hidden"] * FLOAT_BYTES,
+        read_bytes=FLOAT_BYTES * (s["layers"] * (touched * _expert(s) + _attention(s)) + head),
+        flops=2 * tokens * (s["layers"] * (s["top_k"] * _expert(s) + _attention(s)) + head),
+    )
+
+
+def _expert(s: Mapping[str, int]) -> int:
+    return 3 * s["hidden"] * s["expert_width"]
+
+
+def _attention(s: Mapping[str, int]) -> int:
+    """Weights of its matrices, as `serving_work.write_model` makes them: heads of 64."""
+    heads, kv_heads = s["hidden"] // 64, max(1, s["hidden"] // 128)
+    return s["hidden"] * 64 * (2 * heads + 2 * kv_heads)

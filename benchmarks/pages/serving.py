@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks import report
+from benchmarks.pages.floors import serving_floor
 
 OURS, IN_PROCESS = "ray_moe", "same engine, experts in process"
 SEQUENTIAL, CONTINUOUS = "transformers serve", "transformers serve, continuous batching"
@@ -47,6 +48,7 @@ def page(data: report.Data) -> str:
         "*First token*: from sending a request. *Between tokens*: of a stream, as its client sees them. *CPU*: of all "
         "processes of the server.",
         report.table(list(COLUMNS), rows),
+        *([serving_floor(figures, data)] if "rates" in data else []),
         "## Contestants",
         "\n".join(f"- *{name}*: {what}" for name, what in data["contestants"].items() if name in figures),
     ]
