@@ -80,17 +80,14 @@ def ours(problem: Problem, num_hosts: int) -> tuple[dict[str, Run], Callable[[],
     dispatchers["cached"] = ExpertDispatcher(StreamTransport(TOKEN, node_id=NODE), own=own)
     for dispatcher in dispatchers.values():
         dispatcher.update(worker.dispatcher.table)
-    steps = 0
+    worker.begin("1.life.1")  # all that is trained are micro-batches of one step
 
     def run_with(dispatcher: ExpertDispatcher) -> Run:
         def run(hidden: torch.Tensor) -> torch.Tensor:
-            nonlocal steps
-            if not torch.is_grad_enabled():
-                routing = worker.gate(hidden)
-                return dispatcher.forward(LAYER, hidden, routing.index, routing.weight)
-            steps += 1
-            worker.begin(f"{steps}.life.1")
-            return worker(hidden)
+            if torch.is_grad_enabled():
+                return worker(hidden)
+            routing = worker.gate(hidden)
+            return dispatcher.forward(LAYER, hidden, routing.index, routing.weight)
 
         return run
 
