@@ -2,7 +2,7 @@
 
 `python benchmarks/start.py [--rounds 3] [--quick]`, or `ray-moe bench start`. In each round, in turns: a process that
 imports torch, one that reads the checkpoint's files, and `ray-moe serve` with 8 actors, which also starts a Ray, from
-its command until it says that it is ready. Then one more actor, from a standby actor (`experts.standby_actors`), and
+its command until it says that it is ready. Then one more actor (`resize`) while another one is on standby, and
 what each actor's process takes beyond its weights, beside a process that has only imported torch. Results go to
 `benchmarks/results/start.{json,md}`.
 """
@@ -72,7 +72,7 @@ def seconds(command: list[str]) -> tuple[float, str]:
 
 
 def service(model: Path, size: Size, grpc_port: int) -> Contestant:
-    """With one actor on standby, which is not waited for."""
+    """With one actor on standby."""
     settings = {
         "server.http_port": "{port}",
         "ray.num_cpus": size.actors + 3,
