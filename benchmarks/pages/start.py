@@ -17,7 +17,10 @@ def page(data: report.Data) -> str:
         "both, the floor, s": [report.spread(least_s), ""],
         f"`ray-moe serve` with {size['actors']} actors until it is ready, s": [report.spread(f["ready_s"]), ""],
         "beside the floor": [report.cell(f["ready_s"], least_s), f"≤ {goals['start']:g}"],
-        "one more actor (`resize`) while another one is on standby, s": [report.spread(f["added_s"]), f"≤ {goals['added_s']:g}"],
+        "one more actor (`resize`) while another one is on standby, s": [
+            report.spread(f["added_s"]),
+            f"≤ {goals['added_s']:g}",
+        ],
     }
     torch_mib = [each / MIB for each in f["torch_rss_bytes"]]
     beyond_mib = [each / MIB for each in f["beyond_weights_bytes"]]

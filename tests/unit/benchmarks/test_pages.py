@@ -134,8 +134,8 @@ def figures(tokens_per_s: float) -> list[dict[str, float]]:
 
 def test_the_page_of_decoding_has_the_cache_s_goal_under_zipf_only() -> None:
     from benchmarks.pages.decode import CACHED as DECODE_CACHED
-    from benchmarks.pages.decode import IN_PROCESS
     from benchmarks.pages.floors import prompt_work, step_work
+    from benchmarks.pages.serving import IN_PROCESS
 
     settings = {
         "clients": 16, "requests": 32, "min_prompt": 8, "max_prompt": 16, "min_output": 96, "max_output": 128,
