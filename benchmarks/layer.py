@@ -4,14 +4,14 @@
 same weights and tokens and the same cores, and take turns in rotating order; what they compute is compared before
 anything is measured. Results go to `benchmarks/results/layer.{json,md}`.
 
-hivemind runs in an environment of its own:
+hivemind comes with the extra `peers`, or from an environment of its own:
 
     python -m venv DIR
     DIR/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     DIR/bin/pip install hivemind==1.1.12
     python benchmarks/layer.py --hivemind-python DIR/bin/python
 
-Without it, that part is left out, and the page says so.
+Without either, that part is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--gated", action="store_true", help="SwiGLU experts instead of plain ones")
     parser.add_argument("--block-s", type=float, default=0.5, help="seconds of a turn")
-    parser.add_argument("--hivemind-python", metavar="PYTHON", help="of an environment with hivemind")
+    here = sys.executable if find_spec("hivemind") is not None else None
+    parser.add_argument("--hivemind-python", metavar="PYTHON", default=here, help="of an environment with hivemind")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the contestants write")
     given = parser.parse_args(argv)
     problem = Problem(**({"width": 128, "inner": 512} if given.quick else {}), gated=given.gated)

@@ -49,7 +49,7 @@ def page(data: report.Data) -> str:
         f"{report.spread(data['others_cores'])} cores of the others' turns."
     )
     if HIVEMIND not in data["contestants"]:
-        parts.append("hivemind was left out: no `--hivemind-python`.")
+        parts.append("hivemind was left out: it is not installed here, and there was no `--hivemind-python`.")
     return "\n\n".join(parts)
 
 

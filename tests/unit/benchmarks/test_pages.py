@@ -122,7 +122,7 @@ def test_the_layers_page_puts_goals_and_the_floor_beside_each_figure() -> None:
 def test_the_layers_page_says_who_was_left_out() -> None:
     data = layer_data((ONE, OURS))
     text = report.page("layer", {"machine": {}, **data})
-    assert "hivemind was left out: no `--hivemind-python`." in text
+    assert "hivemind was left out: it is not installed here" in text
     assert rows(text, HIVEMIND) == []
 
 
