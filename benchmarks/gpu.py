@@ -87,7 +87,7 @@ def serve_host(number: int, token: str, pipe: Any) -> None:
         host.hold(shape.name, mine, StackedExperts(make_experts(shape, mine)))
 
     async def serve() -> None:
-        server = HostServer(HostLoop(host).submit, token, settings=TransportSettings(device="cuda"))
+        server = HostServer(HostLoop(host).accept, token, settings=TransportSettings(device="cuda"))
         tcp, unix = await server.start()
         pipe.send(HostAddress(host.host_id, "1", NODE, os.getpid(), tcp, unix))
         await asyncio.get_running_loop().run_in_executor(None, pipe.poll, None)

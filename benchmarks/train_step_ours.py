@@ -83,7 +83,7 @@ def serve(orders: Connection, problem: Problem, experts: list[int]) -> None:
 
 
 async def _serve(orders: Connection, name: str, host: TimedHost, trainees: Trainees) -> None:
-    server = HostServer(HostLoop(host).submit, TOKEN, incarnation=name)
+    server = HostServer(HostLoop(host).accept, TOKEN, incarnation=name)
     tcp, unix = await server.start("127.0.0.1")
     orders.send(HostAddress(name, name, NODE, os.getpid(), tcp, unix))
     ended = asyncio.Event()
