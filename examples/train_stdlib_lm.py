@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 
 import ray_moe
-from ray_moe.config import Config
+from ray_moe import Client, Config, Service
 from ray_moe.models.byte_level import ByteModel, write_new
 from ray_moe.models.huggingface import Checkpoint
-from ray_moe.service.composition import Service
 from ray_moe.training.export import export_trained, find
 from ray_moe.training.loop import Progress
 
@@ -72,7 +71,7 @@ def main() -> None:
         model = export_trained(find(checkpoints), Checkpoint.open(start), arguments.out)
         print(f"the model is in {model}: transformers and `ray-moe serve {model}` load it")
         served = config.model_copy(update={"model": str(model)})
-        with Service(served) as service, ray_moe.Client(service.address) as client:
+        with Service(served) as service, Client(service.address) as client:
             print(client.generate("def ", max_new_tokens=120).text)
 
 

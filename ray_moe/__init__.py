@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_moe.client.aio import AsyncClient
     from ray_moe.client.sync import Client
+    from ray_moe.config import Config
     from ray_moe.models.inspect import inspect
     from ray_moe.models.merge import MergeSettings, merge
     from ray_moe.models.upcycle import UpcycleSettings, upcycle
     from ray_moe.ops.layer import MoELayer
     from ray_moe.ops.methods.driver import Methods
+    from ray_moe.service.composition import Service
     from ray_moe.service.network import remote_trainer
     from ray_moe.service.training import train
     from ray_moe.training.loading import load_trained
@@ -21,9 +23,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient",
     "Client",
+    "Config",
     "MergeSettings",
     "Methods",
     "MoELayer",
+    "Service",
     "UpcycleSettings",
     "__version__",
     "inspect",
@@ -37,6 +41,8 @@ __all__ = [
 _LAZY = {
     "AsyncClient": "ray_moe.client.aio",
     "Client": "ray_moe.client.sync",
+    "Config": "ray_moe.config",
+    "Service": "ray_moe.service.composition",
     "inspect": "ray_moe.models.inspect",
     "MergeSettings": "ray_moe.models.merge",
     "merge": "ray_moe.models.merge",

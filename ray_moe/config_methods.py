@@ -30,16 +30,20 @@ def _checked(gate: dict[str, Any]) -> dict[str, Any]:
     """With each option as its gate has it. Raises: ValueError for a gate or an option that cannot be."""
     if not gate:
         return gate
-    from ray_moe.ops.gates.registry import GATES
+    from ray_moe.ops.gates.registry import GATES, settings_class
 
     name, options = gate.get("name"), {key: value for key, value in gate.items() if key != "name"}
-    if name not in GATES:
-        raise ValueError(f"should have one of these as its name: {', '.join(GATES)}; got {name!r}")
-    known = GATES[name].__dataclass_fields__
+    if not isinstance(name, str) or (name not in GATES and ":" not in name):
+        raise ValueError(f"should have one of these as its name: {', '.join(GATES)}, or module:Class; got {name!r}")
+    try:
+        kind = settings_class(name)
+    except InvalidConfig as error:
+        raise ValueError(f"names a gate that is not there: {error}") from None
+    known = kind.__dataclass_fields__
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"has an option {unknown[0]!r}, which the gate {name} has not; it has {', '.join(known)}")
     try:
-        settings = TypeAdapter(GATES[name]).validate_python(options)
+        settings = TypeAdapter(kind).validate_python(options)
     except ValidationError as error:
         said = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise ValueError(f"has options that the gate {name} cannot have: {'; '.join(said)}") from None
@@ -49,7 +53,7 @@ def _checked(gate: dict[str, Any]) -> dict[str, Any]:
 
 
 GateOptions = Annotated[dict[str, bool | int | float | str | None], BeforeValidator(_named), AfterValidator(_checked)]
-"""``{name: sigmoid, num_groups: 4}``, or a name; empty is no gate."""
+"""``{name: sigmoid, num_groups: 4}``, or a name; empty is no gate. ``module:Class`` is one of somebody's own."""
 
 
 # --- Losses --------------------------------------------------------------------------------------------------

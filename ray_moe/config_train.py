@@ -147,9 +147,10 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     gate: GateOptions = Field(default_factory=dict)
-    """Another gate in the place of the model's routers, by its name (docs/methods/gates.md), alone or with options:
-    `{name: noisy_topk, top_k: 2}`; `top_k` is the model's own when not said. Empty keeps the routers. What is trained
-    can be published or exported only where the gate is, in evaluation, what these routers are; that is checked."""
+    """Another gate in the place of the model's routers, by its name (docs/methods/gates.md) or, one of your own, as
+    `module:Class` (docs/how-to/add-a-gate.md), alone or with options: `{name: noisy_topk, top_k: 2}`; `top_k` is the
+    model's own when not said. Empty keeps the routers. What is trained can be published or exported only where the gate
+    is, in evaluation, what these routers are; that is checked."""
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     methods: MethodsConfig = MethodsConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()

@@ -258,6 +258,8 @@ def test_a_gate_is_a_name_with_its_own_options_or_without(tmp_path: Path) -> Non
     file.write_text(show_config(loaded))
     assert load_config(file).config == loaded.config
     assert load_config(flags=[("train.gate", "", "--set")]).config.train.gate == {}
+    own = [("train.gate.name", "ray_moe.ops.gates.topk:TopKSettings", "--set"), ("train.gate.top_k", "1", "--set")]
+    assert load_config(flags=own).config.train.gate == {"name": "ray_moe.ops.gates.topk:TopKSettings", "top_k": 1}
 
 
 @pytest.mark.parametrize(
@@ -265,6 +267,9 @@ def test_a_gate_is_a_name_with_its_own_options_or_without(tmp_path: Path) -> Non
     [
         ("{gate: best}", "should have one of these as its name: topk, switch, noisy_topk"),
         ("{gate: {top_k: 2}}", "should have one of these as its name"),
+        ("{gate: 'nowhere_at_all:Gate'}", "cannot import the gate 'nowhere_at_all:Gate': No module named"),
+        ("{gate: 'pathlib:Path'}", "the gate 'pathlib:Path' is no dataclass with build"),
+        ("{gate: {name: 'ray_moe.ops.gates.topk:TopKSettings', k: 1}}", "has an option 'k', which the gate"),
         ("{gate: {name: sigmoid, groups: 2}}", "has an option 'groups', which the gate sigmoid has not; it has top_k,"),
         ("{gate: {name: sigmoid, num_groups: many}}", "cannot have: num_groups: Input should be a valid integer"),
         ("{gate: {name: sigmoid, num_groups: 2, top_groups: 3}}", "cannot have: top_groups is in 1..num_groups"),

@@ -6,7 +6,8 @@ Called by `MoELayer`, and by whoever replaces the gates of a model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from importlib import import_module
 from typing import Any
 
 from ray_moe.errors import InvalidConfig
@@ -45,6 +46,31 @@ GATES: dict[str, Any] = {
 """Settings of each gate by its name."""
 
 
+def settings_class(name: str) -> Any:
+    """What makes the gate `name`: one of `GATES`, or ``module:Class``, settings of a gate of one's own.
+
+    The second is found by import, so that it is known in every process that has the module.
+
+    Raises: `InvalidConfig`.
+    """
+    if name in GATES:
+        return GATES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise InvalidConfig(
+            f"unknown gate {name!r}; give one of {', '.join(GATES)}, settings, a module, or module:Class"
+        )
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidConfig(
+            f"cannot import the gate {name!r}: {error}; the module must be on PYTHONPATH, on every node"
+        ) from error
+    if not (is_dataclass(found) and callable(getattr(found, "build", None))):
+        raise InvalidConfig(f"the gate {name!r} is no dataclass with build(hidden_size, num_experts) -> module")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class GateChoice:
     """A gate by its name, where K may be left to the model that it is for."""
@@ -55,7 +81,7 @@ class GateChoice:
 
     def settings(self, top_k: int) -> GateSettings:
         """Args: top_k: K, where the gate has an option `top_k` and nothing is said. Raises: as `make_settings`."""
-        has_top_k = self.name in GATES and "top_k" in GATES[self.name].__dataclass_fields__
+        has_top_k = "top_k" in settings_class(self.name).__dataclass_fields__
         own: dict[str, Any] = {"top_k": top_k} if has_top_k else {}
         return make_settings(self.name, **{**own, **self.options})
 
@@ -64,20 +90,19 @@ class GateChoice:
 
 
 def make_settings(name: str, **options: Any) -> GateSettings:
-    """Settings of the gate `name`, with its own defaults where nothing is said.
+    """Settings of the gate `name` (as of `settings_class`), with its own defaults where nothing is said.
 
     Raises: `InvalidConfig` for a name or an option that is not there (it names those that are), an option that must be
         given, or a value that cannot be.
     """
-    if name not in GATES:
-        raise InvalidConfig(f"unknown gate {name!r}; give one of {', '.join(GATES)}, settings, or a module")
-    known = {option.name: option for option in fields(GATES[name])}
+    kind = settings_class(name)
+    known = {option.name: option for option in fields(kind)}
     if unknown := [option for option in options if option not in known]:
         raise InvalidConfig(f"gate {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
     for option in known.values():
         if option.name not in options and option.default is MISSING and option.default_factory is MISSING:
-            raise InvalidConfig(f"gate {name!r} needs {option.name}: give {GATES[name].__name__}({option.name}=...)")
-    settings: GateSettings = GATES[name](**options)
+            raise InvalidConfig(f"gate {name!r} needs {option.name}: give {kind.__name__}({option.name}=...)")
+    settings: GateSettings = kind(**options)
     return settings
 
 

@@ -78,3 +78,11 @@ def test_a_dense_model_becomes_a_mixture_and_learns_on(tmp_path: Path) -> None:
     assert numbers(r"logits differ by ([\d.e-]+)", said)[0] < 1e-5
     before, dense, moe = numbers(r"([\d.]+) nats per byte", said)
     assert max(dense, moe) < before - 0.2
+
+
+def test_a_gate_of_ones_own_learns_in_a_layer_and_routes_in_a_model() -> None:
+    said = run("custom_gate")
+    (errors,) = re.findall(r"mean squared error ([\d.]+) with topk, ([\d.]+) with cosine", said)
+    assert all(0 < float(error) < 0.2 for error in errors)
+    assert "model.layers.0.mlp.gate, model.layers.1.mlp.gate" in said
+    assert re.search(r"experts of the last token: \[\[\d, \d\], \[\d, \d\]\]", said)

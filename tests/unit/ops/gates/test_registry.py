@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ray_moe import MoELayer
 from ray_moe.errors import InvalidConfig, InvalidRequest
 from ray_moe.ops.gates.base import TokenInfo, takes_info
-from ray_moe.ops.gates.registry import GATES, make_gate, make_settings
+from ray_moe.ops.gates.registry import GATES, GateChoice, make_gate, make_settings
 from tests.unit.ops.gates.gates import (
     EXPERTS,
     INFO,
@@ -188,6 +189,26 @@ def test_a_layer_reads_well() -> None:
     assert layer.routing is not None and layer.routing.index.shape[0] == 16
     assert "ExpertChoiceGate(64, 8, ExpertChoiceSettings(capacity_factor=2.0" in repr(layer).replace("\n", "")
     assert MoELayer(64, 128, 8, 3, gate="noisy_topk").gate.settings.top_k == 3
+
+
+def test_a_gate_of_somebodys_own_is_found_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_gates.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from ray_moe.ops.gates.topk import TopKSettings\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine:\n"
+        "    top_k: int = 1\n"
+        "    def build(self, hidden_size, num_experts):\n"
+        "        return TopKSettings(self.top_k).build(hidden_size, num_experts)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert MoELayer(64, 128, 8, gate="their_gates:Mine").gate.settings.top_k == 1
+    assert GateChoice("their_gates:Mine").settings(3) == make_settings("their_gates:Mine", top_k=3)  # K of the model
+    for wrong in ("their_gates:Yours", "their_gates:TopKSettings.build", "no_such_gates:Mine"):
+        with pytest.raises(InvalidConfig, match=f"cannot import the gate '{wrong}'"):
+            MoELayer(64, 128, 8, gate=wrong)
+    with pytest.raises(InvalidConfig, match="has no option 'k'; it has top_k"):
+        make_settings("their_gates:Mine", k=2)
 
 
 @pytest.mark.parametrize(
