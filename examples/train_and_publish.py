@@ -1,6 +1,6 @@
 """Train a model on the actors that serve it, while they serve it; publish what was learned, and go back.
 
-`python examples/train_and_publish.py [--steps 40]`. The model, tiny and with random weights, learns this file by heart.
+`python examples/train_and_publish.py [--steps 30]`. The model, tiny and with random weights, learns this file by heart.
 Somebody asks it all the time meanwhile: no request fails, and each answer is wholly of one version of the weights.
 """
 
@@ -40,7 +40,7 @@ def learn(client: Client, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         write_new(Path(scratch, "model"), ByteModel(hidden_size=64, num_layers=2, expert_width=64))

@@ -31,6 +31,8 @@ from ray_moe.models.demo import DemoModel, DemoSettings, TrainProgress, demo_mod
 from ray_moe.service.composition import Service, ServiceProgress
 
 NUM_ACTORS = 4
+TO_GO_ON = f"--actors {NUM_ACTORS} --set experts.num_cpus=0.2 --set chaos.enabled=true"
+"""What somebody serves the model with to see for themselves: room for the actors on two cores, and faults allowed."""
 TEXT_PROMPT = "class Server:\n    def __init__(self, "
 TEXT_TOKENS = 240
 COMPARED_PROMPTS = ("import os\nimport sys\n\ndef main(", "    def read(self, size", "# Copyright ")
@@ -96,6 +98,7 @@ def run(
         report.say(f"the demo failed after {elapsed_s:.0f} s: " + "; ".join(report.failures))
     else:
         report.say(f"all {report.num_checks} claims held, in {elapsed_s:.0f} s")
+        report.say(f"to go on with it: ray-moe serve {model.path} {TO_GO_ON}")
     return not report.failures
 
 

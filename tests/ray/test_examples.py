@@ -40,7 +40,7 @@ def test_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     said = run_here("quick_start", monkeypatch, capsys, "--seconds", "2")
     assert "now in" in said
     assert "96 tokens; the service is ready" in said
-    assert len(re.findall(r"expert-\d, process \d+: 32 experts, [1-9]\d* rows", said)) == 2
+    assert len(re.findall(r"expert-\d, process \d+: \d+ experts, [1-9]\d* rows", said)) == 2
     assert said.endswith("everything that was started has ended\n")
 
 
@@ -78,7 +78,7 @@ def test_custom_gate_on_actors() -> None:
 def test_elastic_killed_node() -> None:
     said = run_alone("elastic_killed_node")
     assert re.search(r"node \w+ is killed", said)
-    assert "0 of 8 requests failed; the same tokens: True" in said
+    assert "0 of 8 requests failed\nthe same tokens: True" in said
     assert re.search(r"longest pause with the kill: \d+ ms", said)
     assert re.search(r" lost: .*expert-", said)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from ray_moe.errors import Unavailable
 from ray_moe.models.demo import DemoModel, DemoSettings, TrainProgress
 from ray_moe.service.composition import ServiceProgress
 from ray_moe.types import HostStatus, ServiceStatus
+from tests import pages
 from tests.unit.cli.fakes import FakeClient, client_that, continuation, status
 
 
@@ -87,6 +90,8 @@ def test_when_all_holds(stage: Stage) -> None:
     held, said = stage.walk()
     assert held, said
     assert "all 8 claims held" in said
+    (arguments,) = re.findall(r"to go on with it: ray-moe (.*)", said)
+    assert pages.parse(shlex.split(arguments))["model"] == "/cache/demo"
     assert "killed expert-0, process 101" in said
     assert "tokens per expert" in said
     assert "FAILED" not in said
