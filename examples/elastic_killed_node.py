@@ -1,7 +1,7 @@
 """A node is killed while clients generate: no request fails, no token differs, and the experts are whole again.
 
-`python examples/elastic_killed_node.py`: four Ray nodes on this machine, as processes; two of them have an expert actor
-with a replica of every expert, and one is spare. The raylet of one is killed, and its actor with it.
+`python examples/elastic_killed_node.py`: three Ray nodes on this machine, as processes; two of them have an expert
+actor with a replica of every expert, and one is spare. The raylet of one is killed, and its actor with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ray_moe.service.cluster import RAY_ENVIRONMENT
 from ray_moe.types import ServiceStatus
 
 NUM_STREAMS, NUM_TOKENS, KILL_AFTER = 4, 400, 50
-HEAD = {"num_cpus": 2, "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}}
+NODE = {"num_cpus": 1, "resources": {"expert_slot": 1}}
+MISSED_SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 
 
 def generate(address: str, number: int, under_way: threading.Event) -> tuple[list[int], float]:
@@ -78,13 +79,13 @@ def look(cluster: Cluster, model: str) -> None:
         }
     )
     with Service(config) as service, Client(service.address) as client:
-        node_id = await_two_replicas(client).hosts[0].node_id
+        nodes = {host.node_id for host in await_two_replicas(client).hosts}
+        node = next(node for node in cluster.worker_nodes if node.node_id in nodes)
         print("every expert is on two nodes; a third one is spare", flush=True)
 
         def kill() -> None:
-            node = next(node for node in cluster.worker_nodes if node.node_id == node_id)
             cluster.remove_node(node, allow_graceful=False)
-            print(f"node {node_id[:8]} is killed", flush=True)
+            print(f"node {node.node_id[:8]} is killed", flush=True)
 
         calm, hurt = load(service.address, lambda: None), load(service.address, kill)
         events = await_two_replicas(client).events
@@ -100,10 +101,10 @@ def look(cluster: Cluster, model: str) -> None:
 
 def main() -> None:
     os.environ.update(RAY_ENVIRONMENT)
-    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": MISSED_SOON})
     try:
-        for _ in range(3):
-            cluster.add_node(num_cpus=1, resources={"expert_slot": 1})
+        for _ in range(2):
+            cluster.add_node(**NODE)
         with tempfile.TemporaryDirectory() as folder:
             write_new(Path(folder), ByteModel(hidden_size=64, num_layers=2, expert_width=64))
             look(cluster, folder)

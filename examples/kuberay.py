@@ -63,7 +63,7 @@ def main() -> None:
         )
         (key,) = re.findall(r"\brm_\S+", made.stdout)
         settings = on_one_machine(dict(application.args), model, keys)
-        ray.init(num_cpus=2, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         try:
             serve.start(http_options=HTTPOptions(host="127.0.0.1", port=arguments.port))
             serve.run(getattr(import_module(module), function)(settings), name=application.name)

@@ -25,14 +25,16 @@ from ray_moe.service.cluster import RAY_ENVIRONMENT
 
 
 @contextmanager
-def a_cluster() -> Iterator[str]:
+def a_cluster(folder: Path) -> Iterator[str]:
     """One node, which only those who know the token may join; its address."""
     os.environ |= {**RAY_ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start = f"start --head --block --port {port} --node-ip-address 127.0.0.1 --num-cpus 2 --include-dashboard false"
-    command = [Path(sys.executable).parent / "ray", *start.split(), "--disable-usage-stats"]
+    # In a folder of its own: what Ray notes of a head in /tmp/ray outlives it, and would lead others to it.
+    start += f" --temp-dir {folder} --disable-usage-stats"
+    command = [Path(sys.executable).parent / "ray", *start.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as head:
         try:
             for line in head.stdout:
@@ -72,14 +74,14 @@ def main() -> None:
     parser.add_argument("--address", help="HOST:PORT of the cluster's head; without it one is started here")
     parser.add_argument("--model", help="a checkpoint that all nodes can read; without it a tiny one is made here")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        model = arguments.model or f"{scratch}/model"
         if not arguments.model:
-            write_new(Path(scratch), ByteModel(hidden_size=64, num_layers=2, expert_width=64))
-        model = arguments.model or scratch
+            write_new(Path(model), ByteModel(hidden_size=64, num_layers=2, expert_width=64))
         if arguments.address:
             deploy(arguments.address, model)
         else:
-            with a_cluster() as address:
+            with a_cluster(Path(scratch, "ray")) as address:
                 deploy(address, model)
             print("and so is the cluster")
 

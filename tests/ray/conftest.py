@@ -33,6 +33,7 @@ STORE_BYTES = 200 * 2**20
 
 LONGEST_FIRST = (
     "elastic",
+    "examples",
     "faults",
     "parity",
     "serve_command",

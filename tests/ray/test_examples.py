@@ -61,6 +61,14 @@ def test_train_and_publish(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert re.fullmatch(r"0: \d+(, 1: \d+)?", answers)  # and no error
 
 
+def test_train_stdlib_lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run_here("train_stdlib_lm", monkeypatch, capsys, "--steps", "12", "--out", str(tmp_path / "model"))
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", said)]
+    assert losses[-1] < losses[0] - 0.5
+    assert f"the model is in {tmp_path / 'model'}" in said
+    assert (tmp_path / "model" / "config.json").exists()
+
+
 def test_layer_from_numpy() -> None:
     said = run_alone("layer_from_numpy")
     assert "(64, 128) through 2 of 8 experts" in said
