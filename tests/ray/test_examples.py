@@ -16,7 +16,7 @@ import pytest
 from tests.ray.support import free_port
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 200
+TIMEOUT_S = 280
 """Each takes less than a minute on two cores of its own; here other tests have them, too."""
 
 
