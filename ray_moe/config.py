@@ -315,7 +315,8 @@ class ServerConfig(Section):
     http_port: Annotated[int, Field(ge=0, le=65535), Number] | None = 8477
     """TCP port for HTTP, which speaks OpenAI's interface; 0 takes a free one, null opens none."""
     keys_file: File = ""
-    """File of API keys (`ray-moe keys`), followed when it changes; empty lets everybody on this machine in."""
+    """File of API keys (`ray-moe keys`), followed when it changes; empty lets everybody on this machine in, who
+    must call HTTP by localhost or an IP address."""
     allow_anonymous: bool = False
     """Listen beyond this machine also without keys: then everybody who reaches a port may do everything, draining and
     resizing included."""

@@ -53,15 +53,19 @@ class Admission:
         max_in_flight_bytes: int = 4 * 2**30,
         keys: KeyRing | None = None,
         tracer: Tracer | None = None,
+        *,
+        allow_anonymous: bool = False,
     ) -> None:
         """Args:
         max_concurrent_requests: that make the model work; more are `Overloaded`.
         max_in_flight_bytes: of all requests together; more are `Overloaded`, but one alone never is.
         keys: who may call; None: everybody.
         tracer: what the doors record requests with; None: they do not.
+        allow_anonymous: without keys, who is not on this machine may call, too.
         """
         self.tracer = tracer
         self._keys = keys or KeyRing(None)
+        self._allow_anonymous = allow_anonymous
         self.max_in_flight_bytes = max_in_flight_bytes
         self.num_bytes = 0
         """Held by all requests together."""
@@ -91,6 +95,11 @@ class Admission:
     def keys_required(self) -> bool:
         """Whether requests need an API key."""
         return self._keys.required
+
+    @property
+    def local_only(self) -> bool:
+        """Whether callers are trusted for being on this machine, and for nothing else."""
+        return not self.keys_required and not self._allow_anonymous
 
     @property
     def serving(self) -> bool:

@@ -39,7 +39,13 @@ class Doors:
             client_ca = Path(server.tls_client_ca_file) if server.tls_client_ca_file else None
             tls = TlsFiles(Path(server.tls_cert_file), Path(server.tls_key_file), client_ca)
         backend = cast(Backend, MeteredBackend(backend))
-        admission = Admission(backend, max_in_flight_bytes=server.max_in_flight_bytes, keys=self._keys, tracer=tracer)
+        admission = Admission(
+            backend,
+            max_in_flight_bytes=server.max_in_flight_bytes,
+            keys=self._keys,
+            tracer=tracer,
+            allow_anonymous=server.allow_anonymous,
+        )
         self._grpc = GrpcFrontDoor(
             backend,
             server.host,

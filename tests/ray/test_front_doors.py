@@ -87,9 +87,7 @@ def test_tritonclient_generates_and_runs_a_layer(service, expected):
         np.testing.assert_allclose(through, ours.forward(layer, tokens), rtol=1e-5, atol=1e-6)
 
 
-def test_a_browser_sees_what_there_is(service):
+def test_the_interface_is_described(service):
     assert httpx.get(f"{service.http_address}/health").status_code == 200
     paths = httpx.get(f"{service.http_address}/openapi.json").json()["paths"]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions"} <= set(paths)
-    page = httpx.get(f"{service.http_address}/docs")
-    assert page.headers["content-type"].startswith("text/html") and "openapi.json" in page.text

@@ -2,8 +2,8 @@
 
 The page is the same for everybody and tells nothing. Whatever is told or done needs the role `admin` where keys are
 asked for, and is not counted against the limit of concurrent requests, since one wants it most when that is reached.
-Where no keys are asked for, `origin.py` keeps other pages out. The routes are no part of `/openapi.json`. Added by
-`service/openai/app.py`.
+Where no keys are asked for, `openai/origin.py` keeps other pages out. The routes are no part of `/openapi.json`. Added
+by `service/openai/app.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from starlette.routing import Route
 from ray_moe.service.admission import Admission
 from ray_moe.service.auth import Caller
 from ray_moe.service.backend import Backend
-from ray_moe.service.dashboard import origin
 from ray_moe.service.dashboard.actions import Actions
 from ray_moe.service.dashboard.files import Files, compressed
 from ray_moe.service.dashboard.picture import Pictures
+from ray_moe.service.openai import origin
 from ray_moe.service.openai.exchange import read_body, until_ending
 
 MAX_BODY_BYTES = 2**14
@@ -39,7 +39,9 @@ def routes(backend: Backend, admission: Admission) -> list[Route]:
 
     def caller(request: Request) -> Caller:
         if not admission.keys_required:
-            origin.check(request.headers, changes=request.method != "GET")
+            origin.check_host(request.headers)
+            if request.method != "GET":
+                origin.check_page(request.headers)
         return admission.caller(request.headers, "admin")
 
     async def page(request: Request) -> Response:

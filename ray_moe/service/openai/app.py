@@ -23,6 +23,7 @@ from ray_moe.service.dashboard import routes as dashboard
 from ray_moe.service.openai.errors import BadRequest, refusal
 from ray_moe.service.openai.framing import StrictFraming
 from ray_moe.service.openai.jobs import RequestLimits, check_model
+from ray_moe.service.openai.origin import OwnHost
 from ray_moe.service.openai.requests import RequestMiddleware
 from ray_moe.service.openai.schemas import request_schemas
 from ray_moe.service.openai.schemas_answers import (
@@ -71,6 +72,7 @@ def make_app(
         version=__version__,
         description="Completions and chat completions in the manner of OpenAI's API.",
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's pages load their scripts from a CDN, into the origin of the service
         redoc_url=None,
     )
     _add_information(app, backend, admission)
@@ -78,6 +80,8 @@ def make_app(
     _add_generation(app, backend, admission, limits)
     app.router.routes.extend(dashboard.routes(backend, admission))
     _add_errors(app)
+    if admission.local_only:
+        app.add_middleware(OwnHost)
     app.add_middleware(StrictFraming)
     app.add_middleware(RequestMiddleware, tracer=admission.tracer, paths=frozenset(_paths(app)))
     describe = app.openapi

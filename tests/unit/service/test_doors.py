@@ -163,3 +163,10 @@ def test_settings_that_do_not_go_together_are_refused(keys_file):
 async def test_a_missing_file_of_keys_is_told_before_anything_listens(tmp_path):
     with pytest.raises(InvalidConfig, match=r"keys\.json"):
         await Doors(FakeBackend(), ServerConfig(port=0, keys_file=str(tmp_path / "keys.json"))).start()
+
+
+@pytest.mark.parametrize(("anonymous", "status"), [(False, 403), (True, 200)])
+async def test_by_which_names_http_is_called_follows_the_configuration(anonymous, status):
+    doors = Doors(FakeBackend(), ServerConfig(allow_anonymous=anonymous))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(doors.http_app), base_url="http://moe.example") as http:
+        assert (await http.get("/health")).status_code == status

@@ -62,7 +62,7 @@ class Scraped:
 
 async def scrape(backend: Any, max_experts: int = 32, accept: str = "") -> httpx.Response:
     app = make_app(backend, Admission(backend), None, max_experts)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         return await client.get("/metrics", headers={"accept": accept})
 
 

@@ -74,7 +74,7 @@ async def http_door(backend: FakeBackend, limits: RequestLimits | None = None, *
 def without_server(backend: FakeBackend, limits: RequestLimits | None = None) -> httpx.AsyncClient:
     """A client of the application itself, without a network between them."""
     app = make_app(backend, Admission(backend), limits)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
 def async_client(address: str, **options: Any) -> openai.AsyncOpenAI:
