@@ -100,7 +100,15 @@ ROWS: dict[str, list[Panel]] = {
             "s",
             "From coming to the first step, and how long the oldest has waited that has not begun.",
         ),
-        Panel("Duration by kind", quantiles("ray_moe_request_duration_seconds", "kind"), "s", width=24),
+        Panel("Duration by kind", quantiles("ray_moe_request_duration_seconds", "kind"), "s", width=12),
+        Panel(
+            "Refused for who asked",
+            {"{{door}} {{reason}}": rate("ray_moe_refused_requests_total", "door, reason") + " > 0"},
+            "reqps",
+            "No key, one that is unknown or expired, one without the role; without keys: pages of others.",
+            width=12,
+            stacked=True,
+        ),
     ],
     "Steps": [
         Panel("Time of a step", quantiles("ray_moe_step_duration_seconds"), "s"),

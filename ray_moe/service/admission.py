@@ -15,6 +15,7 @@ from ray_moe.service.auth import Caller, KeyRing, presented_key
 from ray_moe.service.backend import Backend
 from ray_moe.service.keys import Role
 from ray_moe.service.metering import calling
+from ray_moe.service.refusals import Refusals
 from ray_moe.service.requests import current
 
 
@@ -66,6 +67,7 @@ class Admission:
         self.tracer = tracer
         self._keys = keys or KeyRing(None)
         self._allow_anonymous = allow_anonymous
+        self.refusals = Refusals()
         self.max_in_flight_bytes = max_in_flight_bytes
         self.num_bytes = 0
         """Held by all requests together."""
@@ -84,11 +86,13 @@ class Admission:
 
         It is cheap enough for each message of a long stream, which then ends soon after its key is revoked.
         """
-        caller = self._keys.identify(presented_key(headers.get("authorization"), headers.get("x-api-key")))
+        presented = presented_key(headers.get("authorization"), headers.get("x-api-key"))
+        caller = self._keys.identify(presented, self.refusals.count)
         request = current()
         if request is not None:
             request.from_caller(caller.name)
-        caller.require(role)
+        with self.refusals.counted("role"):
+            caller.require(role)
         return caller
 
     @property

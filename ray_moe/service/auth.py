@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ray_moe.errors import PermissionDenied, Unauthenticated
 from ray_moe.service.keys import ROLES, ApiKey, Role, digest_of, read_keys
@@ -19,6 +20,14 @@ from ray_moe.service.limits import UNLIMITED, Limits, Meter
 from ray_moe.service.reloading import Reloading
 
 ANONYMOUS = "anonymous"
+
+NoCaller = Literal["no_key", "unknown_key", "expired_key"]
+"""Why a request is nobody's."""
+_TOLD: dict[NoCaller, str] = {
+    "no_key": "this service needs an API key: send one as `authorization: Bearer KEY`",
+    "unknown_key": "this API key is not known here: check it, or ask whoever runs the service for one",
+    "expired_key": "this API key has expired: ask whoever runs the service for another",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +102,16 @@ class KeyRing:
         if self._keys is not None:
             self._keys.load()
 
-    def identify(self, presented: str | None) -> Caller:
+    def identify(self, presented: str | None, refused: Callable[[NoCaller], None] | None = None) -> Caller:
         """Whose key that is. Looks at the file if it has not for a second.
 
         Takes the same time for any wrong key: what is looked up is a digest, which nobody can steer towards another
         without breaking SHA-256, so that how far two agree tells nothing about a key; and the final comparison does not
         depend on where they differ.
+
+        Args:
+            presented: the key that came with the request.
+            refused: told why, before it is raised.
 
         Raises:
             Unauthenticated: there is no key, it is unknown, or it has expired.
@@ -106,17 +119,23 @@ class KeyRing:
         """
         if self._keys is None:
             return self._anonymous
-        keys = self._keys.current()
+        key = self._look_up(self._keys.current(), presented)
+        if not isinstance(key, ApiKey):
+            if refused is not None:
+                refused(key)
+            raise Unauthenticated(_TOLD[key])
+        meter = self._meters.get(key.name) or self._meters.setdefault(key.name, Meter(self._clock))
+        return Caller(key.name, key.roles, key.limits, meter)
+
+    def _look_up(self, keys: Mapping[bytes, ApiKey], presented: str | None) -> ApiKey | NoCaller:
         if not presented:
-            raise Unauthenticated("this service needs an API key: send one as `authorization: Bearer KEY`")
+            return "no_key"
         digest = digest_of(presented)
         key = keys.get(digest)
         if key is None or not hmac.compare_digest(key.digest, digest):
-            raise Unauthenticated("this API key is not known here: check it, or ask whoever runs the service for one")
-        if key.expires_at is not None and self._unix_time() >= key.expires_at:
-            raise Unauthenticated("this API key has expired: ask whoever runs the service for another")
-        meter = self._meters.get(key.name) or self._meters.setdefault(key.name, Meter(self._clock))
-        return Caller(key.name, key.roles, key.limits, meter)
+            return "unknown_key"
+        expired = key.expires_at is not None and self._unix_time() >= key.expires_at
+        return "expired_key" if expired else key
 
 
 def presented_key(authorization: str | None, x_api_key: str | None) -> str | None:

@@ -16,6 +16,7 @@ from ray_moe.errors import RayMoEError
 from ray_moe.service.backend import Backend
 from ray_moe.service.metrics_experts import HotExperts
 from ray_moe.service.metrics_page import Page
+from ray_moe.service.refusals import Refusals
 from ray_moe.types import ServiceStatus
 
 STATUS_TIMEOUT_S = 2.0
@@ -25,9 +26,14 @@ STATUS_TIMEOUT_S = 2.0
 class Metrics:
     """Of one router."""
 
-    def __init__(self, backend: Backend, max_experts: int) -> None:
-        """`max_experts`: that have a series of their own, over all layers."""
+    def __init__(self, backend: Backend, refusals: Refusals, max_experts: int) -> None:
+        """Args:
+        backend: what is told of.
+        refusals: of all doors of the router.
+        max_experts: that have a series of their own, over all layers.
+        """
         self._backend = backend
+        self._refusals = refusals
         self._experts = HotExperts(max_experts)
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
@@ -36,7 +42,7 @@ class Metrics:
         measures = self._backend.measures()
         experts = self._experts.count(measures.tokens_per_expert, time.monotonic())
         registry = CollectorRegistry()  # not the process's own, which others may fill
-        registry.register(Page(self._backend.model_name, measures, experts, status))
+        registry.register(Page(self._backend.model_name, measures, experts, status, self._refusals.counts))
         encode, content_type = choose_encoder(accept)
         return await asyncio.to_thread(encode, registry), content_type
 

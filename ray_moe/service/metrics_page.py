@@ -16,6 +16,7 @@ from ray_moe.runtime.histogram import Histogram
 from ray_moe.runtime.measures import Measures
 from ray_moe.runtime.vitals import Vitals
 from ray_moe.service.metrics_experts import Row
+from ray_moe.service.refusals import Reason
 from ray_moe.types import HostStatus, RoutingTable, ServiceStatus
 
 PREFIX = "ray_moe_"
@@ -66,17 +67,26 @@ Samples = Iterable[tuple[Sequence[str], float]]
 class Page(Collector):
     """All of them at one moment."""
 
-    def __init__(self, model: str, measures: Measures, experts: Sequence[Row], status: ServiceStatus | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        measures: Measures,
+        experts: Sequence[Row],
+        status: ServiceStatus | None,
+        refusals: Mapping[tuple[str, Reason], int],
+    ) -> None:
         """Args:
         model: what clients call it.
         measures: the router's own.
         experts: series of tokens per expert.
         status: of the cluster; None where the controller did not tell in time.
+        refusals: (door, reason) -> requests refused for who asked.
         """
         self._model = model
         self._measures = measures
         self._experts = experts
         self._status = status
+        self._refusals = refusals
 
     def collect(self) -> Iterator[Metric]:
         measures = self._measures
@@ -96,6 +106,12 @@ class Page(Collector):
         if measures.version is not None:
             text = "Version of the weights that new requests are computed with."
             yield self._gauge("weights_version", text, measures.version)
+        yield self._counters(
+            "refused_requests",
+            "Requests refused for who asked: by their key or its role, or as another web page's.",
+            self._refusals.items(),
+            ("door", "reason"),
+        )
         if measures.vitals is not None:
             yield from self._requests(measures.vitals)
         if measures.table is not None:

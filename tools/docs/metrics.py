@@ -6,6 +6,7 @@ from ray_moe.runtime.measures import Measures
 from ray_moe.runtime.vitals import Vitals
 from ray_moe.service.metrics_experts import Row
 from ray_moe.service.metrics_page import Page
+from ray_moe.service.refusals import Refusals
 from ray_moe.types import HostStatus, Placement, RouterStatus, RoutingTable, ServiceStatus
 from tools.docs.tables import cell, table
 
@@ -22,14 +23,15 @@ TAIL = """`ray_moe_expert_tokens_total` has a series for each of the hottest exp
 `sum by (layer) (rate(...))` is right; an expert stays named for ten minutes at least.
 
 The `outcome` of a request is `stop`, `length` or `done`, `cancelled`, `deadline`, `overloaded`, `invalid` or `failed`.
-Only the last one is the service's fault.
+Only the last one is the service's fault. The `reason` of a refusal is `no_key`, `unknown_key`, `expired_key` or `role`;
+without keys it is `host`, a name that could be rebound, or `page`, another web page that wanted something changed.
 """
 
 
 def page() -> str:
     """Markdown."""
     rows = []
-    for family in Page("", _measures(), [Row("layer", 0, 0)], _status()).collect():
+    for family in Page("", _measures(), [Row("layer", 0, 0)], _status(), Refusals().counts).collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"model", "le"}
         rows.append(

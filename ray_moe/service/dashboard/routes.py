@@ -39,9 +39,10 @@ def routes(backend: Backend, admission: Admission) -> list[Route]:
 
     def caller(request: Request) -> Caller:
         if not admission.keys_required:
-            origin.check_host(request.headers)
-            if request.method != "GET":
-                origin.check_page(request.headers)
+            with admission.refusals.counted("page"):
+                origin.check_host(request.headers)
+                if request.method != "GET":
+                    origin.check_page(request.headers)
         return admission.caller(request.headers, "admin")
 
     async def page(request: Request) -> Response:

@@ -81,7 +81,7 @@ def make_app(
     app.router.routes.extend(dashboard.routes(backend, admission))
     _add_errors(app)
     if admission.local_only:
-        app.add_middleware(OwnHost)
+        app.add_middleware(OwnHost, refusals=admission.refusals)
     app.add_middleware(StrictFraming)
     app.add_middleware(RequestMiddleware, tracer=admission.tracer, paths=frozenset(_paths(app)))
     describe = app.openapi
@@ -133,7 +133,7 @@ def _add_metrics(app: FastAPI, backend: Backend, admission: Admission, max_exper
         if not made:  # the library is loaded by the first scrape, in routers that have one
             from ray_moe.service.metrics import Metrics
 
-            made.append(Metrics(backend, max_experts))
+            made.append(Metrics(backend, admission.refusals, max_experts))
         return made[0]
 
     @app.get(

@@ -15,17 +15,20 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ray_moe.errors import PermissionDenied
+from ray_moe.service.refusals import Refusals
 
 
 class OwnHost:
     """Around the application: whoever calls it by a name that others can rebind is refused, see `check_host`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, refusals: Refusals) -> None:
         self._app = app
+        self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            check_host(Headers(scope=scope))
+            with self._refusals.counted("host"):
+                check_host(Headers(scope=scope))
         await self._app(scope, receive, send)
 
 

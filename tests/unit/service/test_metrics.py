@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from ray_moe.errors import NotFound, Unavailable
+from ray_moe.client.aio import AsyncClient
+from ray_moe.errors import NotFound, Unauthenticated, Unavailable
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.ops.experts import StackedExperts
 from ray_moe.policy.placement import place_by_index
@@ -30,6 +31,7 @@ from ray_moe.types import GenerateRequest, RouterStatus, RoutingTable, ServiceSt
 from tests.tiny_models import save
 from tests.unit.service.fake_backend import LAYERS, STATUS, FakeBackend
 from tests.unit.service.openai.http_door import until
+from tests.unit.service.test_auth import add
 from tests.unit.service.test_doors import add_key, doors
 
 README = Path(__file__).parents[3] / "README.md"
@@ -250,6 +252,48 @@ async def test_a_key_needs_the_role_and_a_scrape_costs_no_tokens(tmp_path: Path)
     assert [answer.status_code for answer in answers] == [401, 403, 200]
     assert "role metrics" in answers[1].text
     assert (models.status_code, refused.status_code) == (403, 403)
+
+
+async def test_who_is_refused_is_counted_by_door_and_reason(tmp_path: Path):
+    file = tmp_path / "keys.json"
+    ana, scraper = add_key(file, "ana", "infer"), add_key(file, "prometheus", "metrics")
+    old = add(file, "old", expires_at=1)
+    ask = {"model": "tiny", "prompt": "hi", "max_tokens": 1}
+    async with doors(FakeBackend(), keys_file=str(file)) as (grpc_target, target), httpx.AsyncClient() as http:
+
+        async def refused() -> dict[tuple[str, ...], float]:
+            answer = await http.get(f"http://{target}/metrics", headers={"authorization": f"Bearer {scraper}"})
+            return Scraped(answer.text).values("refused_requests_total")
+
+        assert set((await refused()).values()) == {0}  # the first one is a rise
+        for key in (ana, "wrong", "wrong", old, scraper):
+            await http.post(f"http://{target}/v1/completions", json=ask, headers={"authorization": f"Bearer {key}"})
+        await http.get(f"http://{target}/v1/models")
+        for given in (ana, None, "wrong"):
+            async with AsyncClient(grpc_target, api_key=given, discover=False, max_attempts=1) as client:
+                with suppress(Unauthenticated):
+                    await client.status()
+        assert {labels: count for labels, count in (await refused()).items() if count} == {
+            ("openai", "unknown_key"): 2,
+            ("openai", "expired_key"): 1,
+            ("openai", "role"): 1,
+            ("openai", "no_key"): 1,
+            ("grpc", "no_key"): 1,
+            ("grpc", "unknown_key"): 1,
+        }
+
+
+async def test_pages_of_others_are_counted_where_no_keys_are_asked_for():
+    backend, page = FakeBackend(), {"origin": "http://evil.example"}
+    app = make_app(backend, Admission(backend))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        await client.get("/v1/models", headers={"host": "evil.example"})
+        await client.post("/dashboard/api/plan", json={"dry_run": True}, headers=page)
+        counts = Scraped((await client.get("/metrics")).text).values("refused_requests_total")
+    assert {labels: count for labels, count in counts.items() if count} == {
+        ("openai", "host"): 1,
+        ("openai", "page"): 1,
+    }
 
 
 async def test_the_readme_lists_the_metrics_that_there_are():
