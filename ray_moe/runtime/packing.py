@@ -68,7 +68,24 @@ class Segment:
         return self.cache.length + self.length
 
 
-class PackedCache(Cache):
+class MasklessCache(Cache):
+    """The cache of a packed step as the model sees it: empty, since nothing is to be made of it. Masks, and biases of
+    positions, are of one sequence each, and `Row.attend` makes its own."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class PackedCache(MasklessCache):
     """What the model takes for its cache while it computes a packed row."""
 
     def __init__(self, segments: Sequence[Segment], gathers: bool) -> None:
@@ -76,7 +93,7 @@ class PackedCache(Cache):
         that share keys and values), so that it must be given the keys and values of all sequences, one after another.
         Else they stay where they are.
         """
-        super().__init__(layers=[])
+        super().__init__()
         self.segments = segments
         self.gathers = gathers
         self.given: dict[int, torch.Tensor] = {}
@@ -120,16 +137,6 @@ class PackedCache(Cache):
             # A single token sees all that is left, and a first chunk what `sdpa` calls causal.
             outputs.append(attend(module, query[:, :, one.start : one.end], keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, 1)
-
-    # What masks would be made from. There are none: `attend` makes its own.
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
 
 
 @contextmanager

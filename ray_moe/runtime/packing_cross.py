@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, EncoderDecoderCache
+from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import MoEModelOutput
 
 from ray_moe.runtime import packing
 from ray_moe.runtime.kv_cache import KVCache
-from ray_moe.runtime.packing import attention_of, causal_mask, is_packed_step
+from ray_moe.runtime.packing import MasklessCache, attention_of, causal_mask, is_packed_step
 
 
 def pack(model: nn.Module) -> None:
@@ -153,12 +153,12 @@ class DecoderRows:
         return torch.cat(outputs, 1)
 
 
-class _Written(Cache):
+class _Written(MasklessCache):
     """One of the two caches: it gives back what it is given, and `keep` knows where that belongs."""
 
     def __init__(self, keep: Any, num_layers: int = 0) -> None:
         """Args: num_layers: for so many it says that all is there when it is asked; that is not looked at either."""
-        super().__init__(layers=[])
+        super().__init__()
         nothing = torch.zeros(1, 1, 1, 1)
         self.layers = [SimpleNamespace(keys=nothing, values=nothing)] * num_layers
         self._keep = keep
@@ -168,13 +168,3 @@ class _Written(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._keep(layer_idx, key_states, value_states)
         return key_states, value_states
-
-    # What masks and biases would be made from. There are none: `attend` makes its own.
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
