@@ -244,8 +244,8 @@ class GenerateRequest(_message.Message):
     min_p: _builtins.float
     """0 to 1; sampling among tokens at least this much as likely as the likeliest."""
     repetition_penalty: _builtins.float
-    """0.01 to 100; logits of tokens that have occurred, the prompt included, are divided by it, or multiplied where
-    negative. When absent: what the checkpoint's generation_config asks for.
+    """0.01 to 100; logits of tokens that have occurred, the prompt included unless an encoder reads it, are divided by
+    it, or multiplied where negative. When absent: what the checkpoint's generation_config asks for.
     """
     presence_penalty: _builtins.float
     """Finite; taken off the logits of tokens that have been generated, and once for each time."""
