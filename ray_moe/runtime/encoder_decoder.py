@@ -13,7 +13,9 @@ Shape legend: S tokens of all new prompts, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,12 +66,23 @@ class EncoderDecoderStepper:
             tokens += sequence.tokens[begin:end]
             last.append(len(tokens) - 1)
         rows = DecoderRows(parts, self._model.config.num_decoder_layers)
-        with step_of(rows):
+        with step_of(rows), self._head_of(last):
             out = self._model(
                 encoder_outputs=encoded,
                 decoder_input_ids=torch.tensor(tokens, device=self._device)[:, None],
                 past_key_values=rows.cache,
                 use_cache=True,
             )
-        logits: torch.Tensor = out.logits[last, 0]
+        logits: torch.Tensor = out.logits[:, 0]
         return logits
+
+    @contextmanager
+    def _head_of(self, rows: list[int]) -> Iterator[None]:
+        """While the block runs, the model makes logits of these rows alone. Of a sequence that lost its room all
+        tokens are computed again, and a vocabulary is wide; its `forward` has no argument for it."""
+        head: nn.Module = self._model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows],))
+        try:
+            yield
+        finally:
+            hook.remove()

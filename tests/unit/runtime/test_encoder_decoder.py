@@ -130,6 +130,19 @@ def test_a_step_that_fails_is_simply_done_again(layer: str) -> None:
     assert torch.equal(made.step(*pairs[0]), other.step(*pairs[1]))
 
 
+def test_logits_are_made_of_the_last_token_alone_when_all_are_computed_again() -> None:
+    made, seen = Setting(), list[int]()
+    made.model.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(len(logits)))
+    one, other = made.sequence(5, 9, 33), made.sequence(7, 8)
+    for _ in range(4):
+        logits = made.step(one, other)
+    again = made.sequence(5, 9, 33)  # as if it had lost its room
+    again.tokens = one.tokens[:-1]
+    assert again.num_new == 3 + 4
+    torch.testing.assert_close(made.step(again)[0], logits[0])
+    assert seen == [2] * 4 + [1]
+
+
 def test_outside_of_a_step_the_model_computes_as_before() -> None:
     made, plain = Setting(), build()
     made.step(made.sequence(5, 9, 33))
