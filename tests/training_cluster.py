@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,9 @@ class _Member:
         return self._group.exchange(self.rank, value)[0]
 
 
-def together(workers: Sequence[Any], do: Callable[[Any], Any]) -> list[Any]:
-    """What comes of doing it with every worker, each in a thread of its own. Raises what the first of them raises."""
+def together(workers: Sequence[Any], do: Callable[[Any], Any], timeout_s: float = 120) -> list[Any]:
+    """What comes of doing it with every worker, each in a thread of its own. Raises what the first of them raises, and
+    `TimeoutError` where one has not ended in time."""
     results: list[Any] = [None] * len(workers)
 
     def run(number: int) -> None:
@@ -71,14 +73,17 @@ def together(workers: Sequence[Any], do: Callable[[Any], Any]) -> list[Any]:
         except BaseException as error:
             results[number] = error
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(workers))]
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(workers))]
+    ends_s = time.monotonic() + timeout_s
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(max(0.0, ends_s - time.monotonic()))
     for result in results:
         if isinstance(result, BaseException):
             raise result
+    if late := [number for number, thread in enumerate(threads) if thread.is_alive()]:
+        raise TimeoutError(f"workers {late} of {len(workers)} have not ended after {timeout_s} s")
     return results
 
 
