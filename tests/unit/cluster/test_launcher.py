@@ -196,13 +196,26 @@ def fake(home: Path, answers: dict[str, str]) -> str:
 
 
 # --- Spot nodes ----------------------------------------------------------------------------------------------
-def spot(home: Path, cloud: str, path: str) -> subprocess.CompletedProcess[str]:
+RAYLET = "/opt/ray/core/src/ray/raylet/raylet"
+ONE_OR_ALL: tuple[dict[str, str], ...] = ({}, {"SPOT_ADDRESS": "two:2"})
+
+
+def running(home: Path, *commands: list[str]) -> None:
+    """Processes with these command lines, as the system shows them."""
+    for number, command in enumerate(commands, 1):
+        (home / f"proc/{number}").mkdir(parents=True)
+        (home / f"proc/{number}/cmdline").write_text("".join(f"{word}\0" for word in command))
+
+
+def spot(home: Path, cloud: str, path: str, **more: str) -> subprocess.CompletedProcess[str]:
     (home / "ray-moe").mkdir(exist_ok=True)
     environment = {
         "HOME": str(home),
         "PATH": f"{path}:{os.environ['PATH']}",
         "SPOT_POLL_S": "0.05",
         "SPOT_GRACE_S": "0",
+        "SPOT_PROC": str(home / "proc"),
+        **more,
     }
     command = ["bash", str(CLUSTER / "spot.sh"), cloud]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=20)
@@ -225,11 +238,40 @@ def spot(home: Path, cloud: str, path: str) -> subprocess.CompletedProcess[str]:
 def test_ray_hears_of_a_node_that_the_cloud_takes_back(
     node: Path, cloud: str, answers: dict[str, str], seconds: int
 ) -> None:
+    running(
+        node, [RAYLET, "--node_id=ab1", "--gcs-address=10.0.0.1:6379", "--python_worker_command=x --head --node_id=y"]
+    )
     ended = spot(node, cloud, fake(node, answers))
     assert ended.returncode == 0, ended.stderr
     (told,) = ended.stdout.splitlines()
-    assert told.startswith("ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION ")
+    assert told.startswith(
+        "ray drain-node --address 10.0.0.1:6379 --node-id ab1 --reason DRAIN_NODE_REASON_PREEMPTION "
+    )
     assert told.endswith(f" --deadline-remaining-seconds {seconds}")
+
+
+def test_all_nodes_of_the_machine_are_told_of_and_no_head(node: Path) -> None:
+    """`ray drain-node` alone would find one of them, and a head before all others."""
+    running(
+        node,
+        [RAYLET, "--node_id=a", "--gcs-address=one:1", "--head"],
+        [RAYLET, "--gcs-address=one:1", "--node_id=b"],
+        [RAYLET, "--node_id=c", "--gcs-address=two:2"],
+        ["/usr/bin/python", "agent.py", "--node_id=d", "--gcs-address=two:2"],
+        [],
+    )
+    path = fake(node, {})
+    told = [
+        re.findall(r"--address (\S+) --node-id (\S+)", spot(node, "pod", path, **more).stdout) for more in ONE_OR_ALL
+    ]
+    assert told == [[("one:1", "b"), ("two:2", "c")], [("two:2", "c")]]
+
+
+def test_where_no_node_runs_it_is_said(node: Path) -> None:
+    running(node, ["/usr/bin/bash"])
+    ended = spot(node, "pod", fake(node, {}))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "no node of Ray on this machine could be told" in ended.stderr
 
 
 def test_ray_knows_what_it_is_told() -> None:
@@ -237,7 +279,8 @@ def test_ray_knows_what_it_is_told() -> None:
 
     told = re.findall(r"--[a-z-]+", (CLUSTER / "spot.sh").read_text().partition("ray drain-node")[2].partition("[ ")[0])
     known = {name: option for option in drain_node.params for name in option.opts}
-    assert set(told) == {"--reason", "--reason-message", "--deadline-remaining-seconds"} <= set(known)
+    words = {"--address", "--node-id", "--reason", "--reason-message", "--deadline-remaining-seconds"}
+    assert set(told) == words <= set(known)
     assert "DRAIN_NODE_REASON_PREEMPTION" in known["--reason"].type.choices
 
 
