@@ -31,13 +31,18 @@ NUM_ACTORS = 4
 
 
 @pytest.fixture(scope="module")
-def service(serve_module, tmp_path_factory):
+def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     save("qwen3_moe", folder, vocab_size=259, hidden_size=128)
     save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(serve_module, model, tmp_path_factory):
     train = {"checkpoints": {"folder": str(tmp_path_factory.mktemp("checkpoints"))}, "num_cpus": 0.1}
     experts = {"num_actors": NUM_ACTORS, "standby_actors": 1}
-    return serve_module(folder, server={"http_port": 0}, train=train, experts=experts, chaos={"enabled": True})
+    return serve_module(model, server={"http_port": 0}, train=train, experts=experts, chaos={"enabled": True})
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -110,6 +115,27 @@ def test_every_link_leads_somewhere():
 def test_pages_run_from_top_to_bottom(service, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    walk(service, name)
+    with Client(service.address) as client:
+        if len(client.status().hosts) != NUM_ACTORS + 1:
+            client.resize(NUM_ACTORS)
+        await_status(client, has_actors(NUM_ACTORS + 1), what="as many actors as before")
+
+
+def test_the_page_about_scaling_runs_with_a_service_of_its_own(
+    serve, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names an actor, which those of other pages may have ended."""
+    monkeypatch.chdir(tmp_path)
+    service = serve(model, experts={"num_actors": 2, "spare_slots": 2})
+    walk(service, "how-to/autoscale.md")
+    with Client(service.address) as client:
+        hosts = {host.host_id for host in client.status().hosts}
+    assert len(hosts) == 3 and "expert-0" not in hosts
+
+
+def walk(service, name: str) -> None:
+    """Run a page from top to bottom."""
 
     def adapt(text: str) -> str:
         for usual, here in {
@@ -122,10 +148,6 @@ def test_pages_run_from_top_to_bottom(service, name: str, tmp_path: Path, monkey
         return text
 
     pages.run(ROOT / "docs" / name, {}, adapt, lambda arguments: needs(service, arguments))
-    with Client(service.address) as client:
-        if len(client.status().hosts) != NUM_ACTORS + 1:
-            client.resize(NUM_ACTORS)
-        await_status(client, has_actors(NUM_ACTORS + 1), what="as many actors as before")
 
 
 def needs(service, arguments: Sequence[str]) -> Sequence[str] | None:

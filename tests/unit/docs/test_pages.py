@@ -19,7 +19,7 @@ from tests import pages, tiny_models
 from tests.pages import DOCS, README, ROOT
 
 WITH_A_SERVICE = {"tutorial.md", "how-to/autoscale.md", "how-to/train.md", "how-to/upgrade.md"}
-"""Pages that tests/ray/test_pages.py runs, but for autoscale.md, whose blocks are only read."""
+"""Pages that tests/ray/test_pages.py runs."""
 OF_OTHER_MACHINES = {"deploy.md"}
 """Pages whose commands are for clouds and for root; tests/unit/cluster/test_page.py reads them."""
 
