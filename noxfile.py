@@ -45,6 +45,8 @@ def client(session: nox.Session) -> None:
     )
     try:
         target = next(iter(service.stdout or ()), "").strip()
+        if not target:
+            session.error("tests.compat.service did not say where it listens: see above")
         session.chdir(session.create_tmp())  # the checkout must not be what is imported
         session.run("python", "-W", "error", str(ROOT / "tools/release.py"), "client", target, env={"PYTHONPATH": ""})
     finally:
