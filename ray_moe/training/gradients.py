@@ -58,6 +58,11 @@ class GradientCompressor:
         self.residuals = self.residuals if residuals is None else dict(residuals)
         self._quantizer.load_state(self.residuals)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the residuals."""
+        return sum(residual.nbytes for residual in self.residuals.values())
+
 
 def expand(
     tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor], num_bits: int

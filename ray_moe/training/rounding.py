@@ -2,7 +2,7 @@
 
 What is trained is what `ops/quantized_training.py` trains in one process. A parameter of such an expert has a shape and
 a gradient and no weights (`ops/optimizers.py: blank`); these are in a `Rounded`. Among the tensors that an expert is,
-each of its matrices has the names `KEYS`. Called by `trainees.py`.
+each of its matrices has the names `KEYS`. Called by `trained_experts.py`.
 
 Shape legend: D model width, F expert width.
 """

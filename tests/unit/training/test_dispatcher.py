@@ -99,7 +99,7 @@ def test_when_a_line_breaks_and_the_host_lives_calls_are_sent_again_and_count_on
     toy = Toy(module, 2, 2, ExchangeSettings(recompute=recompute))
     break_the_line(toy, nth)
     agree(toy, module)
-    counted = {name: len(trainees._counted) for name, trainees in toy.trainees.items()}
+    counted = {name: len(trainees._attempt.counted) for name, trainees in toy.trainees.items()}
     assert counted == dict(toy.dispatcher.num_backward_calls)
 
 
@@ -107,7 +107,7 @@ def test_when_a_line_breaks_and_the_host_lives_calls_are_sent_again_and_count_on
 def test_an_answer_that_is_no_longer_remembered_is_computed_again_and_counts_once(
     monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
-    monkeypatch.setattr("ray_moe.training.trainees.REMEMBERED_BYTES", 0)
+    monkeypatch.setattr("ray_moe.training.attempt.REMEMBERED_BYTES", 0)
     module = ToyExperts(dtype=torch.float64)
     toy = Toy(module, 2, exchange=ExchangeSettings(recompute=True))
     break_the_line(toy, nth)

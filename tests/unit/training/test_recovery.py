@@ -213,16 +213,16 @@ def test_a_gradient_that_is_not_finite_is_refused_and_named(model: Any, curve: l
     trainees = made.trainees["expert-1"]
     layer, (expert, *_) = next(iter(trainees.report().owned.items()))
     before = trainees.state()
-    original = trainees._forward
+    original = trainees.run
 
     def poisoned(call: Any) -> Any:
         reply = original(call)
         if call.keep and call.layer == layer and expert in call.experts:
-            for parameter in trainees._layers[layer].experts[expert].values():
+            for parameter in trainees._experts.layers[layer].experts[expert].values():
                 parameter.register_hook(lambda grad: grad * value)
         return reply
 
-    trainees._forward = poisoned  # type: ignore[method-assign]
+    trainees.run = poisoned  # type: ignore[method-assign]
     (report,) = made.train(3, batches)
     assert report.outcome == "refused"
     assert f"expert {expert} of {layer}" in report.error

@@ -53,7 +53,7 @@ def matrices(made: Cluster) -> dict[str, Rounded]:
     return {
         f"{layer}/{expert}/{name}": rounded
         for host in made.trainees.values()
-        for layer, here in host._layers.items()
+        for layer, here in host._experts.layers.items()
         for expert in here.owned
         for name, rounded in here.rounded[expert].items()
     }
@@ -116,11 +116,11 @@ def test_a_float_run_would_differ_and_take_more_memory() -> None:
 
 def rounded_bytes(host: Any) -> int:
     """Of weights alone, by the host's own account: without the moments and their snapshots."""
-    moments = [t for name in host._optimizer.names for t in host._optimizer.in_memory(name)]
+    moments = [t for name in host._experts.optimizer.names for t in host._experts.optimizer.in_memory(name)]
     owned = {t.data_ptr(): t.nbytes for t in moments if not is_blank(t) and t.dtype is torch.float32}
-    weights = [p for here in host._layers.values() for each in here.experts.values() for p in each.values()]
+    weights = [p for here in host._experts.layers.values() for each in here.experts.values() for p in each.values()]
     masters = {p.data_ptr() for p in weights if not is_blank(p)}
-    return host._num_bytes() - sum(size for pointer, size in owned.items() if pointer not in masters)
+    return host._experts.num_bytes - sum(size for pointer, size in owned.items() if pointer not in masters)
 
 
 def test_replicas_compute_with_the_owners_codes() -> None:
@@ -130,10 +130,10 @@ def test_replicas_compute_with_the_owners_codes() -> None:
     reports = made.train(STEPS, batches)
     assert [report.loss for report in reports] == pytest.approx([report.loss for report in alone], rel=1e-3)
     first, second = made.trainees.values()
-    for layer, here in first._layers.items():
+    for layer, here in first._experts.layers.items():
         for expert, small in here.rounded.items():
             for name, rounded in small.items():
-                other = second._layers[layer].rounded[expert][name]
+                other = second._experts.layers[layer].rounded[expert][name]
                 assert torch.equal(rounded.small.codes, other.small.codes)
                 assert torch.equal(rounded.small.scale, other.small.scale)
                 assert (rounded.lost is None) != (other.lost is None)  # one is the owner
@@ -169,7 +169,7 @@ def test_a_state_that_comes_back_is_the_one_that_went(tmp_path: Path) -> None:
     made = cluster(build("mixtral").train())
     made.train(2, batches)
     host = next(iter(made.trainees.values()))
-    layer, here = next(iter(host._layers.items()))
+    layer, here = next(iter(host._experts.layers.items()))
     expert = min(here.owned)
     before = host.expert_tensors(layer, expert)
     assert {CODES + "down_proj", LOST + "down_proj", "exp_avg.down_proj"} <= before.keys()

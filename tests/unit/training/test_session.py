@@ -289,7 +289,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_its_micro_batches_are_drop
     service.forward_backward(micro(2))
     trainees = made.trainees["expert-1"]
     layer, (expert, *_) = next(iter(trainees.report().owned.items()))
-    for parameter in trainees._layers[layer].experts[expert].values():
+    for parameter in trainees._experts.layers[layer].experts[expert].values():
         parameter.grad = torch.full_like(parameter, math.nan)
     with pytest.raises(StepRefused, match=f"expert {expert} of {layer} is not finite.*were dropped"):
         service.optim_step(options(2))

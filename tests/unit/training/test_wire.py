@@ -102,7 +102,7 @@ def test_rows_that_a_host_cannot_send_are_refused(model: Any) -> None:
     for trainees in made.trainees.values():
         for layer, experts in trainees.report().owned.items():
             for expert in experts:
-                trainees._layers[layer].experts[expert]["down_proj"].data.fill_(float("nan"))
+                trainees._experts.layers[layer].experts[expert]["down_proj"].data.fill_(float("nan"))
     (report,) = made.train(1, batches)
     assert report.outcome == "refused"
     assert "coming from" in report.error
