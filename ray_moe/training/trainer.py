@@ -30,7 +30,6 @@ from torch import nn
 from ray_moe.errors import (
     HostLost,
     InsufficientResources,
-    InvalidCheckpoint,
     InvalidRequest,
     RayMoEError,
     StaleRouting,
@@ -38,14 +37,14 @@ from ray_moe.errors import (
     StepRefused,
 )
 from ray_moe.ops import norms
-from ray_moe.ops.optimizers import Optimizer, OptimizerSettings
+from ray_moe.ops.optimizers import OptimizerSettings
 from ray_moe.training.coordinator import Coordinator, Recovery
 from ray_moe.training.dispatcher import TrainingDispatcher
-from ray_moe.training.gradients import BACKBONE_BITS, GradientCompressor, Residuals, expand, join, split
+from ray_moe.training.gradients import Residuals
 from ray_moe.training.group import Alone, Group
 from ray_moe.training.reports import Decision, MicroReport, Share, StepReport, add_counts, total_weight
 from ray_moe.training.settings import StepSettings
-from ray_moe.training.shelf import shelf_for
+from ray_moe.training.trained_backbone import TrainedBackbone
 from ray_moe.types import HostId, RoutingTable
 
 logger = logging.getLogger(__name__)
@@ -112,10 +111,7 @@ class Trainer:
         self._loss = loss
         self._schedule = schedule or (lambda step: optimizer.lr)
         self._prepare = prepare
-        self._optimizer = Optimizer(optimizer, shelf=shelf_for(optimizer))
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for name, parameter in self._parameters.items():
-            self._optimizer.add(name, parameter)
+        self._backbone = TrainedBackbone(model, optimizer)
         self._interruptions = 0
         self._attempt = ""
         """That is open; empty when no step is."""
@@ -123,7 +119,6 @@ class Trainer:
         """And weights, of the micro-batches in it."""
         self._num_tokens = 0
         self._began_s = 0.0
-        self._compressor = GradientCompressor(BACKBONE_BITS)
         self._snapshots: dict[int, tuple[dict[str, torch.Tensor], Residuals]] = {}
         """By step: `state`, and what this worker had not sent yet."""
         if initial is None:
@@ -200,8 +195,7 @@ class Trainer:
         """
         self._began_s = time.monotonic()
         self._prepare(self.step)
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self._backbone.forget_gradients()
         self._losses, self._num_tokens = [], 0
         self._attempt = ""
         attempt: str = self._decide(lambda coordinator: coordinator.begin(self.step + 1))
@@ -262,8 +256,8 @@ class Trainer:
         decision = self._commit(attempt, shares, lr, clip_norm)
         if decision.error is not None:
             raise decision.error
-        self._optimizer.step(lr, grads_scale=decision.scale)
-        self._compressor.keep()
+        self._backbone.optimizer.step(lr, grads_scale=decision.scale)
+        self._backbone.compressor.keep()
         self.step = step
         losses = [loss * weight for share in shares for loss, weight in zip(share.losses, share.weights, strict=True)]
         report = StepReport(
@@ -304,7 +298,7 @@ class Trainer:
 
     def _share(self, error: RayMoEError | None) -> Share:
         try:
-            self._optimizer.prepare(missing_as_zero=True)
+            self._backbone.optimizer.prepare(missing_as_zero=True)
         except InsufficientResources as full:
             error = error or full
         if error is not None:
@@ -315,7 +309,7 @@ class Trainer:
             self._num_tokens,
             dict(self.dispatcher.num_backward_calls),
             {layer: counts.tolist() for layer, counts in self.dispatcher.tokens_per_expert.items()},
-            frozenset(name for name, parameter in self._parameters.items() if parameter.grad is not None),
+            self._backbone.learned,
             self.dispatcher.num_dropped,
         )
 
@@ -324,7 +318,7 @@ class Trainer:
 
         Each has gradients of its own, which are added up in the order of the micro-batches, whichever ends first.
         """
-        parameters = [parameter for parameter in self._parameters.values() if parameter.requires_grad]  # none is frozen
+        parameters = [p for p in self._backbone.parameters.values() if p.requires_grad]  # none is frozen
 
         def compute(batch: Batch) -> tuple[float, Sequence[torch.Tensor | None]]:
             loss = self._loss(self.model, batch)
@@ -348,8 +342,8 @@ class Trainer:
         self._num_tokens += sum(map(_num_tokens, batches))
 
     def _commit(self, attempt: str, shares: Sequence[Share], lr: float, clip_norm: float | None) -> Decision:
-        grads = self._grads(frozenset[str]().union(*(share.learned for share in shares)))
-        self._sum(grads)
+        learned = frozenset[str]().union(*(share.learned for share in shares))
+        grads = self._backbone.sums(learned, self._group, self._settings.compression(self.step + 1))
         square_sum = math.fsum(norms.squares(grads.values()))
         num_calls: Counter[HostId] = Counter()
         for share in shares:
@@ -364,36 +358,6 @@ class Trainer:
                 decision = Decision(error=error)
         decided: Decision = self._group.share(decision)
         return decided
-
-    def _sum(self, grads: dict[str, torch.Tensor]) -> None:
-        """Replace each gradient by its sum over all workers. Raises: `StepRefused`, on every worker."""
-        if self._group.size == 1 or self._settings.compression(self.step + 1) == "none" or not grads:
-            self._group.sum(list(grads.values()))
-            return
-        self._compressor.restore()
-        try:
-            mine: Any = join(self._compressor.compress(grads))
-        except StepRefused as error:
-            mine = error
-        everybody = self._group.gather(mine)
-        for theirs in everybody:
-            if isinstance(theirs, StepRefused):
-                raise theirs
-        for grad in grads.values():
-            grad.zero_()
-        for codes, scales in everybody:
-            for name, grad in expand(split(codes, scales, grads, BACKBONE_BITS), grads, BACKBONE_BITS).items():
-                grads[name].add_(grad)
-
-    def _grads(self, learned: frozenset[str]) -> dict[str, torch.Tensor]:
-        """Of every parameter that any worker has a gradient of: all workers must add up the same."""
-        grads = {}
-        for name, parameter in self._parameters.items():
-            if name in learned:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                grads[name] = parameter.grad
-        return grads
 
     @property
     def snapshot_every(self) -> int:
@@ -431,37 +395,8 @@ class Trainer:
 
     # --- going back ----------------------------------------------------------------------------------------
     def state(self) -> dict[str, torch.Tensor]:
-        """Copies of all that this worker has learned: parameters by name, and ``exp_avg/NAME`` ... of the optimizer."""
-        tensors = {}
-        for name, parameter in self._parameters.items():
-            tensors[name] = parameter.detach().clone()
-            for key, value in self._optimizer.state_of(name).items():
-                if value.data_ptr() != parameter.data_ptr():  # the weights may be their own master
-                    tensors[f"{key}/{name}"] = value.clone()
-            self._optimizer.let_go(name)
-        return tensors
-
-    @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Be as when `state` was taken."""
-        states: dict[str, dict[str, torch.Tensor]] = {}
-        for full, tensor in tensors.items():
-            key, _, name = full.rpartition("/")
-            states.setdefault(name, {})[key] = tensor
-        if missing := self._parameters.keys() - states.keys():
-            raise InvalidCheckpoint(
-                f"the run has not trained {min(missing)} (and {len(missing) - 1} more): train what it was begun with, "
-                "or give this run another name"
-            )
-        for name, parameter in self._parameters.items():
-            state = states[name]
-            if state[""].shape != parameter.shape:
-                raise InvalidCheckpoint(
-                    f"the run has {name} as {list(state[''].shape)}, and here it is {list(parameter.shape)}; train "
-                    "with the settings that it was begun with, or give this run another name"
-                )
-            parameter.copy_(state.pop(""))
-            self._optimizer.load_state(name, state)
+        """Copies of all that this worker has learned, see `TrainedBackbone.state`."""
+        return self._backbone.state()
 
     def publish(self, publish: Callable[[int], str]) -> str:
         """Have the first worker publish the weights of the step just made; what it says of it. Raises its errors."""
@@ -487,7 +422,7 @@ class Trainer:
     def _snapshot(self, notes: Mapping[str, Any]) -> None:
         """Remember this step, here and on the hosts. When that fails, the one before still counts."""
         state = self.state()
-        self._snapshots[self.step] = state, self._compressor.residuals
+        self._snapshots[self.step] = state, self._backbone.compressor.residuals
         before = self.step - self._settings.snapshot_every
         self._snapshots = {step: kept for step, kept in self._snapshots.items() if step >= before}
         try:
@@ -530,10 +465,11 @@ class Trainer:
         self._adopt()
         missing = recovery.source != "model" and recovery.step not in self._snapshots
         if any(self._group.gather(missing)):  # this worker is new
-            self.load_state(self._worker_state(recovery))
+            self._backbone.load_state(self._worker_state(recovery))
         else:
-            self.load_state(self._snapshots[recovery.step][0] if recovery.source != "model" else self._initial())
-        self._compressor.restore(self._snapshots.get(recovery.step, ({}, {}))[1])
+            known = self._snapshots[recovery.step][0] if recovery.source != "model" else self._initial()
+            self._backbone.load_state(known)
+        self._backbone.compressor.restore(self._snapshots.get(recovery.step, ({}, {}))[1])
         self._snapshots = {step: kept for step, kept in self._snapshots.items() if step <= recovery.step}
         self.step = recovery.step
 
