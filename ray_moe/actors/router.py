@@ -22,13 +22,13 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_moe.actors.chaos import run_chaos
 from ray_moe.actors.process import made_to_stay, set_up
+from ray_moe.actors.router_versions import POLL_TIMEOUT_S, VersionFollower
 from ray_moe.actors.router_weights import RouterWeights
 from ray_moe.actors.spec import (
     ClusterStatus,
     FrontDoor,
     Ports,
     RouterReport,
-    RouterVersions,
     ServiceSpec,
 )
 from ray_moe.actors.tracing import close_tracer, make_tracer
@@ -36,7 +36,6 @@ from ray_moe.actors.trainer import Trainings
 from ray_moe.config import ServerConfig
 from ray_moe.errors import InvalidConfig, RayMoEError, Unavailable
 from ray_moe.policy.load import TokenCounts
-from ray_moe.policy.versions import Versions, Weights
 from ray_moe.runtime.measures import Measures, measure, router_status
 from ray_moe.types import (
     CanaryRequest,
@@ -65,10 +64,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POLL_TIMEOUT_S = 10.0
-"""How long one question for the next routing table stays open."""
-AGAIN_S = 1.0
-"""Pause before a version that could not be loaded is tried again."""
 PORT_EVERY_S = 0.1
 """How often it is looked whether the configured port has become free."""
 ALONE_S = 30.0
@@ -93,15 +88,10 @@ class Router:
         self._others: tuple[RouterAddress, ...] = ()
         self._engine: Engine | None = None
         """None while it does not answer."""
-        self._loaded: Engine | None = None
-        """The same, also while it ends what it has begun."""
         self._dispatcher: ExpertDispatcher | None = None
         self._partition: PartitionedTransport | None = None
         self._weights = RouterWeights(router_id, spec)
-        self._versions: Versions | None = None
-        """As it has adopted them."""
-        self._failed: tuple[int, RayMoEError] | None = None
-        """A version that it cannot load, and why."""
+        self._versions = VersionFollower(router_id, self._weights, self._controller)
         self._table_arrived = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._incarnation = uuid.uuid4().hex[:12]
@@ -138,17 +128,17 @@ class Router:
                     asyncio.create_task(self._follow(dispatcher)),
                     asyncio.create_task(self._tell(dispatcher)),
                 ]
-            versions = await self._versions_after(0)
+            versions = await self._versions.after(0)
             with made_to_stay():
                 engine = await asyncio.to_thread(self._weights.load, dispatcher, versions)
             await self._table_arrived.wait()
-            while (newest := await self._versions_after(0)).revision > versions.revision:  # loading takes its time
+            while (newest := await self._versions.after(0)).revision > versions.revision:  # loading takes its time
                 versions = newest
                 await asyncio.to_thread(self._weights.load_missing, engine, versions)
-            self._use(engine, dispatcher, versions)
-            self._engine, self._loaded, self._versions = engine, engine, versions
+            self._versions.begin(engine, dispatcher, versions)
+            self._engine = engine
             self._address = replace(self._address, ready=True)
-            self._tasks.append(asyncio.create_task(self._follow_versions(engine, dispatcher)))
+            self._tasks.append(asyncio.create_task(self._versions.follow(engine, dispatcher)))
             return self._address
 
     async def _open_door(self, before: RouterAddress | None) -> None:
@@ -274,7 +264,7 @@ class Router:
                 epoch=dispatcher.table.epoch,
                 queue_age_s=0.0 if vitals is None else vitals.queue_age_s,
                 idle_s=0.0 if vitals is None else vitals.idle_s,
-                versions=self._what_it_has(),
+                versions=self._versions.has(),
             )
             try:
                 self._others = await asyncio.wait_for(self._controller().report.remote(report), POLL_TIMEOUT_S)
@@ -284,80 +274,6 @@ class Router:
                 self._controlled_s = time.monotonic()
             version = 0 if self._engine is None else self._engine.version
             await asyncio.to_thread(dispatcher.rebalance_cache, time.monotonic(), version)
-
-    # --- versions of the weights -----------------------------------------------------------------------------
-    async def _versions_after(self, revision: int) -> Versions:
-        """The versions, as soon as the controller has others than those of `revision`."""
-        while True:
-            try:
-                versions: Versions = await self._controller().versions_after.remote(revision, POLL_TIMEOUT_S)
-            except (RayError, ValueError) as error:  # it is being restarted, or failed
-                logger.warning("the controller does not tell the versions: %s", error)
-                await asyncio.sleep(0.1)
-                continue
-            if versions.revision > revision:
-                return versions
-
-    async def _follow_versions(self, engine: Engine, dispatcher: ExpertDispatcher) -> None:
-        """Have the versions that the controller wants, and use those that it says."""
-        while True:
-            await self._tell_versions()
-            versions = await self._versions_after(0 if self._versions is None else self._versions.revision)
-            self._failed = None
-            for number, weights in versions.wanted.items():
-                if number not in engine.versions:
-                    await self._try_to_load(engine, number, weights)
-            if engine.versions.issuperset(versions.live):
-                await self._adopt(engine, dispatcher, versions)
-            else:
-                await asyncio.sleep(AGAIN_S)  # it stays with what it has
-
-    async def _try_to_load(self, engine: Engine, number: int, weights: Weights) -> None:
-        try:
-            await asyncio.to_thread(self._weights.load_version, engine, number, weights)
-        except Exception as error:  # whatever reading files or allocating memory raises
-            logger.warning("version %d (%s) cannot be loaded: %s", number, weights, error)
-            failure = error if isinstance(error, RayMoEError) else RayMoEError(f"{weights}: {error}")
-            self._failed = (number, failure)
-
-    async def _adopt(self, engine: Engine, dispatcher: ExpertDispatcher, versions: Versions) -> None:
-        self._use(engine, dispatcher, versions)
-        for number in engine.versions - versions.wanted.keys():
-            engine.drop_version(number)
-            await asyncio.to_thread(dispatcher.forget, number)
-            self._weights.forget(number)
-        self._versions = versions
-
-    def _use(self, engine: Engine, dispatcher: ExpertDispatcher, versions: Versions) -> None:
-        """Compute new requests with the current version, and try out what is to be tried out."""
-        from ray_moe.runtime.drift import DriftMeter
-
-        canary, meter = versions.trial, dispatcher.drift
-        if meter is not None and meter.canary != canary:
-            dispatcher.drift = None
-            meter.close()
-        if canary is None:
-            engine.use_version(versions.current, versions.open)
-            return
-        if dispatcher.drift is None:
-            dispatcher.drift = DriftMeter(dispatcher.rows_of, canary, versions.current)
-        share = canary.request.share if canary.request.mode == "traffic" else 0.0
-        engine.use_version(versions.current, versions.open, (canary.number, share))
-
-    def _what_it_has(self) -> RouterVersions | None:
-        engine, versions = self._loaded, self._versions
-        if engine is None or versions is None:
-            return None
-        failed, failure = self._failed or (None, None)
-        meter = None if self._dispatcher is None else self._dispatcher.drift
-        drift = None if meter is None else meter.drift
-        return RouterVersions(versions.revision, engine.versions, engine.versions_in_use, failed, failure, drift)
-
-    async def _tell_versions(self) -> None:
-        has = self._what_it_has()
-        if has is not None:
-            with contextlib.suppress(RayError, ValueError):  # the next report says it too
-                await self._controller().router_has.remote(self.router_id, has)
 
     async def until_lost(self) -> None:
         """Never returns while the process lives."""
