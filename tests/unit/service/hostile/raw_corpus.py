@@ -37,19 +37,19 @@ class Raw:
 
 GOOD = body()
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(GOOD), GOOD)
-HIDDEN_REQUEST = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+HIDDEN_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LENGTH = b"Content-Length: %d" % len(GOOD)
 TE = b"Transfer-Encoding: chunked"
 POST = b"POST /v1/completions HTTP/1.1"
 
 
 def post(*lines: bytes, content: bytes = GOOD, line: bytes = POST) -> bytes:
-    given = (line, b"Host: x", b"Content-Type: application/json", *lines)
+    given = (line, b"Host: localhost", b"Content-Type: application/json", *lines)
     return b"\r\n".join(given) + b"\r\n\r\n" + content
 
 
 def get(target: bytes = b"/health", *lines: bytes, version: bytes = b"HTTP/1.1") -> bytes:
-    return b"\r\n".join((b"GET %s %s" % (target, version), b"Host: x", *lines)) + b"\r\n\r\n"
+    return b"\r\n".join((b"GET %s %s" % (target, version), b"Host: localhost", *lines)) + b"\r\n\r\n"
 
 
 ONE: dict[str, tuple[int, bytes]] = {
@@ -98,8 +98,8 @@ ONE: dict[str, tuple[int, bytes]] = {
     "noise": (400, bytes(range(256)) * 10),
     "an SSH greeting": (400, b"SSH-2.0-OpenSSH_9.6\r\n\r\n"),
     "the absolute form": (404, get(b"http://evil/v1/models")),
-    "CONNECT": (404, b"CONNECT evil:443 HTTP/1.1\r\nHost: x\r\n\r\n"),
-    "OPTIONS of everything": (404, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "CONNECT": (404, b"CONNECT evil:443 HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "OPTIONS of everything": (404, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n"),
     "a websocket": (405, get(b"/v1/completions", b"Connection: Upgrade", b"Upgrade: websocket")),
     "an upgrade to HTTP/2": (200, get(b"/health", b"Connection: Upgrade", b"Upgrade: h2c")),
     "a header line that is folded": (200, post(LENGTH, b"X-A: b\r\n c")),
@@ -111,7 +111,7 @@ ONE: dict[str, tuple[int, bytes]] = {
 LATE: dict[str, bytes] = {
     "half a request line": b"GET /hea",
     "half a header": b"GET /health HTTP/1.1\r\nHos",
-    "headers without an end": b"GET /health HTTP/1.1\r\nHost: x\r\n",
+    "headers without an end": b"GET /health HTTP/1.1\r\nHost: localhost\r\n",
     "half a body": post(LENGTH, content=GOOD[:20]),
     "half a chunk": post(TE, content=b"10\r\nab"),
     "chunks without an end": post(TE, content=b"1\r\n{\r\n" * 100),
@@ -135,7 +135,7 @@ def begin(fields: bytes = CALL, flags: int = END_HEADERS, stream: int = 1) -> by
 
 
 GRPC: dict[str, tuple[bytes, bool | None]] = {
-    "HTTP/1": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", CLOSES),
+    "HTTP/1": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", CLOSES),
     "noise": (bytes(range(256)) * 4, CLOSES),
     "a TLS handshake": (bytes.fromhex("16030100a5010000a10303") + bytes(200), CLOSES),
     "the preface, then noise": (PREFACE + b"\xff" * 300, CLOSES),
