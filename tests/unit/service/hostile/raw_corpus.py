@@ -121,7 +121,7 @@ LATE: dict[str, bytes] = {
 
 HTTP: dict[str, Raw] = {
     **{name: Raw([status], [sent]) for name, (status, sent) in ONE.items()},
-    "the preface of HTTP/2": Raw([404, 400], [PREFACE]),
+    "the preface of HTTP/2": Raw([403, 400], [PREFACE]),
     "a good request, then noise": Raw([200, 400], [get() + b"NOISE\r\n\r\n"]),
 }
 
