@@ -9,8 +9,9 @@ D model width, t tokens and n rows of one host.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,17 @@ _BLOCK_BYTES = 256 * 1024
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+FEW_HOSTS, MANY_ROWS = 8, 512
+"""With so few hosts, or so many rows for each, the tokens of each are looked up by themselves: that costs some numpy
+calls and T for each host, and together it costs a sort of all rows."""
+
+BITS_16 = 2**15
+"""Keys below this fit in 16 bits."""
+
 Ints = npt.NDArray[np.int64]
+
+Tokens: TypeAlias = tuple[Ints | None, npt.NDArray[np.int32] | None]
+"""`HostShare.gather` and `.token`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +81,11 @@ def split_by_host(
     if host is None:
         host = owner[index]
     key = host * num_keys + index
-    # A 16-bit key makes numpy's stable sort a radix sort: at 32k slots ten times faster than on 64 bits.
-    largest = (largest_host + 1) * num_keys
-    key_sorted_by = key.astype(np.int16) if largest < 2**15 else key
-    order = np.argsort(key_sorted_by, kind="stable")
+    if (largest_host + 1) * num_keys < BITS_16:
+        order = _sorted(key)
+    else:  # the last key first
+        order = _sorted(index) if num_keys < BITS_16 else np.argsort(index, kind="stable")
+        order = order[_sorted(host[order]) if largest_host < BITS_16 else np.argsort(host[order], kind="stable")]
     if len(order) and host.min() < 0:
         order = order[np.count_nonzero(host < 0) :]  # negative keys come first
     if not len(order):
@@ -87,24 +99,29 @@ def split_by_host(
     counts[-1] = len(key) - starts[-1]
     group_host = groups // num_keys
     group_expert = groups - group_host * num_keys
-    host_starts = _starts(group_host).tolist()
-    shares = []
-    for first, last in zip(host_starts, [*host_starts[1:], len(groups)], strict=True):
-        begin = int(starts[first])
-        end = int(starts[last]) if last < len(groups) else len(key)
-        rows = slot[begin:end]
-        gather, token = _tokens_once(rows // top_k, num_tokens)
-        shares.append(
-            HostShare(
-                host=int(group_host[first]),
-                slot=rows,
-                gather=gather,
-                token=token,
-                experts=group_expert[first:last].tolist(),
-                counts=counts[first:last].tolist(),
-            )
+    host_starts = _starts(group_host)
+    begins = [*starts[host_starts].tolist(), len(key)]
+    firsts = [*host_starts.tolist(), len(groups)]
+    token = slot // top_k
+    if len(host_starts) > max(FEW_HOSTS, len(key) // MANY_ROWS) and largest_host < BITS_16:
+        tokens = _tokens_of_hosts(token, begins, num_tokens)
+    else:
+        tokens = [_tokens_once(token[begin:end], num_tokens) for begin, end in itertools.pairwise(begins)]
+    experts, numbers = group_expert.tolist(), counts.tolist()
+    return [
+        HostShare(home, slot[begin:end], gather, position, experts[first:last], numbers[first:last])
+        for home, begin, end, (gather, position), first, last in zip(
+            group_host[host_starts].tolist(), begins, begins[1:], tokens, firsts, firsts[1:], strict=False
         )
-    return shares
+    ]
+
+
+def _sorted(key: Ints) -> Ints:
+    """What sorts keys below `BITS_16`, keeping the order of equal ones.
+
+    On 16 bits numpy's stable sort is a radix sort: at 32k slots ten times faster than on 64.
+    """
+    return np.argsort(key.astype(np.int16), kind="stable")
 
 
 def _starts(values: Ints) -> Ints:
@@ -197,7 +214,7 @@ def _split_few(index: Ints, owner: Ints, top_k: int, slot: Ints | None, host: In
     return shares
 
 
-def _tokens_once(token: Ints, num_tokens: int | None) -> tuple[Ints | None, npt.NDArray[np.int32] | None]:
+def _tokens_once(token: Ints, num_tokens: int | None) -> Tokens:
     """From the token of each row [n]: the distinct tokens (None: all `num_tokens`) and each row's place among them."""
     num_rows = len(token)
     last = int(token.max())
@@ -208,6 +225,41 @@ def _tokens_once(token: Ints, num_tokens: int | None) -> tuple[Ints | None, npt.
     position = token if every else (np.cumsum(present) - 1)[token]
     in_order = num_rows == len(distinct) and bool((position[1:] - position[:-1] == 1).all())
     return (None if every else distinct), (None if in_order else position.astype(np.int32))
+
+
+def _tokens_of_hosts(token: Ints, begins: list[int], num_tokens: int | None) -> list[Tokens]:
+    """`_tokens_once` for many hosts together: a dozen numpy calls for all of them and not for each.
+
+    Args:
+        token: [m] of each row, those of one host after those of another.
+        begins: where each host's rows begin, and the end of the last.
+    """
+    bound = np.array(begins)
+    number = bound[1:] - bound[:-1]
+    host = np.repeat(np.arange(len(number)), number)
+    span = int(token.max()) + 1
+    order = _sorted(token) if span <= BITS_16 else np.argsort(token, kind="stable")
+    order = order[_sorted(host[order])]
+    by_host, by_token = host[order], token[order]
+    is_first = np.empty(len(token), dtype=bool)
+    is_first[0] = True
+    np.not_equal(by_token[1:], by_token[:-1], out=is_first[1:])
+    is_first[bound[:-1]] = True
+    distinct = by_token[is_first]
+    rank = np.cumsum(is_first)
+    ends = rank[bound[1:] - 1]
+    rank -= 1
+    rank -= np.concatenate([[0], ends[:-1]])[by_host]
+    position = np.empty(len(token), dtype=np.int32)
+    position[order] = rank
+    is_in_place = np.logical_and.reduceat(position == np.arange(len(token)) - bound[host], bound[:-1])
+    result: list[Tokens] = []
+    first = 0
+    for begin, end, last, in_place in zip(begins, begins[1:], ends.tolist(), is_in_place.tolist(), strict=False):
+        gather = None if last - first == num_tokens else distinct[first:last]
+        result.append((gather, None if in_place and end - begin == last - first else position[begin:end]))
+        first = last
+    return result
 
 
 def combine(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

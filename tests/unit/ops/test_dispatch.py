@@ -67,6 +67,24 @@ def test_many_hosts_and_experts_do_not_overflow_the_sort_key():
     assert sorted(placed.tolist()) == list(range(300))
 
 
+@pytest.mark.parametrize("num_hosts", [40, 2**15 + 40])
+@pytest.mark.parametrize("num_experts", [64, 2**15 + 64])
+@pytest.mark.parametrize("is_part", [False, True])
+def test_tokens_for_many_hosts_are_found_together_as_they_are_one_by_one(num_hosts, num_experts, is_part):
+    rng = np.random.default_rng(0)
+    index = rng.integers(num_experts - 64, num_experts + 1, size=600)
+    host = np.where(index == num_experts, NOWHERE, rng.integers(num_hosts - 40, num_hosts, size=600))
+    slot = np.flatnonzero(rng.random(600) < 0.5) if is_part else None
+    owner = np.append(np.zeros(num_experts, dtype=np.int64), NOWHERE)
+    index, host = (index, host) if slot is None else (index[slot], host[slot])
+    together = split_by_host(index, owner, 4, slot, host)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "FEW_SLOTS", 10**9)
+        one_by_one = split_by_host(index, owner, 4, slot, host)
+    assert len(together) == 40
+    assert [repr(share) for share in together] == [repr(share) for share in one_by_one]
+
+
 @given(batches(), st.integers(1, 9))
 def test_pieces_of_a_share_are_the_share(batch, max_rows):
     index, owner, top_k = batch
