@@ -43,14 +43,23 @@ class Hosts:
     """[H] relative; their mean is 1."""
     node: Ints
     """[H] number of the node that each is on."""
-    same_node: Floats | None
-    """[H, H] 1 where two hosts are on one node; None when no two are."""
-    same_domain: Floats | None
-    """[H, H] likewise for failure domains."""
+    domain: Ints
+    """[H] number of the failure domain."""
 
     @property
     def num_nodes(self) -> int:
         return int(self.node.max()) + 1
+
+    @property
+    def shares_nodes(self) -> bool:
+        """Whether two hosts are on one node."""
+        return self.num_nodes < len(self.node)
+
+    @property
+    def apart(self) -> tuple[tuple[float, Ints], ...]:
+        """What replicas of an expert are to be kept apart by, with its weight: [H] places that several hosts share."""
+        weighted = ((SAME_NODE, self.node), (SAME_DOMAIN, self.domain))
+        return tuple((weight, place) for weight, place in weighted if int(place.max()) + 1 < len(place))
 
 
 def choose_counts(load: Floats, number: Ints, limit: Ints, target: int, num_hosts: int) -> Ints:
@@ -113,7 +122,7 @@ def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: float, t
     on_node = (hosts.node[:, None] == np.arange(hosts.num_nodes)).astype(np.float64)
     held: Bools = kept.copy()
     homes, old_homes = held.reshape(-1, num_hosts), before.reshape(-1, num_hosts)
-    first = np.arange(num_placements) * num_hosts
+    first, places = np.arange(num_placements) * num_hosts, hosts.apart
     for step, now in enumerate(busy.tolist()):
         at, more = cell[step, :now], np.flatnonzero(again[step, :now])
         score = (level[:now] + part[step, :now, None]) / hosts.speed
@@ -128,9 +137,8 @@ def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: float, t
             mine, apart = homes.take(at[more], 0), score.take(more, 0)
             home = island[more, mine.argmax(-1)]
             apart += SAME_ISLAND * (island.take(more, 0) == home[:, None])
-            for weight, same in ((SAME_NODE, hosts.same_node), (SAME_DOMAIN, hosts.same_domain)):
-                if same is not None:
-                    apart += weight * (mine @ same)
+            for weight, place in places:
+                apart += weight * _num_beside(mine, place)
             apart[mine] = np.inf
             score[more] = apart
         host = score.argmin(-1)
@@ -145,6 +153,14 @@ def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: float, t
         free.ravel()[spot] -= 1
         level.ravel()[spot[free.ravel()[spot] <= 0]] = np.inf
     return held
+
+
+def _num_beside(held: Bools, place: Ints) -> Ints:
+    """[n, H] for each host, how many of those that are `held` are in the same place ([H], numbered from 0)."""
+    row, host = np.divmod(np.flatnonzero(held), held.shape[-1])
+    num_places = int(place.max()) + 1
+    number = np.bincount(row * num_places + place[host], minlength=len(held) * num_places)
+    return number.reshape(len(held), num_places).take(place, 1)
 
 
 def _order(share: Floats, number: Ints, missing: Ints) -> Ints:

@@ -78,7 +78,7 @@ def num_short(held: Bools, target: int, hosts: Hosts) -> Ints:
     """[L] what is missing: homes of experts without any first, then replicas and nodes of others."""
     homes = held.sum(-1)
     short = np.maximum(target - homes, 0)
-    if hosts.same_node is not None:
+    if hosts.shares_nodes:
         short = np.maximum(short, min(target, hosts.num_nodes) - num_nodes(held, hosts))
     missing: Ints = short.sum(-1) + (homes == 0).sum(-1) * held.shape[-1] * held.shape[-2]
     return missing
@@ -94,21 +94,25 @@ def with_added(number: Ints, added: Ints) -> Ints:
 
 def num_nodes(held: Bools, hosts: Hosts) -> Ints:
     """[..., E] nodes on which each expert is."""
-    if hosts.same_node is None:
+    if not hosts.shares_nodes:
         number: Ints = held.sum(-1)
         return number
-    first_of_node = np.unique(hosts.same_node.argmax(-1))
-    nodes: Ints = ((held.astype(np.float64) @ hosts.same_node[:, first_of_node]) > 0).sum(-1)
+    cell, host = np.divmod(np.flatnonzero(held), held.shape[-1])
+    is_there = np.zeros((*held.shape[:-1], hosts.num_nodes), dtype=bool)
+    is_there.reshape(-1)[cell * hosts.num_nodes + hosts.node[host]] = True
+    nodes: Ints = is_there.sum(-1)
     return nodes
 
 
 def _kept(load: Floats, before: Bools, target: int, hosts: Hosts) -> Bools:
     """[E, H] the replicas of one layer that stay where they are."""
     kept: Bools = before.copy()
-    if hosts.same_node is not None:
+    if hosts.shares_nodes:
         for expert in np.flatnonzero(num_nodes(kept, hosts) < min(target, hosts.num_nodes)):
             homes = np.flatnonzero(kept[expert])
-            kept[expert, homes[1:][[hosts.same_node[h, homes[:i]].any() for i, h in enumerate(homes[1:], 1)]]] = False
+            is_first = np.zeros(len(homes), dtype=bool)
+            is_first[np.unique(hosts.node[homes], return_index=True)[1]] = True
+            kept[expert, homes[~is_first]] = False
     number = kept.sum(-1)
     for host in np.flatnonzero(kept.sum(0) > hosts.slots):
         mine = np.flatnonzero(kept[:, host])

@@ -136,18 +136,12 @@ def _as_arrays(hosts: Sequence[Capacity], num_experts: int) -> Hosts:
         first: dict[str | int, int] = {}
         return np.array([first.setdefault(place or number, len(first)) for number, place in enumerate(places)])
 
-    def same(place: Ints) -> Floats | None:
-        alike: Floats = (place[:, None] == place).astype(np.float64)
-        return alike if place.max() + 1 < len(place) else None
-
     speed = np.array([host.speed for host in hosts])
-    node = numbered([host.node for host in hosts])
     return Hosts(
         slots=np.array([min(host.slots, num_experts) for host in hosts]),
         speed=speed / speed.mean(),
-        node=node,
-        same_node=same(node),
-        same_domain=same(numbered([host.domain for host in hosts])),
+        node=numbered([host.node for host in hosts]),
+        domain=numbered([host.domain for host in hosts]),
     )
 
 

@@ -15,7 +15,8 @@ Shape legend: E experts, R replicas, H hosts, n experts touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -42,11 +43,12 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Replicas:
     """The replicas of one layer that can be reached, grouped by expert: those of expert e are start[e]:start[e + 1].
 
-    Made once per routing table: what a split needs to know of it is worked out here.
+    Made once per view of a routing table. What a split needs to know of it is worked out once, when it is first asked
+    for: where replicas are many and hosts come and go, many views are never split over.
     """
 
     start: Ints
@@ -56,36 +58,52 @@ class Replicas:
     num_hosts: int
     """H."""
 
-    expert: Ints = field(init=False, repr=False)
-    """[R] expert of each replica."""
-    rank: Ints = field(init=False, repr=False)
-    """[R] place of each replica among its expert's."""
-    number: Ints = field(init=False, repr=False)
-    """[R] how many its expert has."""
-    lone: Ints = field(init=False, repr=False)
-    """Replicas that are the only ones of their experts: their rows have no choice."""
-    pairs: list[tuple[int, int, int]] = field(init=False, repr=False)
-    """First replica, its host and the other's host of each expert with two."""
-    groups: list[range] = field(init=False, repr=False)
-    """Replicas of each expert with more."""
-    host_of: list[int] = field(init=False, repr=False)
-    """`host`, for loops."""
+    @cached_property
+    def _of_expert(self) -> Ints:
+        """[E] how many each expert has."""
+        number: Ints = np.diff(self.start)
+        return number
 
-    def __post_init__(self) -> None:
-        number = np.diff(self.start)
-        expert = np.repeat(np.arange(len(number)), number)
-        first, host = self.start.tolist(), self.host.tolist()
-        worked_out = {
-            "expert": expert,
-            "rank": np.arange(len(expert)) - self.start[expert],
-            "number": number[expert],
-            "lone": self.start[:-1][number == 1],
-            "pairs": [(first[e], host[first[e]], host[first[e] + 1]) for e in np.flatnonzero(number == 2).tolist()],
-            "groups": [range(first[e], first[e + 1]) for e in np.flatnonzero(number > 2).tolist()],
-            "host_of": host,
-        }
-        for name, value in worked_out.items():
-            object.__setattr__(self, name, value)
+    @cached_property
+    def expert(self) -> Ints:
+        """[R] expert of each replica."""
+        return np.repeat(np.arange(len(self._of_expert)), self._of_expert)
+
+    @cached_property
+    def rank(self) -> Ints:
+        """[R] place of each replica among its expert's."""
+        rank: Ints = np.arange(len(self.expert)) - self.start[self.expert]
+        return rank
+
+    @cached_property
+    def number(self) -> Ints:
+        """[R] how many its expert has."""
+        number: Ints = self._of_expert[self.expert]
+        return number
+
+    @cached_property
+    def lone(self) -> Ints:
+        """Replicas that are the only ones of their experts: their rows have no choice."""
+        lone: Ints = self.start[:-1][self._of_expert == 1]
+        return lone
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int, int]]:
+        """First replica, its host and the other's host of each expert with two."""
+        first = self.start[:-1][self._of_expert == 2].tolist()
+        return [(one, self.host_of[one], self.host_of[one + 1]) for one in first]
+
+    @cached_property
+    def groups(self) -> list[range]:
+        """Replicas of each expert with more."""
+        many = np.flatnonzero(self._of_expert > 2)
+        return list(map(range, self.start[many].tolist(), self.start[many + 1].tolist()))
+
+    @cached_property
+    def host_of(self) -> list[int]:
+        """`host`, for loops."""
+        of: list[int] = self.host.tolist()
+        return of
 
     @classmethod
     def of(cls, hosts_of: Sequence[Sequence[int]], num_hosts: int) -> Replicas:

@@ -11,7 +11,7 @@ Shape legend: E experts of a layer, R replicas, H hosts with an address, m slots
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from ray_moe.ops.dispatch import NOWHERE, Ints, spread
 from ray_moe.policy.split import Replicas, choose_replicas, split_tokens
 from ray_moe.types import HostId, LayerPath, Placement, RoutingTable
 
+Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 FADING = 0.9
@@ -87,6 +88,33 @@ class LayerRoutes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Named:
+    """The replicas of one layer that a table names on hosts with an address, as numbers.
+
+    The same for all views of a table, and with as many hosts and experts as there are what it takes to make a view:
+    so whoever is late or lost costs a few numpy calls a layer, and not a look at every name.
+    """
+
+    hosts: tuple[HostId, ...]
+    """As in `View.hosts`."""
+    rows: tuple[tuple[HostId, ...], ...]
+    """As the table has them."""
+    expert: Ints
+    """[R] ascending."""
+    host: Ints
+    """[R] number of each; within an expert the best first."""
+
+    @classmethod
+    def of(cls, rows: tuple[tuple[HostId, ...], ...], hosts: tuple[HostId, ...]) -> Named:
+        number_of = {host: number for number, host in enumerate(hosts)}
+        names = [len(row) for row in rows]
+        host = np.array([number_of.get(name, NOWHERE) for row in rows for name in row], dtype=np.int64)
+        expert = np.repeat(np.arange(len(rows)), names)
+        there = host != NOWHERE
+        return cls(hosts, rows, expert[there], host[there])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class View:
     """One routing table, and what has been found out since."""
 
@@ -106,10 +134,15 @@ class View:
     has_lifeboat: bool = False
     hosts: tuple[HostId, ...] = field(init=False)
     """Those with an address; their numbers are their places."""
+    named: dict[LayerPath, Named] = field(repr=False, default_factory=dict)
+    """Filled when first asked for. Of this table or an older one, which counts for layers that are the same."""
     _made: dict[tuple[LayerPath, int], LayerRoutes] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hosts", tuple(self.table.addresses))
+        hosts = tuple(self.table.addresses)
+        known = next(iter(self.named.values()), None)
+        # The same tuple where the hosts are the same, so that to compare them costs nothing.
+        object.__setattr__(self, "hosts", known.hosts if known is not None and known.hosts == hosts else hosts)
 
     @property
     def here(self) -> int:
@@ -142,44 +175,74 @@ class View:
         return all(expert < len(placed) and not avoid.issuperset(placed[expert]) for expert in experts)
 
     def _make(self, layer: LayerPath, avoid: frozenset[HostId], version: int) -> LayerRoutes:
-        placed = self.table.placement.hosts_of.get(layer)
-        if placed is None:
-            known = sorted(self.table.placement.hosts_of)
-            raise NotFound(f"no layer {layer!r} in the routing table; it has {known}")
-        number = {host: place for place, host in enumerate(self.hosts)}
-        homes = [
-            [number[host] for host in self._homes((version, layer), expert, hosts, avoid)] or [self.here]
-            for expert, hosts in enumerate(placed)
-        ]
-        has_choice = any(len(each) > 1 for each in homes)
-        speed = np.array([*(self.table.speeds.get(host, 1.0) for host in self.hosts), 1.0])
+        named, here = self._named(layer), self.here
+        num_experts, expert, host = len(named.rows), named.expert, named.host
+        is_kept = self._is_kept(named, (version, layer), avoid)
+        expert, host = expert[is_kept], host[is_kept]
+        number = np.bincount(expert, minlength=num_experts)
+        alone = np.flatnonzero(number == 0)
+        if len(alone):  # the router itself
+            expert, host = np.concatenate([expert, alone]), np.concatenate([host, np.full(len(alone), here)])
+            order = np.argsort(expert, kind="stable")
+            host, number = host[order], np.maximum(number, 1)
+        start = np.concatenate([[0], np.cumsum(number)])
+        speed = np.ones(here + 1)
+        for name, value in self.table.speeds.items():
+            if name in self.table.addresses:
+                speed[self.hosts.index(name)] = value
         return LayerRoutes(
             hosts=self.hosts,
-            owner=np.array([*(each[0] for each in homes), NOWHERE], dtype=np.int64),
-            replicas=Replicas.of(homes, len(number) + 1) if has_choice else None,
+            owner=np.append(host[start[:-1]], NOWHERE),
+            replicas=Replicas(start, host, here + 1) if len(host) > num_experts else None,
             speed=None if (speed == 1.0).all() else speed,
-            speed_in_all=float(
-                sum(speed[number[host]] for host in {h for hosts in placed for h in hosts} & number.keys())
-            ),
-            turns=np.zeros(len(number) + 1),
+            speed_in_all=float(speed[np.bincount(named.host, minlength=here + 1) > 0].sum()),
+            turns=np.zeros(here + 1),
         )
 
-    def _homes(
-        self,
-        place: tuple[int, LayerPath],
-        expert: int,
-        hosts: Sequence[HostId],
-        avoid: frozenset[HostId],
-    ) -> list[HostId]:
-        """The hosts that may compute the expert; empty for the router itself."""
-        if expert in self.cached.get(place, ()):
-            return []
-        live = [host for host in self._reachable(hosts, avoid) if (host, place, expert) not in self.missing]
-        prompt = [host for host in live if host not in self.late]
-        if prompt:
-            return prompt
-        is_aboard = expert in self.aboard.get(place, ())
-        return [] if is_aboard or (self.has_lifeboat and self.hung.issuperset(live)) else live
+    def _named(self, layer: LayerPath) -> Named:
+        rows = self.table.placement.hosts_of.get(layer)
+        if rows is None:
+            known = sorted(self.table.placement.hosts_of)
+            raise NotFound(f"no layer {layer!r} in the routing table; it has {known}")
+        named = self.named.get(layer)
+        if named is None or named.rows is not rows or named.hosts is not self.hosts:
+            named = self.named[layer] = Named.of(rows, self.hosts)
+        return named
+
+    def _is_kept(self, named: Named, place: tuple[int, LayerPath], avoid: frozenset[HostId]) -> Bools:
+        """[R] which of the replicas may be asked; none of an expert that the router is to compute itself."""
+        num_experts, expert, host = len(named.rows), named.expert, named.host
+
+        def there(mask: Bools) -> Bools:
+            """[E] experts with any of these replicas."""
+            return np.bincount(expert[mask], minlength=num_experts) > 0
+
+        is_live = ~self._mask(self.out | avoid)[host]
+        for name, where, lacking in self.missing:
+            if where == place:
+                is_live &= (expert != lacking) | (host != self._number(name))
+        is_prompt = is_live & ~self._mask(self.late)[host]
+        own = np.zeros(num_experts, dtype=bool)
+        own[self._within(self.aboard.get(place, ()), num_experts)] = True
+        if self.has_lifeboat:
+            own |= ~there(is_live & ~self._mask(self.hung)[host])
+        is_kept: Bools = is_prompt | (is_live & ~(there(is_prompt) | own)[expert])
+        cached = np.zeros(num_experts, dtype=bool)
+        cached[self._within(self.cached.get(place, ()), num_experts)] = True
+        return is_kept & ~cached[expert]
+
+    def _mask(self, names: Collection[HostId]) -> Bools:
+        """[H] which hosts are among `names`."""
+        mask = np.zeros(self.here, dtype=bool)
+        mask[[self._number(name) for name in names if name in self.table.addresses]] = True
+        return mask
+
+    def _number(self, name: HostId) -> int:
+        return self.hosts.index(name) if name in self.table.addresses else NOWHERE
+
+    @staticmethod
+    def _within(experts: Collection[int], num_experts: int) -> list[int]:
+        return [expert for expert in experts if expert < num_experts]
 
     def _reachable(self, hosts: Sequence[HostId], avoid: frozenset[HostId] = frozenset()) -> list[HostId]:
         return [host for host in hosts if host in self.table.addresses and host not in self.out and host not in avoid]
@@ -214,6 +277,7 @@ class Routes:
                     late=same(before.late),
                     hung=same(before.hung),
                     missing=frozenset(),
+                    named=dict(before.named),
                 )
             )
             return True
