@@ -68,6 +68,8 @@ class Cluster:
         """Whether there may be a better plan even without traffic."""
         self.seeks_homes = False
         """Whether there may be room now for experts that nobody holds."""
+        self.seen: set[HostId] = set()
+        """Hosts that have said where they are, or whose role has changed, since the last look at the table."""
         self.due: dict[HostId, float] = {}
         """When to look what each host has to do; the others have what they should."""
         self.scaling = ScalingMemory()
@@ -211,6 +213,7 @@ class Cluster:
     def look_again(self, host: HostState) -> None:
         """The role of a host has changed: what tables name of it, and what it does, follows."""
         self.due[host.host_id] = self.now_s
+        self.seen.add(host.host_id)
         held = self.fleet.held.on(host.host_id)
         keys = [(layer, expert) for layer, experts in held.items() for expert in experts]
         self.tables.route(keys, self.placed, self.fleet.held, self.hosts, self.now_s)

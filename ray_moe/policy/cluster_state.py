@@ -146,6 +146,7 @@ class ClusterState(Cluster):
         was_up = host.phase == "up"
         self.fleet.started(event, self.now_s)
         self.due[host.host_id] = self.now_s
+        self.seen.add(host.host_id)
         if not was_up:
             host.is_new = not self.placed.on(host.host_id)
             self.seeks_homes = self.is_unbalanced = True
@@ -286,10 +287,12 @@ class ClusterState(Cluster):
 
     def _publish(self) -> None:
         self.look_at(self.placed.take_changed_hosts())
-        self.look_at(self.fleet.held.take_changed_hosts())
+        changed = self.fleet.held.take_changed_hosts()
+        self.look_at(changed)
         self._route()
         was_due = self.tables.is_due
-        if self.tables.publish(self.hosts, self.fleet.held, self.fleet.speeds):
+        seen, self.seen = self.seen, set()
+        if self.tables.publish(self.hosts, self.fleet.held, self.fleet.speeds, changed | seen):
             if was_due:  # what the tables in use name is not known
                 for host in self.hosts.values():
                     host.unnamed_s = self.now_s

@@ -29,6 +29,10 @@ go to the hottest experts, whose homes reach furthest. Measured on drifting batc
 OWED = 1e6
 """Outweighs any load: the expert has fewer replicas than each is to have."""
 
+CELLS_AT_ONCE = 2**14
+"""Placements times hosts that are dealt side by side. Each step looks at all of them a dozen times: of more, memory is
+what takes time, and of fewer, numpy's calls."""
+
 # What a host's load is raised by in the comparison, in mean loads of a host: each outweighs all that follow.
 SAME_NODE, NOT_IN_NEED, SAME_DOMAIN, SAME_ISLAND = 1e5, 1e4, 1e2, 0.5
 
@@ -101,6 +105,17 @@ def deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: float, t
     Returns: [P, E, H] `kept` and what was dealt. Every expert has a host; a further replica for which each host with a
         free slot holds the expert already is left out.
     """
+    size = max(1, CELLS_AT_ONCE // len(hosts.slots))
+    parts = [slice(begin, begin + size) for begin in range(0, len(load), size)]
+    if len(parts) > 1:
+        return np.concatenate(
+            [_deal(load[at], number[at], kept[at], before[at], stays, target, hosts) for at in parts], dtype=bool
+        )
+    return _deal(load, number, kept, before, stays, target, hosts)
+
+
+def _deal(load: Floats, number: Ints, kept: Bools, before: Bools, stays: float, target: int, hosts: Hosts) -> Bools:
+    """`deal` for so many placements that what a step looks at stays in the cache."""
     num_placements, num_experts, num_hosts = kept.shape
     placement, expert, host = where(kept)
     cell, spot = placement * num_experts + expert, placement * num_hosts + host

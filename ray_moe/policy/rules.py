@@ -42,8 +42,11 @@ def _of_hosts(cluster: Cluster) -> Iterator[str]:
             yield f"{host.host_id} is {host.phase}, but holds or does something"
         if difference(cluster.tables.named.on(host.host_id), held):
             yield f"{host.host_id} is named for what it does not hold"
-        if host.phase == "up" and addresses.get(host.host_id) not in (None, host.address):
+        address = addresses.get(host.host_id)
+        if host.phase == "up" and address not in (None, host.address):
             yield f"the table has another address of {host.host_id}"
+        if host.phase == "up" and held and not host.is_dismissed and address is None:
+            yield f"the table has no address of {host.host_id}, which holds experts"
         if host.standby and cluster.placed.on(host.host_id):
             yield f"experts are placed on {host.host_id}, which is a standby"
     for host_id in cluster.placed.hosts() - cluster.hosts.keys():
