@@ -105,8 +105,9 @@ class Named:
     """[R] number of each; within an expert the best first."""
 
     @classmethod
-    def of(cls, rows: tuple[tuple[HostId, ...], ...], hosts: tuple[HostId, ...]) -> Named:
-        number_of = {host: number for number, host in enumerate(hosts)}
+    def of(
+        cls, rows: tuple[tuple[HostId, ...], ...], hosts: tuple[HostId, ...], number_of: Mapping[HostId, int]
+    ) -> Named:
         names = [len(row) for row in rows]
         host = np.array([number_of.get(name, NOWHERE) for row in rows for name in row], dtype=np.int64)
         expert = np.repeat(np.arange(len(rows)), names)
@@ -136,6 +137,7 @@ class View:
     """Those with an address; their numbers are their places."""
     named: dict[LayerPath, Named] = field(repr=False, default_factory=dict)
     """Filled when first asked for. Of this table or an older one, which counts for layers that are the same."""
+    _number_of: dict[HostId, int] = field(init=False, repr=False)
     _made: dict[tuple[LayerPath, int], LayerRoutes] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,6 +145,7 @@ class View:
         known = next(iter(self.named.values()), None)
         # The same tuple where the hosts are the same, so that to compare them costs nothing.
         object.__setattr__(self, "hosts", known.hosts if known is not None and known.hosts == hosts else hosts)
+        object.__setattr__(self, "_number_of", {host: number for number, host in enumerate(hosts)})
 
     @property
     def here(self) -> int:
@@ -188,8 +191,8 @@ class View:
         start = np.concatenate([[0], np.cumsum(number)])
         speed = np.ones(here + 1)
         for name, value in self.table.speeds.items():
-            if name in self.table.addresses:
-                speed[self.hosts.index(name)] = value
+            if name in self._number_of:
+                speed[self._number_of[name]] = value
         return LayerRoutes(
             hosts=self.hosts,
             owner=np.append(host[start[:-1]], NOWHERE),
@@ -206,7 +209,7 @@ class View:
             raise NotFound(f"no layer {layer!r} in the routing table; it has {known}")
         named = self.named.get(layer)
         if named is None or named.rows is not rows or named.hosts is not self.hosts:
-            named = self.named[layer] = Named.of(rows, self.hosts)
+            named = self.named[layer] = Named.of(rows, self.hosts, self._number_of)
         return named
 
     def _is_kept(self, named: Named, place: tuple[int, LayerPath], avoid: frozenset[HostId]) -> Bools:
@@ -220,7 +223,7 @@ class View:
         is_live = ~self._mask(self.out | avoid)[host]
         for name, where, lacking in self.missing:
             if where == place:
-                is_live &= (expert != lacking) | (host != self._number(name))
+                is_live &= (expert != lacking) | (host != self._number_of.get(name, NOWHERE))
         is_prompt = is_live & ~self._mask(self.late)[host]
         own = np.zeros(num_experts, dtype=bool)
         own[self._within(self.aboard.get(place, ()), num_experts)] = True
@@ -234,11 +237,8 @@ class View:
     def _mask(self, names: Collection[HostId]) -> Bools:
         """[H] which hosts are among `names`."""
         mask = np.zeros(self.here, dtype=bool)
-        mask[[self._number(name) for name in names if name in self.table.addresses]] = True
+        mask[[self._number_of[name] for name in names if name in self._number_of]] = True
         return mask
-
-    def _number(self, name: HostId) -> int:
-        return self.hosts.index(name) if name in self.table.addresses else NOWHERE
 
     @staticmethod
     def _within(experts: Collection[int], num_experts: int) -> list[int]:
