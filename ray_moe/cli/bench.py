@@ -45,6 +45,7 @@ BENCHMARKS = {
     "start": Benchmark("start.py", "How long a service and one more actor take to start, and what an actor weighs."),
     "failover": Benchmark("elastic.py", "Skewed traffic, and how long streams stall when processes die."),
     "balance": Benchmark("balance.py", "Placements and splits, beside the balancers of others."),
+    "scale": Benchmark("scale.py", "What dispatch, plans and the controller cost as hosts go from 2 to 1,000."),
     "memory": Benchmark("memory.py", "What options save of memory."),
     "compression": Benchmark("compression.py", "What options save of traffic in training, and what the loss says."),
     "quantization": Benchmark("quantization.py", "Experts in 8 bits: size, time and loss."),
