@@ -102,7 +102,7 @@ class Recorder:
             self.clock = CLOCKS[name]
             began, before = time.perf_counter_ns(), thread_cpu_ns()
             self.is_on = True
-            while _read(folder / ON):
+            while _read(folder / ON) == name:
                 time.sleep(EVERY_S)
             self.is_on = False
             ended, after = time.perf_counter_ns(), thread_cpu_ns()

@@ -15,6 +15,10 @@ from benchmarks.profile_marks import RECORDER, Seam
 STEP, WAIT, SENT, TAKEN, RUN = "step", "wait", "send", "call taken", "experts, rest"
 FRAMED, WRITTEN, RECEIVED, TRAIN_STEP = "frame", "socket written", "reply read", "training step"
 
+ORDERS, ANSWERS = "orders to hosts given", "orders to hosts: wait"
+BY_CALLER = frozenset({ORDERS, ANSWERS})
+"""Counted apart for each component that calls them."""
+
 PRODUCTS = frozenset(
     {
         "attention: projections",
@@ -97,6 +101,7 @@ SEAMS = (
     Seam(_R + "stream", "Stream.take", "next tokens: pieces"),
     Seam(_R + "detokenizer", "Detokenizer.add", "detokenising"),
     Seam(_R + "vitals", "Vitals.stepped", "statistics"),
+    Seam("ray_moe.service.openai.answers", "CompletionAnswer._completion", "HTTP: pieces made"),
     # The dispatcher.
     Seam(_R + "moe_layer", "ExpertDispatcher.forward", "dispatch, rest"),
     Seam(_R + "moe_layer", "ExpertDispatcher._rows", "rows into their slots"),
@@ -155,8 +160,11 @@ SEAMS = (
     Seam("ray_moe.training.dispatcher", "combine", "combine"),
     Seam("ray_moe.training.coordinator", "Coordinator.begin", "begin, rest"),
     Seam("ray_moe.training.coordinator", "Coordinator.commit", "commit, rest"),
-    Seam("ray_moe.actors.training", "RayControl.order", "orders to hosts"),
-    Seam("ray_moe.actors.training", "RayControl.answers", "orders to hosts: wait"),
+    Seam("ray_moe.training.trainer", "Trainer.state", "copies of what was learned"),
+    Seam("ray_moe.actors.training", "RayControl.order", ORDERS),
+    Seam("ray_moe.actors.training", "RayControl.lend", ORDERS),
+    Seam("ray_moe.actors.training", "RayControl.answers", ANSWERS),
+    Seam("ray_moe.actors.training", "RayControl.hosts", ANSWERS),
     Seam("ray_moe.actors.training", "Teller.tell", "progress told"),
     Seam("ray_moe.ops.norms", "squares", "norms of gradients"),
     Seam("ray_moe.ops.optimizers", "Optimizer.prepare", "optimizer"),
@@ -166,6 +174,8 @@ SEAMS = (
     Seam("ray_moe.training.trainees", "Trainees._tokens", "experts: rows kept"),
     Seam("ray_moe.training.trainees", "Trainees._backward", "experts: backward"),
     Seam("ray_moe.training.trainees", "Trainees.begin", "orders obeyed"),
+    Seam("ray_moe.training.trainees", "Trainees.snapshot", "snapshot"),
+    Seam("ray_moe.training.trainees", "Trainees.report", "orders obeyed"),
     Seam("ray_moe.training.trainees", "Trainees.sums", "orders obeyed"),
     Seam("ray_moe.training.trainees", "Trainees.apply", "orders obeyed"),
 )

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,9 @@ SAMPLES_PER_S = 200
 PROMPT_TOKENS, ANSWER_TOKENS = 32, 960
 STEPS_BEFORE = 3
 """Training steps that warm up."""
+MANY_STEPS = 1_000_000
+SETTLED_S = 1.0
+"""After a recording has ended, every process has begun to write what it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +68,15 @@ class Settings:
     streams: int = 16
     warm_up_s: float = 3.0
     window_s: float = 5.0
-    """Of decoding, for each of the clocks, for the samples, and without anything."""
-    steps: int = 12
-    """Training steps in each window."""
+    """For each of the clocks, for the samples, and for decoding without anything."""
+    steps: int = 4
+    """Of training, in each window at least."""
     micro_batches: int = 2
     batch_size: int = 4
     sequence_length: int = 128
 
 
-QUICK = Settings(warm_up_s=1.0, window_s=1.0, steps=2, batch_size=2, sequence_length=64)
+QUICK = Settings(warm_up_s=1.0, window_s=1.0, steps=3, batch_size=2, sequence_length=64)
 
 
 # --- watching -----------------------------------------------------------------------------------------------------
@@ -94,6 +97,11 @@ class Watch:
         (self._folder / ON).unlink()
         wall_s, all_s, own_s = (after - before for after, before in zip(_used(), self._before, strict=True))
         self.used.append((wall_s, all_s, own_s))
+
+    def pids(self, clock: str) -> list[int]:
+        """Processes that have recorded something; those that take long to write it included."""
+        time.sleep(SETTLED_S)
+        return [int(file.name.partition(".")[0]) for file in self._folder.glob(f"*.{clock}.*")]
 
     def other_cores(self, recordings: Iterable[Recording]) -> float:
         """Cores that others used during the first recording, of which these are."""
@@ -277,40 +285,36 @@ def common(model: Path) -> dict[str, Any]:
 
 
 # --- training -----------------------------------------------------------------------------------------------------
-class Phases:
-    """Begins and ends the watching of a training by the steps that it has made."""
+class Enough(Exception):
+    """All of a training has been seen."""
 
-    def __init__(self, watch: Watch, num_steps: int, folder: Path) -> None:
-        self._watch, self._folder, self._num_steps = watch, folder, num_steps
-        self._until = STEPS_BEFORE
-        self._todo: Iterator[None] = self._go()
-        self._samples: Any = None
-        self._began_s = 0.0
+
+class Phases:
+    """Watches a training while it hears of its steps; then raises `Enough`."""
+
+    def __init__(self, watch: Watch, settings: Settings, folder: Path) -> None:
+        self._watch, self._settings, self._folder = watch, settings, folder
+        self._next_step, self._next_s = STEPS_BEFORE, 0.0
+        self._todo = self._go()
         self.samples: dict[profile_flame.Stack, int] = {}
 
     def hear(self, progress: Any) -> None:
-        if progress.step >= self._until:
-            self._until = progress.step + self._num_steps
-            next(self._todo, None)
+        if progress.step >= self._next_step and time.monotonic() >= self._next_s:
+            self._next_step = progress.step + self._settings.steps
+            self._next_s = time.monotonic() + self._settings.window_s
+            next(self._todo)
 
     def _go(self) -> Iterator[None]:
-        self._watch.begin("wall")
-        self._began_s = time.monotonic()
-        yield
-        step_s = (time.monotonic() - self._began_s) / self._num_steps
-        self._watch.end()
-        time.sleep(0.5)
-        self._watch.begin("cpu")
-        yield
-        self._watch.end()
-        main, hosts = find(self._watch.recordings("wall"), TRAIN_STEP)
+        for clock in ("wall", "cpu"):
+            self._watch.begin(clock)
+            yield
+            self._watch.end()
+        main, hosts = find(self._watch.recordings("wall", self._watch.pids("wall")), TRAIN_STEP)
         names = {main: "worker", **{pid: f"host {number}" for number, pid in enumerate(hosts)}}
-        self._samples = sampling(names, max(1.0, (self._num_steps - 1) * step_s), self._folder)
-        self.samples = self._samples.__enter__()
-
-    def finish(self) -> None:
-        if self._samples is not None:
-            self._samples.__exit__(None, None, None)
+        self._watch.recordings("cpu", list(names))
+        with sampling(names, self._settings.window_s, self._folder) as self.samples:
+            pass
+        raise Enough
 
 
 def train(model: Path, settings: Settings, folder: Path) -> Watched:
@@ -318,14 +322,14 @@ def train(model: Path, settings: Settings, folder: Path) -> Watched:
     from ray_moe.config import Config
 
     watch = Watch(folder)
-    phases = Phases(watch, settings.steps, folder)
+    phases = Phases(watch, settings, folder)
     config = Config.model_validate(
         {
             **common(model),
             "server": {"port": 0, "http_port": None, "grace_s": 1},
             "train": {
                 "data": "stdlib",
-                "steps": STEPS_BEFORE + 3 * settings.steps + 2,
+                "steps": MANY_STEPS,
                 "micro_batches": settings.micro_batches,
                 "batch_size": settings.batch_size,
                 "sequence_length": settings.sequence_length,
@@ -333,8 +337,8 @@ def train(model: Path, settings: Settings, folder: Path) -> Watched:
             },
         }
     )
-    ray_moe.train(config, phases.hear)
-    phases.finish()
+    with suppress(Enough):
+        ray_moe.train(config, phases.hear)
     wall = watch.recordings("wall")
     main, hosts = find(wall, TRAIN_STEP)
     cpu = watch.recordings("cpu", [main, *hosts])
@@ -451,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint; without it, a small random Qwen3-MoE over bytes")
     parser.add_argument("--only", choices=("decode", "train"))
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--seconds", type=float, help="of each window of decoding")
+    parser.add_argument("--seconds", type=float, help="of each window")
     parser.add_argument("--quick", action="store_true", help="small and short, to see that it runs; no results written")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--graphs", "--out", type=Path, metavar="FOLDER", help="write the flame graphs there, too")

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.profile_seams import FRAMED, RECEIVED, RUN, SENT, TAKEN, WAIT, WRITTEN
+from benchmarks.profile_seams import BY_CALLER, FRAMED, RECEIVED, RUN, SENT, TAKEN, WAIT, WRITTEN
 
 REST = "loop, rest"
 TO_HOST = "wait: socket, and the host wakes up"
@@ -81,6 +81,14 @@ class Own:
     """Components from the outermost to its own."""
     gaps: tuple[tuple[int, int], ...]
     """When that was."""
+
+    @property
+    def title(self) -> str:
+        """What it is counted as."""
+        component = self.mark.component
+        if component in BY_CALLER and len(self.path) > 1:
+            return f"{component} ({self.path[-2].removesuffix(', rest')})"
+        return component
 
 
 def own_times(marks: Sequence[Mark]) -> Iterator[Own]:
@@ -151,7 +159,7 @@ def step_times(
                     for name, ns in messages.wait_parts(begin, end):
                         times[name] += ns
                 else:
-                    times[own.mark.component] += end - begin
+                    times[own.title] += end - begin
     times[REST] += total - sum(times.values())
     return {component: ns / len(spans) for component, ns in times.items()}
 
@@ -227,7 +235,7 @@ def process_times(recording: Recording, num_steps: float, but: int | None = None
     for thread, marks in threads.items():
         if thread != but:
             for own in own_times(marks):
-                times[own.mark.component] += own.ns
+                times[own.title] += own.ns
     return {component: ns / num_steps for component, ns in times.items()}
 
 

@@ -16,7 +16,18 @@ NAMES: Mapping[str, str] = {
     STEP: "backbone: what is between modules, rows made",
     TRAIN_STEP: "step, rest",
     WAIT: "wait: all of it",
-    RECEIVED: "reader: replies read",
+    RECEIVED: "replies read",
+}
+THREADS: Mapping[str, str] = {
+    "router: AsyncIO Thread: default": "router: event loop (HTTP, gRPC, calls of Ray)",
+    "router: generation": "router: steps",
+    "router: replies-expert": "router: readers of replies",
+    "host: AsyncIO Thread: default": "host: event loop (sockets, small batches)",
+    "host: experts": "host: large batches",
+    "worker: replies-expert": "worker: readers of replies",
+    "router: profile": "router: the watcher of this profile",
+    "host: profile": "host: the watcher of this profile",
+    "worker: profile": "worker: the watcher of this profile",
 }
 MAIN = {"decode": "router", "train": "worker"}
 
@@ -62,7 +73,7 @@ def _kind(kind: str, found: Mapping[str, Any]) -> str:
         _main_table(found),
         f"### A host, beside it (mean of two), and other threads of the {name}",
         "Wall is the time that marked functions took, so with whatever they waited for.",
-        _host_table(found),
+        _host_table(found, name),
         "### CPU by thread",
         _thread_table(found, name),
         f"### The {NUM_LARGEST} largest parts of the step that are not matrix products",
@@ -104,13 +115,13 @@ def _main_table(found: Mapping[str, Any]) -> str:
     return table(["µs a step", "µs a layer", "share", "CPU, µs a step"], rows)
 
 
-def _host_table(found: Mapping[str, Any]) -> str:
+def _host_table(found: Mapping[str, Any], name: str) -> str:
     host, others = found["host"], found["main_other_threads"]["wall_us"]
     rows = _rows(host["wall_us"], host["cpu_us"], "host", found)
     rows["host: event loop and sockets, unmarked"] = ["", "", "", _number(host["loop_cpu_us"])]
     return table(
         ["µs a step", "µs a layer", "share of the step", "CPU, µs a step"],
-        rows | _rows(others, {}, "reader", found),
+        rows | _rows(others, {}, f"other threads of the {name}", found),
     )
 
 
@@ -118,7 +129,7 @@ def _rows(
     wall: Mapping[str, float], cpu: Mapping[str, float], who: str, found: Mapping[str, Any]
 ) -> dict[str, Sequence[str]]:
     return {
-        f"{who}: {_label(name).removeprefix('reader: ')}": [
+        f"{who}: {_label(name)}": [
             _number(us),
             _number(us / found["num_layers"]),
             f"{us / found['step_us']:.1%}",
@@ -132,7 +143,9 @@ def _rows(
 def _thread_table(found: Mapping[str, Any], name: str) -> str:
     rows: dict[str, Sequence[str]] = {}
     for who, threads in ((name, found["main_threads_cpu_us"]), ("host", found["host_threads_cpu_us"])):
-        rows |= {f"{who}: {thread}": [_number(us), f"{us / found['step_us']:.1%}"] for thread, us in threads.items()}
+        for thread, us in threads.items():
+            title = f"{who}: {thread}"
+            rows[THREADS.get(title, title)] = [_number(us), f"{us / found['step_us']:.1%}"]
     return table(["µs a step", "of a core"], rows)
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 PARTS: dict[str, set[str]] = {
     "decode": {COMPUTED, TO_HOST, WOKEN, "gate", "norms", "combine", "scheduler", "detokenising", "logits"},
-    "train": {COMPUTED, "backward of the backbone", "optimizer", "snapshot", "data", "orders to hosts: wait"},
+    "train": {COMPUTED, "backward of the backbone", "optimizer", "snapshot", "data", "orders to hosts: wait (commit)"},
 }
 
 

@@ -17,6 +17,7 @@ from benchmarks.pages.profile import page
 from benchmarks.profile_floor import Rates, decode_floor, train_floor
 from benchmarks.profile_marks import ON, Recorder, Seam
 from benchmarks.profile_seams import (
+    ANSWERS,
     FRAMED,
     PRODUCTS,
     RECEIVED,
@@ -189,6 +190,14 @@ def test_own_time_is_that_which_no_inner_mark_has() -> None:
     ]
 
 
+def test_orders_are_counted_by_what_gives_them() -> None:
+    commit, snapshot = Mark("commit, rest", 1, 0, 50), Mark("snapshot", 1, 50, 80)
+    marks = [commit, Mark(ANSWERS, 1, 10, 40), snapshot, Mark(ANSWERS, 1, 60, 65)]
+    assert step_times(Recording(1, (0, 80), marks), 1, [(0, 80)]) == {
+        "commit, rest": 20, f"{ANSWERS} (commit)": 30, "snapshot": 25, f"{ANSWERS} (snapshot)": 5, REST: 0,
+    }  # fmt: skip
+
+
 def router() -> Recording:
     """Two decode steps of 1,000 and one with a prompt; in each of the first two a call to the host."""
     marks = [Mark(STEP, 7, begin, begin + 800, key) for begin, key in ((0, [2, 2]), (1000, [2, 2]), (2000, [2, 9]))]
@@ -321,8 +330,8 @@ def test_the_page_says_what_is_in_the_file() -> None:
     assert "| **all** | 1,000 | 500 | 100% | 397 |" in text
     assert "| host: experts, rest | 160 | 80.0 | 16.0% | 90.0 |" in text
     assert "| host: event loop and sockets, unmarked |  |  |  | 55.0 |" in text
-    assert "| reader: replies read | 30.0 | 15.0 | 3.0% |  |" in text
-    assert "| router: generation | 600 | 60.0% |" in text
+    assert "| other threads of the router: replies read | 30.0 | 15.0 | 3.0% |  |" in text
+    assert "| router: steps | 600 | 60.0% |" in text
     assert "| worker: generation | 600 | 60.0% |" in text
     assert f"1. {WOKEN}: 200 µs\n2. host: experts, rest: 160 µs\n3. norms: 150 µs" in text
 
