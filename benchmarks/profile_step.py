@@ -458,7 +458,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="of each window")
     parser.add_argument("--quick", action="store_true", help="small and short, to see that it runs; no results written")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--graphs", "--out", type=Path, metavar="FOLDER", help="write the flame graphs there, too")
+    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="write the flame graphs there, too")
     given = parser.parse_args(argv)
     settings = replace(QUICK if given.quick else Settings(), streams=given.streams)
     if given.seconds is not None:
