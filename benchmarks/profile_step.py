@@ -469,12 +469,16 @@ def main(argv: list[str] | None = None) -> None:
         if given.model is None:
             write_model(model, given.quick)
         data, graphs = run(model, settings, kinds)
-    print(page(data))
+    data = {"machine": report.machine(), **data}
+    about = ", ".join(f"{key} {value}" for key, value in data["machine"].items())
+    text, numbers = f"{page(data)}\n\nMeasured on: {about}.\n", json.dumps(data, indent=1) + "\n"
+    print(text)
     is_kept = not given.quick and given.only is None
-    if is_kept:
-        report.write("profile", page(data), data)
     if given.json is not None:
-        given.json.write_text(json.dumps({"machine": report.machine(), **data}, indent=1) + "\n")
+        given.json.write_text(numbers)
+    if is_kept:
+        (report.RESULTS / "profile.json").write_text(numbers)
+        (report.RESULTS / "profile.md").write_text(text)
     for folder in [*([report.RESULTS] if is_kept else []), *([given.graphs] if given.graphs else [])]:
         folder.mkdir(parents=True, exist_ok=True)
         for kind, svg in graphs.items():
