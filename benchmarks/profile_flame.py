@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 
-WIDTH, ROW, LETTER = 1400, 17, 6.1
+WIDTH, ROW, LETTER = 1400, 17, 6.7
 MIN_WIDTH = 1.2
 """Of a frame that is drawn, in pixels."""
 MIN_TEXT = 26
 TOP = 46
 
 SKIPPED = re.compile(
-    r"_call_impl|_wrapped_call_impl|^marked |^followed |_bootstrap|^run \(threading|^wrapper |wrapped_fn|"
+    r"_call_impl|_wrapped_call_impl|^marked |^followed |_bootstrap|^Thread\.run \(threading|^wrapper |wrapped_fn|"
     r"forward_with_checkpointing|^decorate_context|^__enter__ \(contextlib|^__exit__ \(contextlib|<listcomp>|<module>"
 )
 """Frames that say nothing: wrappers of torch and transformers around each module, our marks, how threads begin."""
@@ -39,7 +39,7 @@ def read_raw(text: str, process: str) -> dict[Stack, int]:
     found: dict[Stack, int] = {}
     for line in text.splitlines():
         frames, _, count = line.rpartition(" ")
-        if not count.isdigit():
+        if not count.isdigit() or "Recorder.watch " in frames:  # the profile's own thread
             continue
         thread, *rest = frames.split(";")
         names = (process, _thread(thread), *(frame for frame in map(_tidy, rest) if not SKIPPED.search(frame)))

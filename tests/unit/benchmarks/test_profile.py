@@ -343,6 +343,7 @@ thread (26): generation;Thread._bootstrap (threading.py:1002);GenerationLoop._st
 thread (26): generation;Thread._bootstrap (threading.py:1002);GenerationLoop._step (ray_moe/runtime/generation.py:210) 1
 thread (31): replies-expert-0;outer.<locals>.inner (ray_moe/transport/connection.py:7) 2
 thread (9);<lambda> (somewhere/else.py:1) 4
+thread (5): profile;Thread.run (threading.py:7);Recorder.watch (benchmarks/profile_marks.py:1) 7
 not a sample
 """  # noqa: E501
 
