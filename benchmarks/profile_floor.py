@@ -7,28 +7,16 @@ Called by `profile_step.py`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GEMM = 768
-"""Rows, columns and depth of the product that is timed."""
-READ_BYTES = 256 * 1024**2
-"""More than any cache."""
-ROUNDS = 5
+from benchmarks.floor import Rates, measure_rates
+
 BACKWARD = 2.0
 """Products of a backward pass, as a multiple of the forward's."""
 ADAM_PASSES = 7
 """Weights, gradients and two moments read, all but the gradients written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Of one thread."""
-
-    flops_per_s: float
-    read_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +31,16 @@ class Floor:
     us: float
 
 
-def measure_rates() -> Rates:
-    """Of float32 on one thread: the best of a few tries, since others can only slow it down."""
+def one_thread_rates(width: int, inner: int) -> Rates:
+    """Through matrices [F, D] of an expert."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
-        numbers = torch.ones(READ_BYTES // 4)
-        return Rates(2 * GEMM**3 / _best_s(lambda: a @ b), READ_BYTES / _best_s(numbers.sum))
+        return measure_rates(width, inner, repeats=3)
     finally:
         torch.set_num_threads(before)
-
-
-def _best_s(run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def decode_floor(checkpoint: Any, rates: Rates, num_tokens: int, work: Sequence[tuple[float, float]]) -> Floor:

@@ -173,8 +173,8 @@ SEAMS = (
     Seam("ray_moe.ops.optimizers", "Optimizer.step", "optimizer"),
     Seam("torch._tensor", "Tensor.backward", "backward of the backbone"),
     # Training: a host.
-    Seam("ray_moe.training.trainees", "Trainees._tokens", "experts: rows kept"),
-    Seam("ray_moe.training.trainees", "Trainees._backward", "experts: backward"),
+    Seam("ray_moe.training.attempt", "Attempt._tokens", "experts: rows kept"),
+    Seam("ray_moe.training.attempt", "Attempt._backward", "experts: backward"),
     Seam("ray_moe.training.trainees", "Trainees.begin", "orders obeyed"),
     Seam("ray_moe.training.trainees", "Trainees.snapshot", "snapshot"),
     Seam("ray_moe.training.trainees", "Trainees.report", "orders obeyed"),

@@ -10,8 +10,6 @@ into processes, the flame graph is made of the marks. Results: `benchmarks/resul
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -25,8 +23,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks import profile_flame, report
-from benchmarks.pages.profile import page
-from benchmarks.profile_floor import Floor, Rates, decode_floor, measure_rates, train_floor
+from benchmarks.profile_floor import Floor, decode_floor, one_thread_rates, train_floor
 from benchmarks.profile_marks import hook
 from benchmarks.profile_runs import QUICK, Settings, decode, train, write_model
 from benchmarks.profile_seams import RUN, STEP, TRAIN_STEP
@@ -109,10 +106,13 @@ def flame(watched: Watched, title: str) -> str:
 # --- the command --------------------------------------------------------------------------------------------------
 def run(model: Path, settings: Settings, kinds: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """What was measured, and the flame graphs by kind."""
+    from transformers import AutoConfig
+
     from ray_moe.models.huggingface import Checkpoint
 
     checkpoint = Checkpoint.open(str(model))
-    rates: Rates = measure_rates()
+    config = AutoConfig.from_pretrained(model)
+    rates = one_thread_rates(config.hidden_size, getattr(config, "moe_intermediate_size", config.intermediate_size))
     data: dict[str, Any] = {"model": checkpoint.model_type, "settings": asdict(settings), "rates": asdict(rates)}
     graphs: dict[str, str] = {}
     before = os.environ.get("PYTHONPATH")
@@ -151,13 +151,11 @@ def run(model: Path, settings: Settings, kinds: Sequence[str]) -> tuple[dict[str
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.options(__doc__)
     parser.add_argument("--model", type=Path, help="a checkpoint; without it, a small random Qwen3-MoE over bytes")
     parser.add_argument("--only", choices=("decode", "train"))
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--seconds", type=float, help="of each window")
-    parser.add_argument("--quick", action="store_true", help="small and short, to see that it runs; no results written")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="write the flame graphs there, too")
     given = parser.parse_args(argv)
     settings = replace(QUICK if given.quick else Settings(), streams=given.streams)
@@ -169,17 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         if given.model is None:
             write_model(model, given.quick)
         data, graphs = run(model, settings, kinds)
-    data = {"machine": report.machine(), **data}
-    about = ", ".join(f"{key} {value}" for key, value in data["machine"].items())
-    text, numbers = f"{page(data)}\n\nMeasured on: {about}.\n", json.dumps(data, indent=1) + "\n"
-    print(text)
-    is_kept = not given.quick and given.only is None
-    if given.json is not None:
-        given.json.write_text(numbers)
-    if is_kept:
-        (report.RESULTS / "profile.json").write_text(numbers)
-        (report.RESULTS / "profile.md").write_text(text)
-    for folder in [*([report.RESULTS] if is_kept else []), *([given.graphs] if given.graphs else [])]:
+    given.quick |= given.only is not None  # half of the results is none
+    report.finish("profile", data, given)
+    for folder in [*([] if given.quick else [report.RESULTS]), *([given.graphs] if given.graphs else [])]:
         folder.mkdir(parents=True, exist_ok=True)
         for kind, svg in graphs.items():
             (folder / f"profile-{kind}.svg").write_text(svg)

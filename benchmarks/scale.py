@@ -93,13 +93,13 @@ def simulate(scenario: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = report.options(__doc__)
     parser.add_argument("--before", metavar="COMMIT", help="measure the code of this commit as well, in the same run")
     parser.add_argument(
         "--simulate", action="store_true", help="add a simulation of 1,000 hosts to the results (minutes)"
     )
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     data: dict[str, Any]
     if given.simulate:
         data = json.loads((report.RESULTS / "scale.json").read_text())

@@ -44,6 +44,7 @@ BENCHMARKS = {
     "train": Benchmark("train_step.py", "A training step of one layer, beside all_to_all and DeepSpeed."),
     "start": Benchmark("start.py", "How long a service and one more actor take to start, and what an actor weighs."),
     "failover": Benchmark("elastic.py", "Skewed traffic, and how long streams stall when processes die."),
+    "profile": Benchmark("profile_step.py", "Where each microsecond of a decode step and of a training step goes."),
     "balance": Benchmark("balance.py", "Placements and splits, beside the balancers of others."),
     "scale": Benchmark("scale.py", "What dispatch, plans and the controller cost as hosts go from 2 to 1,000."),
     "memory": Benchmark("memory.py", "What options save of memory."),

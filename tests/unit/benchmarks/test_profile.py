@@ -14,8 +14,9 @@ import pytest
 from torch import nn
 
 from benchmarks import profile_flame
+from benchmarks.floor import Rates
 from benchmarks.pages.profile import page
-from benchmarks.profile_floor import Rates, decode_floor, train_floor
+from benchmarks.profile_floor import decode_floor, train_floor
 from benchmarks.profile_marks import ON, Recorder, Seam
 from benchmarks.profile_seams import (
     ANSWERS,
@@ -274,7 +275,7 @@ def test_a_process_beside_it_is_counted_by_step() -> None:
 def test_the_floor_is_of_the_backbone_and_the_busiest_host() -> None:
     layer = types.SimpleNamespace(num_experts=4, expert_bytes=400, dtype="float32")
     checkpoint = types.SimpleNamespace(backbone_bytes=4000, layers={"a": layer, "b": layer})
-    rates = Rates(flops_per_s=1e6, read_bytes_per_s=1e7)
+    rates = Rates(copy_bytes_per_s=1e7, flops_per_s=1e6, read_bytes_per_s=1e7)
     found = decode_floor(checkpoint, rates, 2, [(10, 3), (6, 5)])
     assert (found.main_flops, found.main_bytes) == (2 * 1000 * 2, 4000)
     assert (found.host_flops, found.host_bytes) == (2 * 6 * 100, 5 * 400)
