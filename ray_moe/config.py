@@ -90,7 +90,8 @@ class ExpertsConfig(Section):
     too, so that it multiplies integers: on CPUs with VNNI or AMX faster than float32. Experts that are trained are not
     affected."""
     standby_actors: Annotated[int, Field(ge=0), Number] = 0
-    """Running actors without experts that take over from a lost one in tens of milliseconds."""
+    """Running actors without experts that take over from a lost one in tens of milliseconds, and serve first when more
+    are wanted; others then start in their place."""
     standby_preload: bool = False
     """Whether a standby actor reads all experts into memory beforehand, and so takes over without loading."""
     max_restarts: Annotated[int, Field(ge=-1), Number] = -1

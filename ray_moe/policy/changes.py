@@ -85,6 +85,8 @@ class Resize:
     """When what is waited for must have happened: hosts that start, or nobody needing those that go."""
     added: tuple[HostId, ...] = ()
     removed: tuple[HostId, ...] = ()
+    promoted: tuple[HostId, ...] = ()
+    """Of the added: standbys, which need not start. Others are started in their place when it is done."""
     planned: bool = False
     """Whether the added hosts have been given their share."""
 

@@ -201,6 +201,13 @@ class Cluster:
         self.out.append(ev.StartHost(host_id))
         return host_id
 
+    def replace_standbys(self, resize: Resize) -> None:
+        """Start others in place of the standbys that serve now."""
+        for host_id in resize.promoted:
+            host = self.hosts.get(host_id)
+            if host is None or host.role != "standby":
+                self.start_host("standby")
+
     def set_leaving(self, going: Iterable[HostState]) -> None:
         """From now on these hand over what they hold; they end when nobody needs them."""
         self.planning = None  # it counts on them
@@ -317,14 +324,23 @@ class Cluster:
         self.say("resizing", resize.reason)
 
     def roll_back(self, why: str) -> None:
-        """Undo a resize: hosts that were added end, unless they serve already; hosts that were to go stay."""
+        """Undo a resize: hosts that were added end, unless they serve already; hosts that were to go stay.
+
+        Standbys that were to serve are standbys again, unless they do.
+        """
         if self.resize is None:
             return
         self.say("aborted", f"{self.resize.reason}: {why}")
         resize, self.resize, self.planning = self.resize, None, None
         self.drop_transaction()
         added = [self.hosts[host_id] for host_id in resize.added if host_id in self.hosts]
-        self.set_leaving([host for host in added if not self.placed.on(host.host_id)])
+        idle = [host for host in added if not self.placed.on(host.host_id)]
+        self.set_leaving([host for host in idle if host.host_id not in resize.promoted])
+        for host in idle:
+            if host.host_id in resize.promoted:
+                host.role, host.is_new = "standby", False
+                self.look_again(host)
+        self.replace_standbys(resize)
         for host_id in resize.removed:
             host = self.hosts.get(host_id)
             if host is not None and host.draining and not host.is_dismissed:

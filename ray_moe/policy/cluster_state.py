@@ -344,6 +344,7 @@ class ClusterState(Cluster):
         if (resize.planned or not resize.added) and not any(host in self.hosts for host in resize.removed):
             self.resize = None
             self.say("resized", resize.reason)
+            self.replace_standbys(resize)
 
     def validate(self) -> list[str]:
         """Rules that the state breaks now; none is the answer after every event."""

@@ -1,8 +1,8 @@
 """What follows from a wish for another size, for other hosts, or from the notice that a node is going.
 
-Growing: the new hosts start, get their share by a plan, and only then count. Shrinking and draining: what only the
-going hosts hold is handed over, and then they end. Falling asleep: all end, and routers compute for themselves. A
-notice is no wish: what can be saved is saved, whatever else is under way.
+Growing: standbys serve from now on and other hosts start; they get their share by a plan, and only then count.
+Shrinking and draining: what only the going hosts hold is handed over, and then they end. Falling asleep: all end, and
+routers compute for themselves. A notice is no wish: what can be saved is saved, whatever else is under way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ray_moe.policy.hosts import HostState, number_of
 from ray_moe.policy.migration import loads_of
 from ray_moe.policy.repair import evacuated
 from ray_moe.policy.scaling import Signals, decide
+from ray_moe.types import HostId
 
 MOST_HOSTS: Final = 1024
 """As many as plans have been tried with. A slip of the hand must not ask a cluster for a hundred thousand."""
@@ -63,8 +64,10 @@ def _change_size(cluster: Cluster, num_hosts: int, reason: str) -> None:
     serving = cluster.fleet.with_role("serving")
     text = f"{reason}: {len(serving)} to {num_hosts} hosts"
     if num_hosts > len(serving):
-        added = tuple(cluster.start_host("serving") for _ in range(num_hosts - len(serving)))
-        cluster.begin_resize(Resize(text, cluster.now_s + cluster.settings.resize_s, added=added))
+        promoted = _promote(cluster, num_hosts - len(serving))
+        started = tuple(cluster.start_host("serving") for _ in range(num_hosts - len(serving) - len(promoted)))
+        deadline_s = cluster.now_s + cluster.settings.resize_s
+        cluster.begin_resize(Resize(text, deadline_s, added=promoted + started, promoted=promoted))
     elif num_hosts == 0:
         _fall_asleep(cluster, serving, text)
     elif num_hosts < len(serving):
@@ -72,6 +75,15 @@ def _change_size(cluster: Cluster, num_hosts: int, reason: str) -> None:
         # Who is not there anyway, then who gives least, then who came last.
         serving.sort(key=lambda h: (h.phase == "up", load.get(h.host_id, 0.0), -number_of(h.host_id)))
         _let_go(cluster, serving[: len(serving) - num_hosts], text)
+
+
+def _promote(cluster: Cluster, number: int) -> tuple[HostId, ...]:
+    """Up to `number` standbys serve from now on: they are there, where others would have to start."""
+    ready = [host for host in cluster.fleet.with_role("standby") if host.phase == "up"][:number]
+    for host in ready:
+        host.role, host.is_new = "serving", True
+        cluster.look_again(host)
+    return tuple(host.host_id for host in ready)
 
 
 def _fall_asleep(cluster: Cluster, serving: Sequence[HostState], reason: str) -> None:

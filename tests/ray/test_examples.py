@@ -93,7 +93,7 @@ def test_elastic_killed_node() -> None:
 
 def test_ray_cluster() -> None:
     said = run_alone("ray_cluster")
-    assert "on-a-cluster is ready: 2 expert actors on 1 node(s)" in said
+    assert "is ready: 2 expert actors on 1 node(s) of 127.0.0.1" in said
     assert "24 tokens" in said
     assert said.endswith("the service is taken down\nand so is the cluster\n")
 
@@ -102,4 +102,4 @@ def test_kuberay() -> None:
     said = run_alone("kuberay", "--port", str(free_port()))
     assert "RayService ray-moe runs ray_moe.service.app:build" in said
     assert re.search(r"model answers '.+'", said)
-    assert said.endswith("without a key: 401\n")
+    assert "without a key: 401\n" in said  # Ray may say something about its own actors after it

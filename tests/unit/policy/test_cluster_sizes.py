@@ -23,6 +23,57 @@ def test_growing_starts_hosts_and_plans_once_all_of_them_are_there():
     assert driver.told("resized") == ["requested: 2 to 4 hosts"]
 
 
+def test_a_standby_serves_at_once_and_another_starts_in_its_place():
+    driver = Driver.ready(num_standbys=1)
+    driver.route(9, 9, 9, 9)
+    [order] = of_kind(driver.tell(ev.SizeRequested(3)), ev.PlanPlacement)
+    assert [host.host_id for host in order.hosts] == ["expert-0", "expert-1", "expert-2"]
+    assert not driver.to_start
+    driver.run(5.0, starts=False)
+    assert driver.told("resized") == ["requested: 2 to 3 hosts"]
+    assert "2" in set("".join(driver.named))
+    assert driver.to_start == {"expert-3"}
+    driver.run(5.0)
+    assert driver.phases == {"0": "ready", "1": "ready", "2": "ready", "3": "standby"}
+
+
+def test_standbys_and_new_hosts_grow_it_together():
+    driver = Driver.ready(num_standbys=1)
+    driver.route(9, 9, 9, 9)
+    assert of_kind(driver.tell(ev.SizeRequested(4)), ev.PlanPlacement) == []
+    assert driver.to_start == {"expert-3"}
+    driver.run(10.0)
+    assert driver.phases == {"0": "ready", "1": "ready", "2": "ready", "3": "ready", "4": "standby"}
+    assert set("".join(driver.named)) == set("0123")
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_standby_whose_resize_is_rolled_back_is_a_standby_again(preload):
+    driver = Driver.ready(num_standbys=1, preload_standbys=preload)
+    driver.tell(ev.SizeRequested(4))
+    driver.tell(ev.HostFailed("expert-3", "no such image"))
+    driver.run(5.0, starts=False)
+    assert driver.phases == {"0": "ready", "1": "ready", "2": "standby"}
+    assert driver.named == driver.placed == START
+    assert not driver.to_start
+    driver.lose("expert-1")
+    assert driver.placed == ["0", "0", "2", "2"]
+
+
+def test_a_standby_that_is_lost_before_it_has_its_share_is_waited_for():
+    driver = Driver.ready(num_standbys=1)
+    driver.route(9, 9, 9, 9)
+    driver.tell(ev.SizeRequested(3))
+    driver.lose("expert-2")
+    driver.run(5.0)
+    assert driver.phases == {"0": "ready", "1": "ready", "2": "lost"}
+    assert not driver.told("resized")
+    driver.start("expert-2")
+    driver.run(10.0)
+    assert driver.told("resized") == ["requested: 2 to 3 hosts"]
+    assert driver.phases == {"0": "ready", "1": "ready", "2": "ready", "3": "standby"}
+
+
 def test_the_present_size_is_no_change():
     driver = Driver.ready()
     assert driver.tell(ev.SizeRequested(2)) == []
