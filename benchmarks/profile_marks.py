@@ -195,19 +195,21 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def install(folder: str) -> None:
-    """Mark in this process what `profile_seams.py` lists. Called by `sitecustomize.py`."""
-    from benchmarks.profile_seams import SEAMS
-
+def install(folder: str, seams: Sequence[Seam]) -> None:
+    """Mark `seams` in this process. Called by `sitecustomize.py`."""
     by_module: dict[str, list[Seam]] = {}
-    for seam in SEAMS:
+    for seam in seams:
         by_module.setdefault(seam.module, []).append(seam)
     sys.meta_path.insert(0, _Finder(by_module, Path(folder)))
 
 
 def hook(folder: Path) -> str:
-    """Writes the `sitecustomize.py` of marked processes; their PYTHONPATH."""
-    code = f"from benchmarks import profile_marks\n\nprofile_marks.install({str(folder)!r})\n"
+    """Writes the `sitecustomize.py` of processes in which what `profile_seams.py` lists is marked; their PYTHONPATH."""
+    code = (
+        "from benchmarks.profile_marks import install\n"
+        "from benchmarks.profile_seams import SEAMS\n\n"
+        f"install({str(folder)!r}, SEAMS)\n"
+    )
     (folder / "sitecustomize.py").write_text(code)
     before = os.environ.get("PYTHONPATH", "")
     return os.pathsep.join([str(folder), str(Path(__file__).parents[1]), *([before] if before else [])])
