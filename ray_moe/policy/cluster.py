@@ -204,8 +204,7 @@ class Cluster:
     def replace_standbys(self, resize: Resize) -> None:
         """Start others in place of the standbys that serve now."""
         for host_id in resize.promoted:
-            host = self.hosts.get(host_id)
-            if host is None or host.role != "standby":
+            if host_id not in self.hosts or self.hosts[host_id].role != "standby":
                 self.start_host("standby")
 
     def set_leaving(self, going: Iterable[HostState]) -> None:
@@ -336,10 +335,10 @@ class Cluster:
         added = [self.hosts[host_id] for host_id in resize.added if host_id in self.hosts]
         idle = [host for host in added if not self.placed.on(host.host_id)]
         self.set_leaving([host for host in idle if host.host_id not in resize.promoted])
-        for host in idle:
-            if host.host_id in resize.promoted:
-                host.role, host.is_new = "standby", False
-                self.look_again(host)
+        for idler in idle:
+            if idler.host_id in resize.promoted:
+                idler.role, idler.is_new = "standby", False
+                self.look_again(idler)
         self.replace_standbys(resize)
         for host_id in resize.removed:
             host = self.hosts.get(host_id)
