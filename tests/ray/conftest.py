@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)) if item.path.parent == FOLDER else -1)
 
 
-FORKED = {} if os.environ.get("RAY_MOE_TEST_COLD") else {"setup_worker_path": warm_processes.__file__}
+FORKED = {"setup_worker_path": warm_processes.__file__}
 """For a node of Ray: its workers are forked from a warm process."""
 
 

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,26 +153,18 @@ def ask(arguments: Sequence[str]) -> None:
     variables = context.pop("env_vars", {})
     is_plain = context.pop("py_executable", sys.executable) == sys.executable and not any(context.values())
     if not is_plain or Path(f"{address}{COLD}").exists():
-        start_cold(arguments)
+        from ray._private.workers import setup_worker
+
+        os.execv(sys.executable, [sys.executable, setup_worker.__file__, *arguments])
     wanted = {
         "argv": [one for one in arguments if not one.startswith((CONTEXT, "--language="))],
         "environment": {**os.environ, **variables},
         "cwd": os.getcwd(),
     }
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as warm:
-        try:
-            warm.connect(address)
-        except OSError:  # it has ended
-            start_cold(arguments)
+        warm.connect(address)
         socket.send_fds(warm, [json.dumps(wanted).encode()], [0, 1, 2])
         warm.recv(1)  # its end is the answer
-
-
-def start_cold(arguments: Sequence[str]) -> NoReturn:
-    """Do what Ray does."""
-    from ray._private.workers import setup_worker
-
-    os.execv(sys.executable, [sys.executable, setup_worker.__file__, *arguments])
 
 
 if __name__ == "__main__":
