@@ -18,13 +18,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from ray_moe.actors.launcher import worker_env
 from ray_moe.actors.spec import NAMESPACE
 from ray_moe.service import cluster
 from ray_moe.service.composition import Service
-from tests.ray import warm as warm_processes
 from tests.ray.support import GPU_SHARE, agent_ports, serving
-from tests.ray.warm import Warm
 from tests.tiny_models import save
 
 FOLDER = Path(__file__).parent
@@ -56,28 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)) if item.path.parent == FOLDER else -1)
 
 
-FORKED = {"setup_worker_path": warm_processes.__file__}
-"""For a node of Ray: its workers are forked from a warm process."""
-
-
-@pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
-    """What the workers of the shared Ray are forked from."""
-    process = Warm(worker_env(1))
-    os.environ[warm_processes.ADDRESS] = process.address
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def cold(warm: Warm) -> Iterator[None]:
-    """In a test with this fixture actors start as they do elsewhere, with all their imports."""
-    with warm.cold():
-        yield
-
-
 @pytest.fixture(scope="session", autouse=True)
-def local_ray(warm: Warm) -> Iterator[Cluster]:
+def local_ray() -> Iterator[Cluster]:
     """The Ray that every `Service` of this process finds and uses. Tests may add nodes to it, and take them away."""
     for name, value in cluster.RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -87,7 +64,6 @@ def local_ray(warm: Warm) -> Iterator[Cluster]:
         "object_store_memory": STORE_BYTES,
         "include_dashboard": False,
         "include_log_monitor": False,
-        **FORKED,
         **agent_ports(),
         # Raylets that are killed are missed after three seconds instead of sixteen; one that is only slow is not.
         "_system_config": {
@@ -115,7 +91,6 @@ def add_node(local_ray: Cluster) -> Iterator[Callable[..., Any]]:
             resources={"expert_slot": slots},
             labels=labels,
             object_store_memory=STORE_BYTES,
-            **FORKED,
             **agent_ports(),
         )
         added.append(node)

@@ -76,9 +76,7 @@ def test_a_service_stops_while_streams_run(mixtral):
         service.stop()
 
 
-@pytest.mark.usefixtures("cold")
-def test_actors_that_only_coordinate_do_not_load_torch(mixtral, serve):
-    service = serve(mixtral[1], experts={"num_actors": 1})
+def test_actors_that_only_coordinate_do_not_load_torch(service):
     for role in ("launcher", "controller"):
         actor = ray.get_actor(f"{service.config.service_name}/{role}")
         loaded = ray.get(actor.__ray_call__.remote(lambda _: set(__import__("sys").modules)))

@@ -15,7 +15,6 @@ NUM_TOKENS = 300
 
 
 @pytest.mark.parametrize("preload", [True, False], ids=["preloaded", "empty"])
-@pytest.mark.usefixtures("cold")  # a restart takes as long as it does elsewhere
 def test_a_standby_takes_over(mixtral, serve, preload):
     reference, folder = mixtral
     expected = greedy(reference, prompts(4), NUM_TOKENS)
