@@ -26,7 +26,7 @@ test: $(STAMP) browser  ## the whole suite
 # them.
 SLOWER := transport service client training models cluster docs ops/gates ops/methods ops/architectures
 
-check: $(STAMP)  ## format, lint, types, import layers, unit tests without sockets (a minute)
+check: $(STAMP)  ## format, lint, types, import layers, unit tests without sockets (two minutes)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
