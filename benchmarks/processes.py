@@ -63,15 +63,7 @@ class Processes:
 
     def cpu_s(self) -> float:
         """CPU seconds of all its processes, and of theirs, since their start."""
-        total = 0.0
-        for root in (psutil.Process(process.pid) for process in self._processes):
-            for process in (root, *root.children(recursive=True)):
-                try:
-                    times = process.cpu_times()
-                except psutil.NoSuchProcess:
-                    continue
-                total += times.user + times.system
-        return total
+        return sum(cpu_s(process.pid) for process in self._processes)
 
     def close(self) -> None:
         for process in self._processes:
@@ -88,6 +80,19 @@ class Processes:
 def _pipe(pipe: IO[str] | None) -> IO[str]:
     assert pipe is not None
     return pipe
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process, and of those that it has started, since their start."""
+    total = 0.0
+    root = psutil.Process(pid)
+    for process in (root, *root.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
 
 
 def free_port() -> int:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 
-from benchmarks.processes import free_port
+from benchmarks.processes import cpu_s, free_port
 
 START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 30.0
@@ -88,15 +87,7 @@ class Server:
 
     def cpu_s(self) -> float:
         """CPU seconds of all its processes since their start."""
-        total = 0.0
-        root = psutil.Process(self._process.pid)
-        for process in (root, *root.children(recursive=True)):
-            try:
-                times = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += times.user + times.system
-        return total
+        return cpu_s(self._process.pid)
 
 
 @contextmanager

@@ -284,7 +284,7 @@ def combine(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = rows.new_empty(num_tokens, width)
     dtype = torch.promote_types(rows.dtype, weight.dtype)
     in_turn = top_k <= 2 and dtype == rows.dtype and dtype in (torch.float32, torch.float64)  # the same bits, sooner
-    each, spare = rows.view(num_tokens, top_k, width), rows.new_empty(block, width)
+    each, spare = rows.reshape(num_tokens, top_k, width), rows.new_empty(block, width)
     for begin in range(0, num_tokens, block):
         end = min(begin + block, num_tokens)
         sums, factor = out[begin:end], weight[begin:end]
@@ -303,8 +303,11 @@ def _combine(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def put_rows(rows: torch.Tensor, places: Ints, values: torch.Tensor) -> None:
-    """``rows[places] = values``, of one dtype and without gradients. On the CPU by numpy, in a third of the time."""
-    if rows.is_cpu and values.is_cpu:
+    """``rows[places] = values``, without gradients. On the CPU by numpy, in a third of the time.
+
+    Raises: `RuntimeError` when they differ in dtype or width.
+    """
+    if rows.is_cpu and values.is_cpu and (rows.dtype, rows.shape[1:]) == (values.dtype, values.shape[1:]):
         _bits(rows)[places] = _bits(values)
     else:
         rows.index_copy_(0, torch.from_numpy(places).to(rows.device), values.to(rows.device))

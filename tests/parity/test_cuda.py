@@ -179,7 +179,7 @@ def serve_on_the_gpu(folder: str, token: str, pipe: Any) -> None:
         host.hold(path, every, StackedExperts(checkpoint.load_experts({path: every}, device="cuda")[path]))
 
     async def serve() -> None:
-        server = HostServer(HostLoop(host).submit, token, settings=TransportSettings(device="cuda"))
+        server = HostServer(HostLoop(host).accept, token, settings=TransportSettings(device="cuda"))
         tcp, unix = await server.start()
         pipe.send(HostAddress(host.host_id, "1", "here", os.getpid(), tcp, unix))
         await asyncio.get_running_loop().run_in_executor(None, pipe.poll, None)

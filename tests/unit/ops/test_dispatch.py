@@ -197,3 +197,9 @@ def test_rows_are_put_where_they_belong(dtype):
     for place in range(50):
         expected = values[places.tolist().index(place)] if place in places else torch.zeros(7, dtype=dtype)
         assert torch.equal(rows[place].float(), expected.float())
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(1, torch.float32), (6, torch.float32), (7, torch.bfloat16)])
+def test_rows_of_another_kind_are_not_put(width, dtype):
+    with pytest.raises(RuntimeError):
+        put_rows(torch.zeros(5, 7), np.array([1, 3]), torch.ones(2, width, dtype=dtype))
