@@ -46,7 +46,7 @@ def main() -> None:
         config = Config.model_validate(
             {
                 "model": str(start),
-                "experts": few,
+                "experts": {"num_actors": arguments.actors, **few},
                 "router": few,
                 "server": {"port": 0, "http_port": None},
                 "train": {
