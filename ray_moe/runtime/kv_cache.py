@@ -50,13 +50,13 @@ class KVCache:
         if layer not in self._buffers:
             self._buffers[layer] = (_room(keys, self.capacity), _room(values, self.capacity))
         for buffer, new in zip(self._buffers[layer], (keys, values), strict=True):
-            buffer[:, :, begin:end] = new
+            buffer.narrow(2, begin, new.shape[2]).copy_(new)
         return self.read(layer, end)
 
     def read(self, layer: int, end: int, begin: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of a layer from `begin` to before `end`: [1, H, end - begin, D] keys and values."""
         keys, values = self._buffers[layer]
-        return keys[:, :, begin:end], values[:, :, begin:end]
+        return keys.narrow(2, begin, end - begin), values.narrow(2, begin, end - begin)
 
     def resize(self, capacity: int) -> None:
         """Make room for `capacity` tokens, and keep what is there as far as it fits."""

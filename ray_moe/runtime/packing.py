@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -106,8 +107,8 @@ class PackedCache(MasklessCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the keys and values of the row, [1, H, Q, D] each."""
         written = [
-            one.cache.write(layer_idx, key_states[:, :, one.start : one.end], value_states[:, :, one.start : one.end])
-            for one in self.segments
+            one.cache.write(layer_idx, keys, values)
+            for one, keys, values in zip(self.segments, self._cut(key_states), self._cut(value_states), strict=True)
         ]
         if not self.gathers:
             self.given[layer_idx] = key_states
@@ -123,8 +124,10 @@ class PackedCache(MasklessCache):
         window: int | None = kwargs.get("sliding_window")
         if not self.gathers and self.given.get(layer) is not key:
             raise MustGather
+        # A single token, as in decoding, goes to the kernel without what `transformers` looks after around it.
+        is_plain = base == "sdpa" and all(kwargs.get(name) is None for name in ("position_bias", "softcap"))
         outputs, begin = [], 0
-        for one in self.segments:
+        for one, asking in zip(self.segments, self._cut(query), strict=True):
             if self.gathers:
                 keys, values = (part[:, :, begin : begin + one.total] for part in (key, value))
                 begin += one.total
@@ -133,10 +136,26 @@ class PackedCache(MasklessCache):
             if window is not None and one.total > window + one.length - 1:  # before that nothing is seen from here
                 seen = window + one.length - 1
                 keys, values = keys[:, :, -seen:], values[:, :, -seen:]
+            if is_plain and one.length == 1:
+                outputs.append(_attend_one(asking, keys, values, kwargs.get("scaling")))
+                continue
             mask = causal_mask(self.masks, base, query, one.length, keys.shape[2], window)
             # A single token sees all that is left, and a first chunk what `sdpa` calls causal.
-            outputs.append(attend(module, query[:, :, one.start : one.end], keys, values, mask, **kwargs)[0])
+            outputs.append(attend(module, asking, keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, 1)
+
+    def _cut(self, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[1, heads, Q, D] in the parts of the sequences."""
+        return row.split([one.length for one in self.segments], 2)
+
+
+def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """[1, A, 1, D] -> [1, 1, A, D]: a token that sees all of [1, H, L, D]. The A / H heads that share keys go to them
+    as one matrix, so that each key is read once."""
+    num_heads, num_groups = query.shape[1], keys.shape[1]
+    asking = query.reshape(1, num_groups, num_heads // num_groups, query.shape[3])
+    out = functional.scaled_dot_product_attention(asking, keys, values, scale=scale)
+    return out.reshape(1, 1, num_heads, values.shape[3])
 
 
 @contextmanager
