@@ -146,7 +146,8 @@ class PackedCache(MasklessCache):
 
     def _cut(self, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[1, heads, Q, D] in the parts of the sequences."""
-        return row.split([one.length for one in self.segments], 2)
+        parts: tuple[torch.Tensor, ...] = row.split([one.length for one in self.segments], 2)
+        return parts
 
 
 def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
