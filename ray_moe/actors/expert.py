@@ -411,7 +411,7 @@ class ExpertActor:
     # --- faults on purpose -----------------------------------------------------------------------------------
     async def kill(self, whole_node: bool = False) -> None:
         """End this process at once, as a crash would; or the raylet, and with it every process of Ray on the node."""
-        os.kill(os.getppid() if whole_node else os.getpid(), signal.SIGKILL)
+        os.kill(int(os.environ["RAY_RAYLET_PID"]) if whole_node else os.getpid(), signal.SIGKILL)
 
     async def disturb(self, kind: str, duration_s: float, factor: float, seed: int) -> None:
         """Compute more slowly, wrongly or not at all for a while: ``slow``, ``corrupt`` or ``hang``."""

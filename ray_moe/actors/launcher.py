@@ -7,12 +7,13 @@ it went. Only here are actor options made.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_moe.actors import logs
+from ray_moe.actors import logs, warm
 from ray_moe.actors.expert import ExpertActor
 from ray_moe.actors.router import Router
 from ray_moe.actors.spec import NAMESPACE, TRAINER, ServiceSpec
@@ -60,7 +61,7 @@ class Launcher:
             label_selector=experts.label_selector or None,
             scheduling_strategy="SPREAD",  # else Ray fills one node first, and the loss of it would be the loss of all
             max_restarts=experts.max_restarts,
-            runtime_env={"env_vars": worker_env(experts.num_threads)},
+            runtime_env=self._runtime_env(experts.num_threads, experts.num_gpus),
         )
 
     async def stop_host(self, host_id: HostId) -> None:
@@ -101,7 +102,7 @@ class Launcher:
             num_gpus=router.num_gpus,
             scheduling_strategy=where,
             max_restarts=-1,
-            runtime_env={"env_vars": worker_env(router.num_threads)},
+            runtime_env=self._runtime_env(router.num_threads, router.num_gpus),
         )
 
     async def start_trainer(self, replace: bool = False) -> Any:
@@ -115,8 +116,16 @@ class Launcher:
             num_cpus=train.num_cpus,
             num_gpus=train.num_gpus,
             max_restarts=-1,
-            runtime_env={"env_vars": worker_env(train.num_threads)},
+            runtime_env=self._runtime_env(train.num_threads, train.num_gpus),
         )
+
+    def _runtime_env(self, num_threads: int, num_gpus: float) -> dict[str, Any]:
+        settings = self._spec.config.ray
+        is_warm = settings.address == "local" if settings.warm_start is None else settings.warm_start
+        made: dict[str, Any] = {"env_vars": worker_env(num_threads)}
+        if is_warm and not num_gpus and sys.platform == "linux":
+            made["py_executable"] = warm.py_executable()
+        return made
 
     def _start(self, role: str, replace: bool, actor_class: type, arguments: tuple[Any, ...], **options: Any) -> Any:
         if replace and role in self._started:

@@ -18,7 +18,8 @@ NUM_TOKENS = 300
 def test_a_standby_takes_over(mixtral, serve, preload):
     reference, folder = mixtral
     expected = greedy(reference, prompts(4), NUM_TOKENS)
-    service = serve(folder, experts={"num_actors": 2, "standby_actors": 1, "standby_preload": preload})
+    slowly = {"warm_start": False}  # or the lost actor would be back as soon
+    service = serve(folder, ray=slowly, experts={"num_actors": 2, "standby_actors": 1, "standby_preload": preload})
     with Client(service.address) as client:
         before = await_status(client, lambda s: all_ready(s) and (s.hosts[2].loaded_bytes > 0) == preload, what="there")
         lost, kept, standby = before.hosts
