@@ -2,9 +2,10 @@
 
 `python benchmarks/start.py [--rounds 3] [--quick]`, or `ray-moe bench start`. In each round, in turns: a process that
 imports torch, one that reads the checkpoint's files, and `ray-moe serve` with 8 actors, which also starts a Ray, from
-its command until it says that it is ready. Then one more actor (`resize`) while another one is on standby, and
-what each actor's process takes beyond its weights, beside a process that has only imported torch. Results go to
-`benchmarks/results/start.{json,md}`.
+its command until it says that it is ready: with actors that are forked from a warm process (`ray.warm_start`), and with
+such that make all imports themselves. Then one more actor (`resize`) while another one is on standby, how long it takes
+until there is a standby again, and what each actor's process takes beyond its weights, beside a process that has only
+imported torch. Results go to `benchmarks/results/start.{json,md}`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -41,6 +43,8 @@ for file in sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors")):
             pass
 """
 WAIT_S = 120.0
+WAYS = {"warm": True, "cold": False}
+"""`ray.warm_start`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +75,13 @@ def seconds(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - began_s, run.stdout
 
 
-def service(model: Path, size: Size, grpc_port: int) -> Contestant:
+def service(model: Path, size: Size, grpc_port: int, is_warm: bool) -> Contestant:
     """With one actor on standby."""
     settings = {
         "server.http_port": "{port}",
         "ray.num_cpus": size.actors + 3,
         "ray.auth": "disabled",
+        "ray.warm_start": str(is_warm).lower(),
         "experts.standby_actors": 1,
         "experts.num_cpus": 0.5,
     }
@@ -100,30 +105,51 @@ def serving(status: ServiceStatus) -> list[HostStatus]:
     return [host for host in status.hosts if host.state == "ready"]
 
 
-def one_round(model: Path, size: Size, log: Path) -> dict[str, Any]:
-    """Start it, add an actor, look at their memory, and end it."""
+def floor(model: Path) -> dict[str, float]:
+    """Importing torch, and reading the files."""
     import_s, printed = seconds([sys.executable, "-c", ONLY_TORCH])
     read_s, _ = seconds([sys.executable, "-c", READ, str(model)])
+    return {"import_s": import_s, "read_s": read_s, "torch_rss_bytes": int(printed)}
+
+
+def start(model: Path, size: Size, log: Path, is_warm: bool) -> dict[str, float]:
+    """Start a service, add an actor, look at their memory, and end it."""
     port = free_port()
     began_s = time.perf_counter()
-    with running(service(model, size, port), log):
+    with running(service(model, size, port, is_warm), log):
         ready_s = time.perf_counter() - began_s
         with Client(f"127.0.0.1:{port}") as client:
-            await_status(client, lambda s: any(host.state == "standby" for host in s.hosts), "a standby actor")
+            await_status(client, _has_standby, "a standby actor")
             before = await_status(client, lambda s: len(serving(s)) == size.actors, "all actors ready")
             began_s = time.perf_counter()
             client.resize(size.actors + 1)
             await_status(client, lambda s: len(serving(s)) == size.actors + 1, "one more actor")
             added_s = time.perf_counter() - began_s
-    beyond = [host.rss_bytes - host.weight_bytes for host in serving(before)]
+            await_status(client, _has_standby, "another standby actor")
+            again_s = time.perf_counter() - began_s
+            hosts = serving(before)
+            own = [psutil.Process(host.pid).memory_full_info().pss - host.weight_bytes for host in hosts]
+    beyond = [host.rss_bytes - host.weight_bytes for host in hosts]
     return {
-        "import_s": import_s,
-        "read_s": read_s,
         "ready_s": ready_s,
         "added_s": added_s,
-        "torch_rss_bytes": int(printed),
+        "standby_again_s": again_s,
         "beyond_weights_bytes": max(beyond),
+        "own_bytes": sum(own) / len(own),
     }
+
+
+def _has_standby(status: ServiceStatus) -> bool:
+    return any(host.state == "standby" for host in status.hosts)
+
+
+def one_round(model: Path, size: Size, logs: Path, number: int) -> dict[str, dict[str, float]]:
+    """All in turns, in another order each time."""
+    ways = list(WAYS.items())
+    found = {"floor": floor(model)}
+    for way, is_warm in ways if number % 2 else reversed(ways):
+        found[way] = start(model, size, logs / f"{way}-{number}.log", is_warm)
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,20 +158,20 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     size, rounds = (QUICK, 1) if given.quick else (Size(), given.rounds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by the way of all context managers
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
         num_bytes = size.write(model)
         logs = given.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
         for number in range(rounds + 1):
-            values = one_round(model, size, logs / f"service-{number}.log")
+            values = one_round(model, size, logs, number)
             print(f"round {number}: {values}", file=sys.stderr, flush=True)
             if number or given.quick:  # the first one reads what is not in the page cache yet
                 found.append(values)
             if given.quick:
                 break
-    figures = {key: [each[key] for each in found] for key in found[0]}
+    figures = {who: {key: [each[who][key] for each in found] for key in found[0][who]} for who in found[0]}
     measured = {"size": asdict(size), "checkpoint_bytes": num_bytes, "goals": GOALS, "figures": figures}
     report.finish("start", measured, given)
 

@@ -54,6 +54,9 @@ MODULES = (
 """None may start a thread, which a forked process would not have, nor import Ray: it reads once, when it is imported,
 of which job and node a process is."""
 
+NAME = "ray-moe-warm"
+"""What the warm process is called in lists of processes."""
+
 READY_S = 120.0
 """For the imports; then a worker starts by itself."""
 MAX_BYTES = 2**20
@@ -128,6 +131,7 @@ def serve(listener: socket.socket, owner: int, own: bytes | None = None) -> byte
 
     Raises: what the imports do; `RuntimeError` when they have made a thread.
     """
+    Path("/proc/self/comm").write_text(NAME)
     with listener:
         listener.listen(128)  # who asks before the imports are made waits for them
         alive = os.pidfd_open(owner)

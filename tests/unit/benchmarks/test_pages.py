@@ -173,11 +173,19 @@ def test_the_page_of_starting_adds_up_its_floor() -> None:
         "checkpoint_bytes": 1_500_000_000,
         "goals": {"start": 2.0, "added_s": 1.0, "rss": 1.3},
         "figures": {
-            "import_s": [2.0, 2.0], "read_s": [1.0, 2.0], "ready_s": [6.0, 6.0], "added_s": [0.5, 0.7],
-            "torch_rss_bytes": [2**28, 2**28], "beyond_weights_bytes": [2**29, 2**29],
+            "floor": {"import_s": [2.0, 2.0], "read_s": [1.0, 2.0], "torch_rss_bytes": [2**28, 2**28]},
+            "warm": {
+                "ready_s": [6.0, 6.0], "added_s": [0.5, 0.7], "standby_again_s": [1.0, 1.0],
+                "beyond_weights_bytes": [2**29, 2**29], "own_bytes": [2**27, 2**27],
+            },
+            "cold": {
+                "ready_s": [12.0, 12.0], "added_s": [0.5, 0.7], "standby_again_s": [8.0, 8.0],
+                "beyond_weights_bytes": [2**29, 2**29], "own_bytes": [2**28, 2**28],
+            },
         },
     }  # fmt: skip
     text = report.page("start", {"machine": {}, **data})
-    assert rows(text, "both, the floor, s") == [["3.50 (3.00–4.00)", ""]]
-    assert rows(text, "beside the floor") == [["1.75 (1.50–2.00)", "≤ 2"]]
-    assert rows(text, "beside it") == [["2.00 (2.00–2.00)", "≤ 1.3"]]
+    assert "together 3.50 (3.00–4.00) s." in text
+    assert rows(text, "beside the floor") == [["1.75 (1.50–2.00)", "3.50 (3.00–4.00)", "≤ 2"]]
+    assert rows(text, "beside a process with torch") == [["2.00 (2.00–2.00)", "2.00 (2.00–2.00)", "≤ 1.3"]]
+    assert rows(text, "that beside a process with torch") == [["0.50 (0.50–0.50)", "1.00 (1.00–1.00)", ""]]
