@@ -46,7 +46,7 @@ class RayConfig(Section):
     warm_start: bool | None = None
     """Whether actors without a GPU are forked from a process of their node that has made all imports: they start in a
     tenth of the time, and share in memory what they have imported. All nodes must have the same Python at the same
-    place. When not set: where a Ray is started for the service (`address: local`)."""
+    place. When not set: where the service has started Ray."""
 
 
 class ExpertsConfig(Section):

@@ -18,6 +18,7 @@ from ray_moe.actors.expert import ExpertActor
 from ray_moe.actors.router import Router
 from ray_moe.actors.spec import NAMESPACE, TRAINER, ServiceSpec
 from ray_moe.actors.trainer import TrainerActor
+from ray_moe.config import RayConfig
 from ray_moe.policy.versions import Versions
 from ray_moe.types import HostId
 
@@ -35,6 +36,14 @@ def worker_env(num_threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+
+
+def runtime_env(settings: RayConfig, num_threads: int, num_gpus: float) -> dict[str, Any]:
+    """Of a process that computes with `num_threads` threads: its environment, and whether it is forked."""
+    made: dict[str, Any] = {"env_vars": worker_env(num_threads)}
+    if settings.warm_start and not num_gpus and sys.platform == "linux":
+        made["py_executable"] = warm.py_executable()
+    return made
 
 
 class Launcher:
@@ -61,7 +70,7 @@ class Launcher:
             label_selector=experts.label_selector or None,
             scheduling_strategy="SPREAD",  # else Ray fills one node first, and the loss of it would be the loss of all
             max_restarts=experts.max_restarts,
-            runtime_env=self._runtime_env(experts.num_threads, experts.num_gpus),
+            runtime_env=runtime_env(self._spec.config.ray, experts.num_threads, experts.num_gpus),
         )
 
     async def stop_host(self, host_id: HostId) -> None:
@@ -102,7 +111,7 @@ class Launcher:
             num_gpus=router.num_gpus,
             scheduling_strategy=where,
             max_restarts=-1,
-            runtime_env=self._runtime_env(router.num_threads, router.num_gpus),
+            runtime_env=runtime_env(self._spec.config.ray, router.num_threads, router.num_gpus),
         )
 
     async def start_trainer(self, replace: bool = False) -> Any:
@@ -116,16 +125,8 @@ class Launcher:
             num_cpus=train.num_cpus,
             num_gpus=train.num_gpus,
             max_restarts=-1,
-            runtime_env=self._runtime_env(train.num_threads, train.num_gpus),
+            runtime_env=runtime_env(self._spec.config.ray, train.num_threads, train.num_gpus),
         )
-
-    def _runtime_env(self, num_threads: int, num_gpus: float) -> dict[str, Any]:
-        settings = self._spec.config.ray
-        is_warm = settings.address == "local" if settings.warm_start is None else settings.warm_start
-        made: dict[str, Any] = {"env_vars": worker_env(num_threads)}
-        if is_warm and not num_gpus and sys.platform == "linux":
-            made["py_executable"] = warm.py_executable()
-        return made
 
     def _start(self, role: str, replace: bool, actor_class: type, arguments: tuple[Any, ...], **options: Any) -> Any:
         if replace and role in self._started:

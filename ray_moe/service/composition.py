@@ -110,6 +110,9 @@ class Service:
         try:
             self._on_progress(ServiceProgress("ray", detail=self.config.ray.address))
             self._joined = cluster.join(self.config.ray, log_to_driver=self.config.logs.to_driver)
+            if config.ray.warm_start is None:
+                warm = config.ray.model_copy(update={"warm_start": self._joined is cluster.Joined.STARTED})
+                config = config.model_copy(update={"ray": warm})
             spec = self.spec = self._find_room(checkpoint, config, certificate)
             self._on_progress(ServiceProgress("actors", detail=f"{len(spec.hosts)} expert actors"))
             self._launch(spec)

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from ray_moe.actors.launcher import worker_env
+from ray_moe.actors.launcher import runtime_env
 from ray_moe.actors.spec import NAMESPACE, ServiceSpec
 from ray_moe.config import Config
 from ray_moe.config_train import TrainConfig
@@ -197,7 +197,7 @@ def _fit(spec: ServiceSpec, corpus: Corpus | None, on_step: Callable[[Progress],
             name=train.run_id,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=train.max_failures),
-            worker_runtime_env={"env_vars": worker_env(train.num_threads)},
+            worker_runtime_env=runtime_env(spec.config.ray, train.num_threads, train.num_gpus),
         ),
     )
     result: list[Any] = []

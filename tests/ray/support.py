@@ -37,6 +37,7 @@ def make_config(model: Path | str, settings: Mapping[str, Any]) -> Config:
     tree: dict[str, Any] = {
         "model": str(model),
         "service_name": f"test-{next(_numbers)}",
+        "ray": {"warm_start": True},  # as a service has it that starts a Ray; this one finds one
         "experts": {"num_cpus": 0.1, "num_gpus": GPU_SHARE, "num_actors": 2, "start_timeout_s": 120},
         "router": {"num_cpus": 0.1, "num_gpus": GPU_SHARE, "max_concurrent_requests": 16},
         "balance": {"enabled": False},  # what a test does not ask for does not move

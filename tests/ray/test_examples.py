@@ -61,8 +61,8 @@ def test_train_and_publish(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert re.fullmatch(r"0: \d+(, 1: \d+)?", answers)  # and no error
 
 
-def test_train_stdlib_lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run_here("train_stdlib_lm", monkeypatch, capsys, "--steps", "12", "--out", str(tmp_path / "model"))
+def test_train_stdlib_lm(tmp_path: Path) -> None:
+    said = run_alone("train_stdlib_lm", "--steps", "12", "--out", str(tmp_path / "model"))
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", said)]
     assert losses[-1] < losses[0] - 0.5
     assert f"the model is in {tmp_path / 'model'}" in said

@@ -47,7 +47,8 @@ class Command:
             time.sleep(0.05)
         self.address = found[1]
         self.record_children()
-        assert {"raylet", "ray::Router", "ray::ExpertActor"} <= {name[:16] for name in self.children.values()}
+        names = {name[:16] for name in self.children.values()}
+        assert {"raylet", "ray::Router", "ray::ExpertActor", "ray-moe-warm"} <= names
         assert self.sockets
 
     def record_children(self) -> None:

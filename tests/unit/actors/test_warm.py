@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from ray_moe.actors import warm
+from ray_moe.actors.launcher import runtime_env
+from ray_moe.config import RayConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -160,6 +162,12 @@ def test_nobody_else_s_process_is_asked(tmp_path: Path, script: Path, monkeypatc
         line, _ = other.accept()
         with line:
             assert line.recv(100) == b""
+
+
+def test_what_has_a_gpu_is_not_forked() -> None:
+    assert runtime_env(RayConfig(warm_start=True), 1, 0)["py_executable"] == warm.py_executable()
+    assert "py_executable" not in runtime_env(RayConfig(warm_start=True), 1, 0.5)
+    assert "py_executable" not in runtime_env(RayConfig(warm_start=False), 1, 0)
 
 
 def _is_alive(pid: int) -> bool:
