@@ -8,12 +8,14 @@ its own, too, for Ray ends an actor with its group. Not with GPUs: a process in 
 forked.
 
 Ray runs it as the Python of a worker (`py_executable`): ``warm.py SCRIPT ARGUMENTS...``. The first becomes the warm
-process, has itself forked to be the worker, and ends with the raylet, its parent. Others ask it to fork, and end. Where
-that is not possible a worker starts with all its imports. Must import only what is there at once.
+process, has itself forked to be the worker, and ends with the raylet, its parent. Others ask it to fork, and end. Who
+starts a Ray here may have one `begin` meanwhile, which ends with the caller. Where all that is not possible a worker
+starts with all its imports. Must import only what is there at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -25,6 +27,7 @@ import shlex
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -57,6 +60,11 @@ of which job and node a process is."""
 NAME = "ray-moe-warm"
 """What the warm process is called in lists of processes."""
 
+ADDRESS = "RAY_MOE_WARM"
+"""The environment variable with the number of the process with which the warm one ends, if that is not the raylet."""
+
+SERVE = "--serve"
+
 READY_S = 120.0
 """For the imports; then a worker starts by itself."""
 MAX_BYTES = 2**20
@@ -72,6 +80,28 @@ def py_executable() -> str:
 def address_of(owner: int) -> str:
     """Of the warm process that ends with the process `owner`: an abstract socket, of this user and these processes."""
     return f"\0ray-moe-warm-{os.getuid()}-{os.readlink('/proc/self/ns/pid')}-{owner}"
+
+
+_begun: list[subprocess.Popen[bytes]] = []
+
+
+def begin(environment: Mapping[str, str]) -> None:
+    """Start a warm process for the Ray that this process is about to start, with `environment` added to its own."""
+    end()
+    command = [sys.executable, __file__, SERVE, str(os.getpid())]
+    _begun.append(
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, start_new_session=True)
+    )
+    os.environ[ADDRESS] = str(os.getpid())
+
+
+def end() -> None:
+    """End what was begun, if anything was."""
+    for process in _begun:
+        process.kill()
+        process.wait()
+        del os.environ[ADDRESS]
+    _begun.clear()
 
 
 # --- A worker to be ------------------------------------------------------------------------------------------
@@ -180,6 +210,10 @@ def _fork(asking: socket.socket) -> bytes | None:
 def main(arguments: Sequence[str]) -> None:
     """``warm.py SCRIPT ARGUMENTS...``: that script, by a process that is warm or becomes it."""
     owner, wanted = os.getppid(), request(arguments, os.environ)
+    if ADDRESS in os.environ:
+        with contextlib.suppress(ConnectionRefusedError):
+            if ask(address_of(int(os.environ[ADDRESS])), wanted):
+                return
     address, until_s = address_of(owner), time.monotonic() + READY_S
     while time.monotonic() < until_s:
         try:
@@ -208,6 +242,21 @@ def main(arguments: Sequence[str]) -> None:
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
+def _serve_only(owner: int) -> None:
+    """What `begin` starts."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(address_of(owner))
+    except OSError:  # there is one already
+        return
+    wanted = serve(listener, owner)
+    if wanted is not None:
+        become(wanted)
+
+
 if __name__ == "__main__":
     del sys.path[0]  # this folder
-    main(sys.argv[1:])
+    if sys.argv[1] == SERVE:
+        _serve_only(int(sys.argv[2]))
+    else:
+        main(sys.argv[1:])

@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]
 
+from ray_moe.actors import warm
+from ray_moe.actors.launcher import worker_env
 from ray_moe.actors.spec import NAMESPACE
 from ray_moe.config import RayConfig
 from ray_moe.errors import Unavailable
@@ -51,10 +53,12 @@ class Joined(enum.Enum):
     FOUND = "was connected already"
 
 
-def join(config: RayConfig, *, log_to_driver: bool = False) -> Joined:
+def join(config: RayConfig, *, log_to_driver: bool = False, forks: bool = False) -> Joined:
     """Connect to the configured cluster, starting one for ``local``. A connection this process has is used as it is.
 
-    `log_to_driver`: whether Ray writes here what the actors write.
+    Args:
+        log_to_driver: whether Ray writes here what the actors write.
+        forks: whether actors of a Ray that is started will be forked from a warm process; it starts at the same time.
 
     Raises: `Unavailable` when the cluster does not answer.
     """
@@ -63,9 +67,12 @@ def join(config: RayConfig, *, log_to_driver: bool = False) -> Joined:
     local = config.address == "local"
     _set_auth_mode(config.auth)
     start_or_connect = partial(_start, config) if local else partial(ray.init, address=config.address)
+    if local and forks:
+        warm.begin(worker_env(1))
     try:
         start_or_connect(namespace=NAMESPACE, log_to_driver=log_to_driver, logging_level="error")
     except Exception as error:  # Ray has many, and a bare one for a node that does not come up
+        warm.end()
         raise Unavailable(
             f"cannot {'start' if local else 'reach'} Ray at {config.address!r}: {error}; "
             + (
@@ -118,6 +125,8 @@ def leave(joined: Joined) -> None:
     """Undo `join`."""
     if joined in (Joined.STARTED, Joined.CONNECTED) and ray.is_initialized():
         ray.shutdown()
+    if joined is Joined.STARTED:
+        warm.end()
 
 
 def room() -> Room:

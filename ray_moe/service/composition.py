@@ -109,7 +109,11 @@ class Service:
         certificate = membership.certificate_of(config.transport)
         try:
             self._on_progress(ServiceProgress("ray", detail=self.config.ray.address))
-            self._joined = cluster.join(self.config.ray, log_to_driver=self.config.logs.to_driver)
+            self._joined = cluster.join(
+                self.config.ray,
+                log_to_driver=self.config.logs.to_driver,
+                forks=config.ray.warm_start is not False and not config.experts.num_gpus,
+            )
             if config.ray.warm_start is None:
                 warm = config.ray.model_copy(update={"warm_start": self._joined is cluster.Joined.STARTED})
                 config = config.model_copy(update={"ray": warm})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from ray_moe.actors import warm
 from ray_moe.client.sync import Client
 from tests.ray.support import PROMPT, Streams, greedy, prompts, unix_sockets
 
@@ -48,7 +49,7 @@ class Command:
         self.address = found[1]
         self.record_children()
         names = {name[:16] for name in self.children.values()}
-        assert {"raylet", "ray::Router", "ray::ExpertActor", "ray-moe-warm"} <= names
+        assert {"raylet", "ray::Router", "ray::ExpertActor", warm.NAME} <= names
         assert self.sockets
 
     def record_children(self) -> None:

@@ -36,7 +36,7 @@ PARENT = """
 import os, subprocess, sys
 for line in sys.stdin:
     name, told, out, *sleep = line.split()
-    kept = {one: os.environ[one] for one in ("PATH", "PYTHONPATH")}
+    kept = {one: os.environ[one] for one in ("PATH", "PYTHONPATH", "RAY_MOE_WARM") if one in os.environ}
     environment = kept | {"NAME": name, "SLEEP": "".join(sleep) or "0"}
     subprocess.Popen([*sys.argv[1:], told], env=environment, stdout=open(out, "w"), cwd=os.path.dirname(told),
         start_new_session=True)
@@ -137,6 +137,22 @@ def test_many_at_once_make_one_warm_process(script: Path, tmp_path: Path) -> Non
         assert len({one["parent"] for one in said}) == 1
         assert len({one["pid"] for one in said}) == 4
     finally:
+        raylet.kill()
+
+
+def test_one_may_be_begun_before_there_is_a_raylet(script: Path, tmp_path: Path) -> None:
+    warm.begin({})
+    raylet = Raylet(script)
+    try:
+        mine = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        said, _ = raylet.start(tmp_path / "told.json", "any")
+        assert str(said["parent"]) in mine
+        warm.end()
+        assert not _is_alive(said["parent"])
+        alone, _ = raylet.start(tmp_path / "alone.json", "any")  # the raylet's own
+        assert alone["torch"] and str(alone["parent"]) not in mine
+    finally:
+        warm.end()
         raylet.kill()
 
 
