@@ -162,6 +162,31 @@ class StackedExperts:
         return nn.Parameter(parameter.detach()[where].clone(), requires_grad=False)
 
 
+def can_run_as_one(groups: Sequence[ExpertGroup]) -> bool:
+    """Whether `run_as_one` does what running each would: on the CPU, where each expert is a product of its own."""
+    first = groups[0]
+    return (
+        isinstance(first, StackedExperts)
+        and first.device.type == "cpu"
+        and all(type(group) is type(first) and type(group.module) is type(first.module) for group in groups)
+    )
+
+
+def run_as_one(
+    groups: Sequence[ExpertGroup], experts: Sequence[int], rows: torch.Tensor, counts: Sequence[int]
+) -> torch.Tensor:
+    """[n, D] -> [n, D]: the first ``counts[0]`` rows through the local expert ``experts[0]`` of ``groups[0]``, ...
+
+    Experts of one layer that came one by one, as copies and those of a cache do, are groups of one each.
+    """
+    modules = [cast(StackedExperts, group).module for group in groups]
+
+    def weights(name: str) -> list[torch.Tensor]:
+        return [getattr(module, name)[expert] for module, expert in zip(modules, experts, strict=True)]
+
+    return _compute(modules[0], rows, counts, weights)
+
+
 @torch.no_grad()
 def mapped_module(module: nn.Module, change: Change) -> nn.Module:
     """A copy of the module with what `change` makes of each of its tensors."""

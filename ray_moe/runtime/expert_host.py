@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from ray_moe.errors import ExpertFailed, InvalidRequest, NotFound, RayMoEError, StaleRouting, WireError
-from ray_moe.ops.experts import ExpertArrays, ExpertGroup, SeparableGroup, pack
+from ray_moe.ops.experts import ExpertArrays, ExpertGroup, SeparableGroup, can_run_as_one, pack, run_as_one
 from ray_moe.transport.base import TRAINING, ExpertCall, ExpertReply
 from ray_moe.types import HostId, LayerPath
 
@@ -61,6 +61,8 @@ class _Held:
         first = places[0][0]
         if all(group is first for group, _ in places):
             return first.run(rows, [local for _, local in places], counts)
+        if can_run_as_one(groups := [group for group, _ in places]):
+            return run_as_one(groups, [local for _, local in places], rows, counts)
         parts = rows.split(list(counts))
         outs: list[torch.Tensor] = [rows] * len(places)
         for one in {id(group): group for group, _ in places}.values():
@@ -198,7 +200,7 @@ class ExpertHost:
         if call.version == TRAINING:
             return 0 if self.trainees is None else self.trainees.flops(call)
         held = self._layers.get((call.version, call.layer))
-        return 0 if held is None else held.groups[0].flops_per_row * call.num_rows
+        return 0 if held is None else next(iter(held.place.values()))[0].flops_per_row * call.num_rows
 
     def run(self, calls: Sequence[ExpertCall]) -> list[Outcome]:
         """Compute `calls`, those of one layer and version together. One outcome per call, in order.

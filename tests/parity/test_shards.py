@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM
 from ray_moe.models.experts import experts_modules, install
 from ray_moe.models.families import adapt
 from ray_moe.models.huggingface import Checkpoint
+from ray_moe.ops.experts import StackedExperts, can_run_as_one
 from ray_moe.ops.routed_experts import Handler
+from ray_moe.runtime.expert_host import ExpertHost
+from ray_moe.transport.base import ExpertCall, ExpertReply
 from ray_moe.types import LayerPath
 from tests import tiny_models
 
@@ -91,3 +94,23 @@ def test_bf16_logits_are_bit_equal_under_the_same_formula(family: str, tmp_path:
     adapt(whole)
 
     assert torch.equal(apart(PROMPTS).logits, whole(PROMPTS).logits)
+
+
+@pytest.mark.parametrize("family", tiny_models.TINY)
+@torch.no_grad()
+def test_groups_of_one_layer_answer_together_what_each_would_alone(family: str, tmp_path: Path) -> None:
+    tiny_models.save(family, tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    for path, spec in checkpoint.layers.items():
+        host, groups = ExpertHost("any"), {}
+        for expert in reversed(range(spec.num_experts)):  # one by one, as copies and those of a cache come
+            groups[expert] = StackedExperts(checkpoint.load_experts({path: [expert]})[path])
+            host.hold(path, [expert], groups[expert])
+        experts = list(range(0, spec.num_experts, 2)) or [0]
+        counts = [1 + expert % 3 for expert in experts]
+        assert len(experts) == 1 or can_run_as_one([groups[expert] for expert in experts])
+        rows = torch.randn(sum(counts), spec.hidden_size)
+        (reply,) = host.run([ExpertCall(path, 0, rows, None, None, experts, counts)])
+        assert isinstance(reply, ExpertReply), reply
+        each = [groups[e].run(part, [0], [len(part)]) for e, part in zip(experts, rows.split(counts), strict=True)]
+        assert torch.equal(reply.rows, torch.cat(each))
