@@ -60,7 +60,7 @@ of which job and node a process is."""
 NAME = "ray-moe-warm"
 """What the warm process is called in lists of processes."""
 
-ADDRESS = "RAY_MOE_WARM"
+OWNER = "RAY_MOE_WARM_OWNER"
 """The environment variable with the number of the process with which the warm one ends, if that is not the raylet."""
 
 SERVE = "--serve"
@@ -92,7 +92,7 @@ def begin(environment: Mapping[str, str]) -> None:
     _begun.append(
         subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, start_new_session=True)
     )
-    os.environ[ADDRESS] = str(os.getpid())
+    os.environ[OWNER] = str(os.getpid())
 
 
 def end() -> None:
@@ -100,7 +100,7 @@ def end() -> None:
     for process in _begun:
         process.kill()
         process.wait()
-        del os.environ[ADDRESS]
+        del os.environ[OWNER]
     _begun.clear()
 
 
@@ -186,6 +186,17 @@ def serve(listener: socket.socket, owner: int, own: bytes | None = None) -> byte
                     return wanted
 
 
+def _bound(address: str) -> socket.socket | None:
+    """For `serve`; None where somebody has that address."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
 def _fork(asking: socket.socket) -> bytes | None:
     """What the new process is to be; None in the one that stays."""
     asking.settimeout(1)  # it has sent already, or is not one of us
@@ -210,9 +221,9 @@ def _fork(asking: socket.socket) -> bytes | None:
 def main(arguments: Sequence[str]) -> None:
     """``warm.py SCRIPT ARGUMENTS...``: that script, by a process that is warm or becomes it."""
     owner, wanted = os.getppid(), request(arguments, os.environ)
-    if ADDRESS in os.environ:
+    if OWNER in os.environ:
         with contextlib.suppress(ConnectionRefusedError):
-            if ask(address_of(int(os.environ[ADDRESS])), wanted):
+            if ask(address_of(int(os.environ[OWNER])), wanted):
                 return
     address, until_s = address_of(owner), time.monotonic() + READY_S
     while time.monotonic() < until_s:
@@ -222,11 +233,8 @@ def main(arguments: Sequence[str]) -> None:
             break
         except ConnectionRefusedError:
             pass
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            listener.bind(address)
-        except OSError:  # another worker was quicker, and listens in a moment
-            listener.close()
+        listener = _bound(address)
+        if listener is None:  # another worker was quicker, and listens in a moment
             time.sleep(0.01)
             continue
         try:
@@ -244,12 +252,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _serve_only(owner: int) -> None:
     """What `begin` starts."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        listener.bind(address_of(owner))
-    except OSError:  # there is one already
-        return
-    wanted = serve(listener, owner)
+    listener = _bound(address_of(owner))
+    wanted = None if listener is None else serve(listener, owner)
     if wanted is not None:
         become(wanted)
 

@@ -36,7 +36,7 @@ PARENT = """
 import os, subprocess, sys
 for line in sys.stdin:
     name, told, out, *sleep = line.split()
-    kept = {one: os.environ[one] for one in ("PATH", "PYTHONPATH", "RAY_MOE_WARM") if one in os.environ}
+    kept = {one: os.environ[one] for one in ("PATH", "PYTHONPATH", "RAY_MOE_WARM_OWNER") if one in os.environ}
     environment = kept | {"NAME": name, "SLEEP": "".join(sleep) or "0"}
     subprocess.Popen([*sys.argv[1:], told], env=environment, stdout=open(out, "w"), cwd=os.path.dirname(told),
         start_new_session=True)
