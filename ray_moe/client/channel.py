@@ -27,10 +27,11 @@ DEFAULT_MAX_ATTEMPTS: Final = 8
 CONNECT_TIMEOUT_S: Final = 5.0
 """One attempt to connect; a host that does not even refuse is unavailable after it."""
 
-# grpc.health.v1 by hand, so that the client needs no further package: an empty HealthCheckRequest asks for the whole
-# server, and a response of SERVING is field 1 with value 1.
+# grpc.health.v1 by hand, so that the client needs no further package: field 1 of a HealthCheckRequest is the name of a
+# service, and a response of SERVING is field 1 with value 1. Other servers than ours answer, too, but do not know it.
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
-HEALTH_REQUEST: Final = b""
+_SERVICE: Final = b"ray_moe.v1.Inference"
+HEALTH_REQUEST: Final = b"\x0a" + bytes([len(_SERVICE)]) + _SERVICE
 HEALTH_SERVING: Final = b"\x08\x01"
 READY_POLL_S: Final = 0.1
 
@@ -96,6 +97,7 @@ def to_error(error: grpc.RpcError, target: str, timeout_s: float | None) -> RayM
     explain = {
         grpc.StatusCode.UNAVAILABLE: _why_unreachable(target, details),
         grpc.StatusCode.DEADLINE_EXCEEDED: f"no answer from {target} within {timeout_s} s; give it more (timeout_s)",
+        grpc.StatusCode.NOT_FOUND: f"what listens at {target} is not a ray_moe service",
         grpc.StatusCode.UNIMPLEMENTED: f"what listens at {target} is not a ray_moe service of this version",
     }
     return from_status(code, f"{explain.get(code, f'the call to {target} failed')}: {details}", None, None, request_id)

@@ -216,8 +216,10 @@ def _fit(spec: ServiceSpec, corpus: Corpus | None, on_step: Callable[[Progress],
     while True:
         is_over = not thread.is_alive()
         num_told, news = _ask(controller, num_told)
-        for last in news:
-            on_step(last)
+        for progress in news:
+            if last is None or not progress.repeats(last):
+                on_step(progress)
+            last = progress
         if is_over:
             break
         time.sleep(POLL_S)

@@ -69,12 +69,24 @@ class Progress:
     failure: RayMoEError | None = None
     """What ended the run, where beginning anew would not help."""
 
+    def repeats(self, before: Progress) -> bool:
+        """Whether it tells of nothing but the step that `before` told of: who told it may have been lost since, and
+        who came after could not know."""
+        return not self.event and (self.step, self.loss) == (before.step, before.loss)
+
     def metrics(self) -> dict[str, float]:
         """The numbers that are known, by name."""
         values = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("steps", "event", "failure")
         }
         return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """The note of a step (`Trainer.commit`): the reports of those before it of which nothing had been told."""
+
+    reports: tuple[StepReport, ...]
 
 
 @dataclass(slots=True)
@@ -119,7 +131,8 @@ def run(
 
     Args:
         trainer: started.
-        tell: hears of every `report_every`-th step, and of whatever happens.
+        tell: hears of every `report_every`-th step, and of whatever happens; of a step that was the last before a
+            worker was lost perhaps twice (`Progress.repeats`).
         publish: publishes the weights after a step, on the first worker, and answers where they are served.
 
     Raises: `StepRefused` when a loss or gradient is not finite: the weights are those of the step before.
@@ -133,10 +146,13 @@ def run(
         told = replace(told, step=trainer.step, num_interruptions=interruptions, event=event)
         tell(told)
 
-    if trainer.step >= settings.steps:
-        say()  # all of it was made before, and who should have told of the last step may be lost
+    note, last = trainer.last() or (None, None)
+    if isinstance(note, Untold) and last is not None:
+        since.made = [*note.reports, last]
+    if trainer.step >= settings.steps or (since.made and trainer.step % settings.report_every == 0):
+        say()  # it was made before, and who should have told of it may be lost
     while trainer.step < settings.steps:
-        report = trainer.make_step(lambda step: batches(trainer, data, settings, step))
+        report = trainer.make_step(lambda step: batches(trainer, data, settings, step), note=Untold(tuple(since.made)))
         if report.outcome == "refused":
             raise StepRefused(report.error)
         if report.outcome == "interrupted":

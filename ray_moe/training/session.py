@@ -120,7 +120,8 @@ class Session:
         self._step = self._trainer.step
         lasts, micros = self._coordinator.kept(LAST), self._coordinator.kept(MICRO)
         for note, report in lasts.values():
-            self._remember(note, report)
+            if isinstance(note, _Note):  # not one of a run of `ray-moe train`
+                self._remember(note, report)
         self._open = {micro.micro_id: _Open(name, micro) for name, micro in micros.items()}
         last = max((int(opened.name.split("/")[1]) for opened in self._open.values()), default=-1)
         self._numbers = count(last + 1)

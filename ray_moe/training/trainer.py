@@ -156,6 +156,18 @@ class Trainer:
             raise answer
         return answer
 
+    def last(self) -> tuple[Any, StepReport] | None:
+        """The note and the report of the step that all are after, where the hosts keep them: what a worker that has
+        taken another's place has not seen itself."""
+        try:
+            found: list[tuple[Any, StepReport]] = self._decide(
+                lambda coordinator: list(coordinator.kept(LAST).values())
+            )
+        except INTERRUPTIONS as error:
+            logger.warning("no report of step %d: %s", self.step, error)
+            return None
+        return found[0] if found else None
+
     def forget(self) -> None:
         """Have the hosts forget the run: it is over, and saved."""
         self._decide(lambda coordinator: coordinator.forget())
@@ -167,17 +179,19 @@ class Trainer:
             self.coordinator.leave()
 
     # --- a step --------------------------------------------------------------------------------------------
-    def make_step(self, batches: Callable[[int], Sequence[Batch]]) -> StepReport:
+    def make_step(self, batches: Callable[[int], Sequence[Batch]], *, note: Any = None) -> StepReport:
         """Make the next step, or go back to where it can be made from.
 
-        Args: batches: this worker's micro-batches of a step, the same whenever they are asked for.
+        Args:
+            batches: this worker's micro-batches of a step, the same whenever they are asked for.
+            note: as of `commit`.
 
         Raises: `StepInterrupted` when a step has been begun too often; `InsufficientResources` when no host is left.
         """
         step = self.step + 1
         try:
             self.begin()
-            report = self.commit(error=self._accumulate_all(batches, step))
+            report = self.commit(note=note, error=self._accumulate_all(batches, step))
         except StepRefused as error:
             return StepReport(step, "refused", error=str(error), lr=self._schedule(step))
         except INTERRUPTIONS as error:
@@ -238,7 +252,7 @@ class Trainer:
         Args:
             lr: learning rate; None is that of the schedule.
             clip_norm: largest global norm, `math.inf` for none; None is that of the settings.
-            note: kept with the state after the step, and with its report (`Coordinator.kept` of ``last``).
+            note: kept with the state after the step, and with its report, for `last`.
             error: why this worker has not accumulated all of its share; then the step is made nowhere.
 
         Raises: `StepRefused` for gradients that are not finite: nothing has changed, and nothing is accumulated any

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -20,6 +19,7 @@ import torch
 
 from ray_moe.client.sync import Client
 from ray_moe.config import Config
+from ray_moe.service import ports
 from ray_moe.service.composition import Service
 from ray_moe.types import ServiceStatus
 
@@ -181,10 +181,8 @@ def await_status(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that no process is given by the system before its server listens."""
+    return ports.lasting("127.0.0.1")
 
 
 def agent_ports() -> dict[str, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from ray_moe.errors import InsufficientResources
+from ray_moe.service import ports
 from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
 from ray_moe.service.grpc.admin import AdminService, HealthService
@@ -110,18 +110,18 @@ class FrontDoor:
         return await self._interceptor.intercept_service(continuation, details)
 
     async def start(self) -> int:
-        """Listen; returns the port, which the system chose if 0 was asked for.
+        """Listen; returns the port, which is a free one if 0 was asked for.
 
         Requests are answered from now on, by `Unavailable` until the backend is ready.
 
         Raises:
             InsufficientResources: the port is in use, or cannot be had for another reason, which is named.
         """
-        return await self._listen(self._port)
+        return await self._listen(self._port or ports.lasting(self._host))
 
     async def take(self, port: int) -> bool:
         """Listen on another port too, unless somebody does; whether it does now."""
-        if _why_not(self._host, port) is not None:  # gRPC would tell it to the log each time
+        if ports.why_taken(self._host, port) is not None:  # gRPC would tell it to the log each time
             return False
         try:
             await self._listen(port)
@@ -144,7 +144,9 @@ class FrontDoor:
             else:
                 port = server.add_secure_port(where, server_credentials(self._tls))
         except RuntimeError as exc:
-            raise self._cannot_listen(wanted, _why_not(self._host, wanted) or "the address cannot be bound") from exc
+            raise self._cannot_listen(
+                wanted, ports.why_taken(self._host, wanted) or "the address cannot be bound"
+            ) from exc
         await server.start()
         self._servers.append(server)
         return port
@@ -177,14 +179,3 @@ def _options(max_request_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]
-
-
-def _why_not(host: str, port: int) -> str | None:
-    """Why nobody can listen there, in the system's own words: gRPC says only that it failed."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as exc:
-        return (exc.strerror or str(exc)).lower()
-    return None

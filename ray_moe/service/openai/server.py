@@ -16,6 +16,7 @@ from functools import partial
 import uvicorn
 
 from ray_moe.errors import InsufficientResources
+from ray_moe.service import ports
 from ray_moe.service.admission import Admission
 from ray_moe.service.backend import Backend
 from ray_moe.service.openai.app import make_app
@@ -65,7 +66,7 @@ class HttpFrontDoor:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
-        """Listen; returns the port, which the system chose if 0 was asked for.
+        """Listen; returns the port, which is a free one if 0 was asked for.
 
         Requests are answered from now on, by 503 until the backend is ready.
 
@@ -110,8 +111,9 @@ class HttpFrontDoor:
         """A socket that listens; the first of the host's addresses that can be had."""
         loop = asyncio.get_running_loop()
         why: Exception | None = None
+        port = self._port or ports.lasting(self._host)
         try:
-            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            found = await loop.getaddrinfo(self._host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (OSError, UnicodeError, OverflowError) as error:
             found, why = [], error
         for family, kind, protocol, _, address in found:

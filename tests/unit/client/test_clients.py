@@ -11,6 +11,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from ray_moe.client.aio import AsyncClient
 from ray_moe.client.requests import Forward, Generation
@@ -322,6 +324,9 @@ async def test_pointed_at_another_service(connect: Connect) -> None:
     try:
         with pytest.raises(InvalidRequest, match=f"127.0.0.1:{port} is not a ray_moe service"):
             await connect(f"127.0.0.1:{port}").status()
+        add_HealthServicer_to_server(HealthServicer(), server)  # healthy, as servers of Ray are, and still not ours
+        with pytest.raises(Unavailable, match=f"not ready .*127.0.0.1:{port} is not a ray_moe service"):
+            await connect(f"127.0.0.1:{port}").wait_ready(0.3)
     finally:
         await server.stop(None)
 
