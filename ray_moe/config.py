@@ -272,8 +272,8 @@ class TransportConfig(Section):
     arena_bytes: Annotated[Bytes, Field(ge=2**20)] = 256 * 2**20
     """Shared memory for each router-actor pair, 1 MiB or more; what does not fit travels inline."""
     gpu_arena_bytes: Annotated[Bytes, Field(ge=0)] = 256 * 2**20
-    """Memory of the GPU for each pair that computes on it, where hidden states then stay; 0 for none. It is taken at
-    once. What does not fit goes by way of the CPU."""
+    """Memory of the GPU that a router shares with the actors that compute on it, where hidden states then stay; 0 for
+    none. It is taken at once. What does not fit goes by way of the CPU."""
     inline_bytes: Annotated[Bytes, Field(ge=0)] = 64 * 2**10
     """Payloads below this size travel inside the message even on one node."""
     chunk_bytes: Annotated[Bytes, Field(ge=4096, le=2**30)] = 2**20

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -292,9 +292,10 @@ def _compute(module: Any, rows: torch.Tensor, counts: Sequence[int], weights: We
     if _learns_alone(module, given, up):
         out = _learning(module, given, counts, weights)
     else:
-        hidden = _grouped_linear(given, module, up_name, up, weights, counts)
+        ends = _Ends(counts)
+        hidden = _grouped_linear(given, module, up_name, up, weights, ends)
         hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        out = _grouped_linear(hidden, module, "down_proj", weights("down_proj"), weights, counts)
+        out = _grouped_linear(hidden, module, "down_proj", weights("down_proj"), weights, ends)
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
     return out.to(rows.device, rows.dtype)
@@ -338,18 +339,32 @@ def _fits_grouped_kernel(weight: torch.Tensor) -> bool:
     if any(width * weight.itemsize % 16 for width in weight.shape[1:]):
         return False
     if weight.is_cuda:
-        return weight.dtype is torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        return weight.dtype is torch.bfloat16 and _capability(weight.device) >= (8, 0)
     learns = torch.is_grad_enabled() and weight.requires_grad
     return learns and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+_capability = lru_cache(torch.cuda.get_device_capability)
+
+
+class _Ends:
+    """How many rows each expert has, and where they end as a grouped product wants it: both products want the same."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = counts
+        self._made: torch.Tensor | None = None
+
+    def of(self, matrices: _Rows) -> torch.Tensor:
+        """int32 [E] end of the rows of each expert of the stack, which ascend, on its device."""
+        if self._made is None:
+            sizes = np.zeros(len(matrices.stack), dtype=np.int32)
+            sizes[matrices.rows] = self.counts
+            self._made = torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(matrices.stack.device)
+        return self._made
+
+
 def _grouped_linear(
-    rows: torch.Tensor,
-    module: Any,
-    name: str,
-    matrices: Sequence[torch.Tensor],
-    weights: Weights,
-    counts: Sequence[int],
+    rows: torch.Tensor, module: Any, name: str, matrices: Sequence[torch.Tensor], weights: Weights, ends: _Ends
 ) -> torch.Tensor:
     """[n, in] -> [n, out] through the weights `name` of each row's expert.
 
@@ -357,14 +372,12 @@ def _grouped_linear(
     """
     if isinstance(matrices, _Rows) and _fits_grouped_kernel(matrices.stack):
         stack = matrices.stack if module.is_transposed else matrices.stack.transpose(-2, -1)  # [E, in, out]
-        sizes = torch.zeros(stack.shape[0], dtype=torch.int32)
-        sizes[torch.tensor(matrices.rows, dtype=torch.int64)] = torch.tensor(counts, dtype=torch.int32)
-        offsets = torch.cumsum(sizes, 0, dtype=torch.int32).to(stack.device)
-        out = torch.nn.functional.grouped_mm(rows, stack, offs=offsets)
+        out = torch.nn.functional.grouped_mm(rows, stack, offs=ends.of(matrices))
         if out.requires_grad:
             out.register_hook(torch.Tensor.contiguous)  # its backward refuses a gradient that was expanded, as of a sum
     else:
-        parts = rows.split(list(counts))
+        counts = list(ends.counts)
+        parts = rows.split(counts)
         oriented = [matrix if module.is_transposed else matrix.t() for matrix in matrices]  # [in, out]
         if not oriented:
             return rows  # none
@@ -373,11 +386,11 @@ def _grouped_linear(
         else:
             # torch's own grouped product on the CPU is this loop, over all experts instead of those touched.
             out = rows.new_empty(len(rows), oriented[0].shape[-1])
-            for part, matrix, into in zip(parts, oriented, out.split(list(counts)), strict=True):
+            for part, matrix, into in zip(parts, oriented, out.split(counts), strict=True):
                 torch.mm(part, matrix, out=into)
     if module.has_bias:
         bias = weights(f"{name}_bias")
-        repeats = torch.tensor(counts, device=out.device)
+        repeats = torch.tensor(list(ends.counts), device=out.device)
         if isinstance(bias, _Rows):
             expert_of_row = torch.tensor(bias.rows, device=out.device).repeat_interleave(repeats)
             out = out + bias.stack[expert_of_row]

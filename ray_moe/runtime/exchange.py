@@ -22,6 +22,7 @@ import torch
 from ray_moe.errors import HostLost, StaleRouting, Unavailable
 from ray_moe.ops.dispatch import HostShare, Ints, cut, split_by_host
 from ray_moe.runtime.arrivals import Arrivals
+from ray_moe.runtime.device_batch import DeviceBatch
 from ray_moe.runtime.lines import RECONNECT_EVERY_S, Lines, Peer, Sent
 from ray_moe.runtime.own_experts import OwnExperts
 from ray_moe.runtime.routing import How, LayerRoutes, Routes, View
@@ -88,6 +89,7 @@ class Exchange:
         make: MakeCall,
         how: How,
         version: int = 0,
+        batch: DeviceBatch | None = None,
     ) -> None:
         """
         Args:
@@ -98,10 +100,12 @@ class Exchange:
             make: the call for a share, in an epoch.
             how: who may compute which of the slots.
             version: which weights compute it, as in the calls that `make` makes.
+            batch: where it lies and how it is split already.
         """
         self._router = router
         self._layer = layer
         self._version = version
+        self._batch = batch
         self._slots = slots
         self._top_k = top_k
         self._make = make
@@ -209,7 +213,8 @@ class Exchange:
             unreached: list[Ints] = []
             loads: list[int] = []
             speeds: list[float] = []
-            for share in self._shares(routes, pending):
+            batch = self._batch if is_first and self._batch is not None and self._batch.view is view else None
+            for share in self._shares(routes, pending) if batch is None else batch.shares:
                 if share.host == view.here:
                     here.append(share)
                     continue
@@ -218,7 +223,7 @@ class Exchange:
                 peer = router.lines.peer(view.hosts[share.host])
                 if peer is None:
                     unreached.append(share.slot)
-                elif len(share.slot) <= MAX_ROWS_PER_CALL:
+                elif len(share.slot) <= MAX_ROWS_PER_CALL or batch is not None:
                     self._send(share, peer)
                 else:
                     for piece in cut(share, self._top_k, MAX_ROWS_PER_CALL):

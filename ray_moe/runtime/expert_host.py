@@ -195,6 +195,11 @@ class ExpertHost:
         """Ascending global indices of the experts held in a version, by layer."""
         return {layer: sorted(held.place) for (each, layer), held in list(self._layers.items()) if each == version}
 
+    def is_on_gpu(self, call: ExpertCall) -> bool:
+        """Whether a GPU computes `call`."""
+        held = self._layers.get((call.version, call.layer))
+        return held is not None and held.device.type == "cuda"
+
     def flops(self, call: ExpertCall) -> int:
         """Floating-point operations of `call`; 0 if not held."""
         if call.version == TRAINING:
@@ -267,7 +272,11 @@ class ExpertHost:
         return held
 
     def _rows(self, call: ExpertCall, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens if call.token is None else tokens.index_select(0, call.token.to(tokens.device))
+        if call.token is None:
+            return tokens
+        if call.token.is_cuda:  # not checked when it was read, and one that is wrong would end the whole process
+            return tokens.index_select(0, call.token.clamp(0, max(0, len(tokens) - 1)))
+        return tokens.index_select(0, call.token.to(tokens.device))
 
     def _forward(self, held: _Held, calls: list[ExpertCall]) -> list[Outcome]:
         if held.device.type == "cuda":  # makes its context this thread's, which not every first kernel would do
@@ -279,7 +288,7 @@ class ExpertHost:
             outs = [held.run(rows[0], calls[0].experts, calls[0].counts)]
         else:
             outs = _run_together(held, calls, rows)
-        replies = [_weigh(call, out).to(call.hidden.device) for call, out in zip(calls, outs, strict=True)]
+        replies = [_leave(call, _weigh(call, out)) for call, out in zip(calls, outs, strict=True)]
         if held.device.type == "cuda":  # now, and not where the rows are sent: an error there is an error of these rows
             torch.cuda.current_stream(held.device).synchronize()
         return [ExpertReply(reply) for reply in replies]
@@ -301,6 +310,14 @@ def _run_together(held: _Held, calls: list[ExpertCall], rows: list[torch.Tensor]
         for number, _ in pieces[expert]:
             outs[number].append(next(parts))
     return [torch.cat(parts_of_call) for parts_of_call in outs]
+
+
+def _leave(call: ExpertCall, rows: torch.Tensor) -> torch.Tensor:
+    """The rows on the device of the call's tokens, and there where the router reads them, if it said where."""
+    room = call.room
+    if room is None or rows.device != room.device or rows.nbytes > len(room):
+        return rows.to(call.hidden.device)
+    return room[: rows.nbytes].view(rows.dtype).view(rows.shape).copy_(rows)
 
 
 def _weigh(call: ExpertCall, out: torch.Tensor) -> torch.Tensor:

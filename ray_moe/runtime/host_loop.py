@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 INLINE_FLOPS = 100_000_000
 """Up to here a batch takes a few milliseconds on one core, and blocking the event loop is the faster way."""
 
+INLINE_FLOPS_GPU = 1_000_000_000_000
+"""The same for a GPU."""
+
 MAX_BATCH_ROWS = 8192
 """Rows computed together at the most: more gain nothing, and the first answers would wait for the last."""
 
@@ -101,8 +104,9 @@ class HostLoop:
         if batch:
             calls = [answer.call for answer, _ in batch]
             flops = sum(map(self.host.flops, calls))
-            if flops > self._inline_flops or self._disturbance is not None:
-                self._pump = asyncio.create_task(self._compute(batch, calls, flops))
+            limit = INLINE_FLOPS_GPU if self.host.is_on_gpu(calls[0]) else self._inline_flops
+            if flops > limit or self._disturbance is not None:
+                self._pump = asyncio.create_task(self._compute(batch, calls, flops, flops <= limit))
                 return
             begin_s = self._busy_since_s = time.monotonic()
             spans = self._record(calls, batch)
@@ -114,12 +118,12 @@ class HostLoop:
         if self._is_draining:
             asyncio.get_running_loop().call_soon(self._drain)  # what has been answered goes out first
 
-    async def _compute(self, batch: Batch, calls: Sequence[ExpertCall], flops: int) -> None:
+    async def _compute(self, batch: Batch, calls: Sequence[ExpertCall], flops: int, is_small: bool) -> None:
         """The same for one that is large, or if the host is to misbehave."""
         begin_s = self._busy_since_s = time.monotonic()
         await self._hang()
         spans = self._record(calls, batch)
-        if flops <= self._inline_flops:
+        if is_small:
             outcomes = self._run(calls)
         else:
             outcomes = await asyncio.get_running_loop().run_in_executor(self._worker, self._run, calls)

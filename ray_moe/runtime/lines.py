@@ -23,7 +23,8 @@ from ray_moe.ops.dispatch import HostShare
 from ray_moe.runtime.latency import LatencyHistory
 from ray_moe.runtime.reports import Reports
 from ray_moe.runtime.routing import Floats, Routes
-from ray_moe.transport.base import Attendable, Connection, ExpertCall, ExpertReply, Transport
+from ray_moe.transport.base import Attendable, Connection, ExpertCall, ExpertReply, SharesDevice, Transport
+from ray_moe.transport.device_memory import DeviceArena
 from ray_moe.types import HostAddress, HostId
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Peer:
     def __init__(self, connection: Connection, everyone: LatencyHistory, on_relief: Callable[[Peer], None]) -> None:
         self.connection = connection
         self.attendable = connection if isinstance(connection, Attendable) else None
+        self._shares_device = connection if isinstance(connection, SharesDevice) else None
         self.address = connection.address
         self.last_answer_s = -math.inf
         self.rows_sent = 0
@@ -109,6 +111,11 @@ class Peer:
         self._everyone = everyone
         self._on_relief = on_relief
         self._lock = threading.Lock()
+
+    @property
+    def device_arena(self) -> DeviceArena | None:
+        """Memory of a GPU that is shared with the host."""
+        return None if self._shares_device is None else self._shares_device.device_arena
 
     def submit(self, call: ExpertCall, sent: Sent, is_attended: bool = False) -> None:
         """Send `call`; `sent.hear` is told of its reply or error, perhaps before this returns.

@@ -20,6 +20,7 @@ import torch
 from ray_moe.errors import ExpertFailed, InvalidRequest, Unavailable
 from ray_moe.ops.dispatch import HostShare, Ints, combine, put_rows, sum_parts
 from ray_moe.policy.parts import parts_of, slots_in_parts
+from ray_moe.runtime.device_batch import DeviceBatch
 from ray_moe.runtime.drift import DriftMeter
 from ray_moe.runtime.exchange import Exchange, MakeCall, Router
 from ray_moe.runtime.lines import Lines
@@ -167,7 +168,7 @@ class ExpertDispatcher:
             if not self.settings.check_finite or _is_finite(out):
                 return out
             # Whose rows are at fault cannot be seen in a sum: let them all come unweighted.
-        rows, sources = self._rows(layer, hidden, slots, version)
+        rows, sources = self._rows(layer, hidden, slots, version, self._put(layer, hidden, index, slots, version))
         out = combine(sum_parts(rows, self.settings.num_parts), weight)
         if not self.settings.check_finite or _is_finite(out):  # a K-th of the numbers that the rows have
             return out
@@ -179,17 +180,33 @@ class ExpertDispatcher:
         num_parts = len(self._routes.view.routes(layer).owner) - 1
         return num_parts // self.settings.num_parts
 
-    def _rows(self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, version: int) -> tuple[torch.Tensor, Sources]:
+    def _put(
+        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, slots: Ints, version: int
+    ) -> DeviceBatch | None:
+        """The batch on the card that its hosts share, where they do."""
+        if self.settings.num_parts > 1:
+            return None
+        view = self._routes.view
+        return DeviceBatch.put(self._lines, view, view.routes(layer, version=version), hidden, index.detach(), slots)
+
+    def _rows(
+        self,
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        slots: Ints,
+        version: int,
+        batch: DeviceBatch | None = None,
+    ) -> tuple[torch.Tensor, Sources]:
         """[T, D], [N] -> [N, D] unweighted outputs by slot, zeros where a slot goes nowhere; and who computed them."""
         rows: torch.Tensor | None = None
         sources: Sources = []
-        exchange = self._exchange(layer, hidden, slots, how=ROWS, version=version)
+        exchange = self._exchange(layer, hidden, slots, how=ROWS, version=version, batch=batch)
         for share, reply, address in exchange.answers():
             if rows is None:
                 every = exchange.num_rows == len(slots)
                 make = torch.empty if every else torch.zeros
                 rows = make(len(slots), reply.shape[-1], dtype=hidden.dtype, device=hidden.device)
-            put_rows(rows, share.slot, reply)
+            put_rows(rows, share.slot if share.placed is None else share.placed, reply)
             sources.append((share.slot, address))
         return hidden.new_zeros(len(slots), hidden.shape[-1]) if rows is None else rows, sources
 
@@ -201,9 +218,14 @@ class ExpertDispatcher:
         make: MakeCall | None = None,
         how: How = SUMS,
         version: int = 0,
+        batch: DeviceBatch | None = None,
     ) -> Exchange:
-        make = make or (lambda share, epoch: _call(layer, epoch, hidden, share, version))
-        return Exchange(self._router, layer, slots, len(slots) // max(len(hidden), 1), make, how, version)
+        def make_call(share: HostShare, epoch: int) -> ExpertCall:
+            call = None if batch is None else batch.call(share, layer, epoch, version)
+            return call or _call(layer, epoch, hidden, share, version)
+
+        top_k = len(slots) // max(len(hidden), 1)
+        return Exchange(self._router, layer, slots, top_k, make or make_call, how, version, batch)
 
     def _partial_sums(
         self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, weight: torch.Tensor, version: int

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ray_moe.errors import NotFound
-from ray_moe.ops.dispatch import NOWHERE, Ints, spread
+from ray_moe.ops.dispatch import NOWHERE, DeviceOrder, Ints, spread
 from ray_moe.policy.split import Replicas, choose_replicas, split_tokens
 from ray_moe.types import HostId, LayerPath, Placement, RoutingTable
 
@@ -65,6 +66,18 @@ class LayerRoutes:
     turns: Floats
     """[H + 1] fading sum of the parts of each batch that a host got: where all else is equal, replicas take turns. The
     one thing here that changes, and a lost update does no harm."""
+    numbers: tuple[int, ...] = ()
+    """Of all that compute an expert of this layer, ascending; the router itself is H."""
+    _orders: dict[torch.device, DeviceOrder] = field(default_factory=dict, repr=False)
+
+    def order_on(self, device: torch.device) -> DeviceOrder | None:
+        """What splits batches on `device`; None where an expert has a choice of hosts."""
+        if self.replicas is not None:
+            return None
+        order = self._orders.get(device)
+        if order is None:
+            order = self._orders[device] = DeviceOrder(self.owner, device)
+        return order
 
     def hosts_of(self, index: Ints, load: Load) -> Ints | None:
         """[m] expert of each slot (E is the sentinel) -> [m] host number of each; None where `owner` says it all."""
@@ -200,6 +213,7 @@ class View:
             speed=None if (speed == 1.0).all() else speed,
             speed_in_all=float(speed[np.bincount(named.host, minlength=here + 1) > 0].sum()),
             turns=np.zeros(here + 1),
+            numbers=tuple(np.unique(host).tolist()),
         )
 
     def _named(self, layer: LayerPath) -> Named:

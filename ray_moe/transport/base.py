@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ray_moe.transport.device_memory import DeviceArena, DeviceSlot
 from ray_moe.types import HostAddress, LayerPath
 
 TRAINING = -1
@@ -42,7 +43,7 @@ class ExpertCall:
     gather: torch.Tensor | None
     """int64 [t] into `hidden`, on the CPU; None when all of `hidden` travels (t = T)."""
     token: torch.Tensor | None
-    """int32 [n] into the t tokens, on the CPU; None when row r is token r (n = t)."""
+    """int32 [n] into the t tokens, on the CPU or where `hidden` is; None when row r is token r (n = t)."""
     experts: list[int]
     """Global indices of the experts touched, ascending."""
     counts: list[int]
@@ -63,6 +64,10 @@ class ExpertCall:
     """Of a forward call in training: the host keeps what it needs to go backward, under `call_id`."""
     kept: bool = False
     """Of a backward call: the host has kept what it needs, so `hidden` and `token` do not travel."""
+    place: DeviceSlot | None = None
+    """Where a router has put the tensors, in memory of the GPU that it shares with hosts; None where that is not so."""
+    room: torch.Tensor | None = None
+    """On a host, the bytes of its GPU that the router reads the rows from; None where they travel."""
 
     @property
     def num_rows(self) -> int:
@@ -196,6 +201,14 @@ class Attendable(Protocol):
     def leave(self) -> None:
         """Nobody may be waiting for what is in flight: from now on the connection sees to it itself."""
         ...
+
+
+@runtime_checkable
+class SharesDevice(Protocol):
+    """A connection that may share memory of a GPU with its host."""
+
+    device_arena: DeviceArena | None
+    """The memory, the same for all hosts of a card; None where nothing is shared."""
 
 
 class Transport(Protocol):

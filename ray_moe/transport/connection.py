@@ -17,8 +17,6 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from ray_moe.errors import HostLost, RayMoEError, Unauthenticated, WireError
 from ray_moe.transport import codec, device_memory, hello
 from ray_moe.transport.base import ExpertCall, ExpertReply
@@ -110,12 +108,14 @@ class StreamConnection:
         carrier: Carrier,
         settings: TransportSettings,
         share_memory: bool,
+        device_arena: DeviceArena | None,
         on_end: Callable[[StreamConnection, bool], None],
     ) -> None:
         """
         Args:
             carrier: how to get there; not yet open.
             share_memory: whether to offer the host shared memory.
+            device_arena: memory of the GPU to offer it as well.
             on_end: told once, with whether the line ended by itself after it stood.
         """
         self.address = address
@@ -133,13 +133,14 @@ class StreamConnection:
         self._is_listening = True
         self._end: str | None = None  # why the line is over; guarded by _lock, like _in_flight
         self._arena = _make_arena(settings.arena_bytes) if share_memory else None
-        self._device_arena = _make_device_arena(settings) if share_memory else None
+        self.device_arena = device_arena
+        """Shared with the host, so that tokens on the router's GPU stay there; None where it is not."""
         self._reader = threading.Thread(target=self._read, name=f"replies-{address.host_id}", daemon=True)
 
     def start(self, token: str, timeout_s: float) -> None:
         """Open the line and wait for the host's first message. On any error the connection is closed."""
         arena = None if self._arena is None else self._arena.offer
-        device_arena = None if self._device_arena is None else self._device_arena.offer
+        device_arena = None if self.device_arena is None else self.device_arena.offer
         try:
             greeting = Hello(token, hello.PROTOCOL_VERSION, self.address.incarnation, arena, device_arena)
             self._carrier.open(greeting, self._received)
@@ -161,7 +162,7 @@ class StreamConnection:
     @property
     def shares_device_memory(self) -> bool:
         """Whether tokens on the router's GPU stay there."""
-        return self._device_arena is not None
+        return self.device_arena is not None
 
     @property
     def is_lost(self) -> bool:
@@ -174,7 +175,8 @@ class StreamConnection:
         """
         future: Future[ExpertReply] = Future()
         wanted = codec.wanted(call)
-        slot = self._take_slot(call, wanted.num_rows)
+        is_placed = call.place is not None and call.place.arena is self.device_arena
+        slot = call.place if is_placed else self._take_slot(call, wanted.num_rows)
         try:
             buffers, num_bytes = self._encode(call, slot)
         except Exception as error:
@@ -237,10 +239,10 @@ class StreamConnection:
         """Shared memory for what is large of `call` and its reply; None to send it inline."""
         row_bytes = call.hidden.shape[-1] * call.hidden.itemsize
         room_bytes = num_reply_rows * row_bytes
-        device_arena = self._device_arena
+        device_arena = self.device_arena
         if device_arena is not None and call.hidden.device == device_arena.device and room_bytes:
             hidden, _, _, grad = codec.call_specs(call)
-            if (slot := device_arena.allocate((hidden, grad), room_bytes)) is not None:
+            if (slot := device_arena.allocate((hidden, None, None, grad), room_bytes)) is not None:
                 return slot
         arena = self._arena
         if arena is None:
@@ -259,10 +261,11 @@ class StreamConnection:
     def _encode(self, call: ExpertCall, slot: Slot | DeviceSlot | None) -> tuple[list[Buffer], int]:
         fields = (codec.call_fields(call), None if slot is None else slot.placement)
         if isinstance(slot, DeviceSlot):
-            hidden, grad = slot.request
-            codec.write_call(call, (hidden, None, None, grad))
-            device_memory.finish(call.hidden.device)
-            return tensors.encode(fields, (None, call.token, call.weight, None))
+            if (views := slot.request) is not None:
+                codec.write_call(call, views)
+                device_memory.finish(call.hidden.device)
+            token = None if call.kept or slot.has(1) else call.token
+            return tensors.encode(fields, (None, token, call.weight, None))
         if slot is not None and slot.request:
             specs = codec.call_specs(call)
             header = tensors.encode_header(fields, specs)
@@ -322,7 +325,7 @@ class StreamConnection:
             if not fields[0]:
                 self._arena = None
         if not fields[1]:
-            self._device_arena = None
+            self.device_arena = None
         self._hello.set_result(None)
 
     # --- The end ---------------------------------------------------------------------------------------------
@@ -340,9 +343,9 @@ class StreamConnection:
             self._arena.close_file()
             self._arena = None
         was_open = self._hello.done() and self._hello.exception() is None
-        if self._device_arena is not None and (was_open or not by_itself):
-            self._device_arena.linger()
-        self._device_arena = None  # of a host that was not reached nobody else has it, and it is tried again and again
+        if self.device_arena is not None and (was_open or not by_itself):
+            self.device_arena.linger([call.slot for call in lost.values() if isinstance(call.slot, DeviceSlot)])
+        self.device_arena = None  # of a host that was not reached nobody else has it, and it is tried again and again
         if not self._hello.done():
             self._hello.set_exception(HostLost(end))
         self._on_end(self, by_itself and was_open)
@@ -355,16 +358,6 @@ def _make_arena(num_bytes: int) -> Arena | None:
         return Arena(num_bytes)
     except (OSError, AttributeError) as error:  # no memory, or not Linux: everything travels inline
         _log.warning("no shared memory for payloads: %s", error)
-        return None
-
-
-def _make_device_arena(settings: TransportSettings) -> DeviceArena | None:
-    if not settings.device or settings.device_arena_bytes <= 0:
-        return None
-    try:
-        return DeviceArena(settings.device_arena_bytes, torch.device(settings.device))
-    except OSError as error:  # no room, or not this platform: hidden states travel by way of the CPU
-        _log.warning("no shared GPU memory: %s", error)
         return None
 
 

@@ -1,7 +1,8 @@
-"""GPU memory that a router and a host on the same node share, so that hidden states never leave the card.
+"""GPU memory that a router and the hosts on the same node share, so that hidden states never leave the card.
 
-As in `shared_memory.py` the router makes one arena for each connection and takes a slot in it for each call: the tokens
-and room for the rows. The host opens the same memory (CUDA IPC), computes on the tokens where they lie and writes its
+As in `shared_memory.py` the router makes an arena, here one for all its connections, and takes a slot in it for each
+call: the tokens and room for the rows. A batch whose hosts all share it is put there once, on a `DeviceSheet`, of which
+each call has a part. The host opens the same memory (CUDA IPC), computes on the tokens where they lie and writes its
 rows into the room. Only what is small travels with the message. Each side finishes its own kernels before it sends
 one, so the other finds what it says; what follows on the router's side is in the order of its one stream.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgpack
@@ -20,7 +21,7 @@ import torch
 from ray_moe.errors import WireError
 from ray_moe.transport.free_list import Ledger
 from ray_moe.wire import tensors
-from ray_moe.wire.tensors import Specs, TensorSpec, aligned
+from ray_moe.wire.tensors import Specs, TensorSpec, aligned, make_spec
 
 _HANDLE_BYTES: Final = 64
 _LINGER_S: Final = 5.0
@@ -43,42 +44,131 @@ class DeviceArena:
         return packed
 
     def allocate(self, request: Specs, room_bytes: int) -> DeviceSlot | None:
-        """A slot for these tensors and a reply of `room_bytes`, or None when there is no room now."""
-        request_bytes = tensors.region_bytes(request)
-        start = self.ledger.allocate(request_bytes + aligned(room_bytes))
-        return None if start is None else DeviceSlot(self, start, request, request_bytes, aligned(room_bytes))
+        """A slot for these tensors of a call and a reply of `room_bytes`, or None when there is no room now."""
+        offsets, request_bytes = _laid_out(request)
+        stretch = self._take(request_bytes + aligned(room_bytes))
+        if stretch is None:
+            return None
+        middle = stretch.start + request_bytes
+        places = [None if offset is None else stretch.start + offset for offset in offsets]
+        return DeviceSlot(self, stretch, places, request, middle, aligned(room_bytes))
 
-    def linger(self) -> None:
-        """Keep the memory a little longer, until the host has surely let go of it."""
-        timer = threading.Timer(_LINGER_S, lambda memory: None, (self.memory,))
+    def sheet(self, hidden: TensorSpec, num_rows: int) -> DeviceSheet | None:
+        """A sheet for a batch of tokens [T, D] of which `num_rows` rows are made, or None when there is no room now."""
+        (_, token_at), request_bytes = _laid_out((hidden, make_spec(torch.int32, (num_rows,))))
+        row_bytes = hidden.num_bytes // max(1, hidden.shape[0])
+        stretch = self._take(request_bytes + aligned(num_rows * row_bytes))
+        return None if stretch is None else DeviceSheet(self, stretch, hidden, num_rows, token_at or 0, request_bytes)
+
+    def _take(self, num_bytes: int) -> _Stretch | None:
+        start = self.ledger.allocate(max(num_bytes, 1))
+        return None if start is None else _Stretch(self.ledger, start, max(num_bytes, 1))
+
+    def linger(self, slots: Sequence[DeviceSlot] = ()) -> None:
+        """Keep the memory, and `slots` of calls that were not answered, until a host that is gone has surely let go of
+        them."""
+        timer = threading.Timer(_LINGER_S, lambda *kept: None, (self.memory, slots))
         timer.daemon = True
         timer.start()
 
 
+class _Stretch:
+    """A taken part of an arena. Free again after `release`, or when nobody has it any more."""
+
+    __slots__ = ("__weakref__", "release", "start")
+
+    def __init__(self, ledger: Ledger, start: int, num_bytes: int) -> None:
+        self.start = start
+        self.release = weakref.finalize(self, ledger.give_back, start, num_bytes)
+        self.release.atexit = False
+
+
 class DeviceSlot:
-    """A stretch of a `DeviceArena`. Free again after `release`, or when nobody has it any more."""
+    """Where the tensors of a call lie, and the room for its rows."""
 
-    __slots__ = ("__weakref__", "_arena", "_give_back", "_middle", "_room_bytes", "placement", "request")
+    __slots__ = ("_is_part", "_offsets", "_room_bytes", "_room_offset", "_specs", "_stretch", "arena", "placement")
 
-    def __init__(self, arena: DeviceArena, start: int, request: Specs, request_bytes: int, room_bytes: int) -> None:
-        self._arena = arena
-        self._middle, self._room_bytes = start + request_bytes, room_bytes
-        self.placement = (start, request_bytes, room_bytes, tensors.encode_header((), request))
+    def __init__(
+        self,
+        arena: DeviceArena,
+        stretch: _Stretch,
+        offsets: Sequence[int | None],
+        specs: Specs,
+        room_offset: int,
+        room_bytes: int,
+        *,
+        is_part: bool = False,
+    ) -> None:
+        """Args:
+        offsets: of the tensors of a call, in the order of `codec.call_tensors`; None for one that is not there.
+        specs: of the same.
+        is_part: whether the stretch has other slots, and the tensors are there already.
+        """
+        self.arena = arena
+        self._stretch: _Stretch | None = stretch
+        self._offsets, self._specs = offsets, specs
+        self._room_offset, self._room_bytes = room_offset, room_bytes
+        self._is_part = is_part
+        self.placement = (offsets, room_offset, room_bytes, tensors.encode_header((), specs))
         """What the host must be told."""
-        self.request = tensors_in(arena.memory[start : self._middle], request)
-        """Where the tensors of the call belong."""
-        self._give_back = weakref.finalize(self, arena.ledger.give_back, start, request_bytes + room_bytes)
-        self._give_back.atexit = False
+
+    @property
+    def request(self) -> list[torch.Tensor | None] | None:
+        """Where the tensors of the call belong; None where they are."""
+        return None if self._is_part else _at(self.arena.memory, self._offsets, self._specs)
+
+    def has(self, number: int) -> bool:
+        """Whether this one of the call's tensors is here, and does not travel."""
+        return self._specs[number] is not None
 
     def release(self) -> None:
-        """It is free again; once more does nothing."""
-        self._give_back()
+        """It is free again, if no other slot has the same stretch; once more does nothing."""
+        stretch, self._stretch = self._stretch, None
+        if stretch is not None and not self._is_part:
+            stretch.release()
 
     def rows(self, spec: TensorSpec) -> torch.Tensor:
         """What the host left in the room. Raises `WireError` when that cannot be in there."""
         if spec.num_bytes > self._room_bytes:
             raise WireError(f"the host answered {spec.num_bytes} bytes where it was offered {self._room_bytes}")
-        return tensor_at(self._arena.memory, self._middle, spec)
+        return tensor_at(self.arena.memory, self._room_offset, spec)
+
+
+class DeviceSheet:
+    """A batch of tokens that several hosts read, and what each of them makes of it, side by side.
+
+    Free again when neither it nor a part of it is in use: not before a host that is late has answered.
+    """
+
+    def __init__(
+        self,
+        arena: DeviceArena,
+        stretch: _Stretch,
+        hidden: TensorSpec,
+        num_rows: int,
+        token_offset: int,
+        request_bytes: int,
+    ) -> None:
+        self._arena, self._stretch = arena, stretch
+        self._hidden, self._row_bytes = hidden, hidden.num_bytes // max(1, hidden.shape[0])
+        self._token_at, self._room_at = stretch.start + token_offset, stretch.start + request_bytes
+        self.hidden = tensor_at(arena.memory, stretch.start, hidden)
+        """[T, D] to be written."""
+        self.token = tensor_at(arena.memory, self._token_at, make_spec(torch.int32, (num_rows,)))
+        """int32 [n] the token of each row, to be written."""
+
+    def part(self, begin: int, end: int) -> DeviceSlot:
+        """The slot of the rows from `begin` to `end`."""
+        token = make_spec(torch.int32, (end - begin,))
+        return DeviceSlot(
+            self._arena,
+            self._stretch,
+            (self._stretch.start, self._token_at + begin * 4, None, None),
+            (self._hidden, token, None, None),
+            self._room_at + begin * self._row_bytes,
+            (end - begin) * self._row_bytes,
+            is_part=True,
+        )
 
 
 def attach(offer: bytes | None, device: torch.device | None) -> torch.Tensor | None:
@@ -96,27 +186,40 @@ def attach(offer: bytes | None, device: torch.device | None) -> torch.Tensor | N
 
 
 def find(memory: torch.Tensor | None, placement: list[Any]) -> tuple[list[torch.Tensor | None], Specs, torch.Tensor]:
-    """The tensors that lie where a router says, their specs, and the room for the reply. Raises `WireError`."""
-    if [type(field) for field in placement] != [int, int, int, bytes]:
-        raise WireError("a place in GPU memory is its offset, the request's bytes, the reply's bytes and what is there")
-    offset, request_bytes, room_bytes, header = placement
-    middle, end = offset + request_bytes, offset + request_bytes + room_bytes
-    if memory is None or not 0 <= offset <= middle <= end <= len(memory):
-        raise WireError(f"no GPU memory is shared from byte {offset} to {end}")
+    """The tensors of a call that lie where a router says, their specs, and the room for the reply. Raises `WireError`.
+
+    They are as in `codec.call_tensors`; None stands for one that is not there.
+    """
+    if [type(field) for field in placement] != [list, int, int, bytes]:
+        raise WireError(
+            "a place in GPU memory is its tensors' offsets, the reply's offset and bytes, and what is there"
+        )
+    offsets, room_offset, room_bytes, header = placement
     _, specs, _ = tensors.decode(header)
-    return tensors_in(memory[offset:middle], specs), specs, memory[middle:end]
+    if len(offsets) != len(specs) or any((type(o) is int) is (s is None) for o, s in zip(offsets, specs, strict=True)):
+        raise WireError(f"{len(offsets)} offsets in GPU memory do not fit {len(specs)} tensors")
+    places = [(offset, spec.num_bytes) for offset, spec in zip(offsets, specs, strict=True) if spec is not None]
+    for offset, num_bytes in (*places, (room_offset, room_bytes)):
+        if memory is None or num_bytes < 0 or offset % 4 or not 0 <= offset <= offset + num_bytes <= len(memory):
+            raise WireError(f"no GPU memory is shared from byte {offset} to {offset + num_bytes}")
+    if memory is None:
+        raise WireError("no GPU memory is shared")
+    return _at(memory, offsets, specs), specs, memory[room_offset : room_offset + room_bytes]
 
 
-def tensors_in(region: torch.Tensor, specs: Specs) -> list[torch.Tensor | None]:
-    """Cut a region [bytes] into the tensors that lie in it, as `wire/tensors.py` does on the CPU."""
-    if len(region) != tensors.region_bytes(specs):
-        raise WireError(f"these tensors need {tensors.region_bytes(specs)} bytes of GPU memory, not {len(region)}")
-    cut: list[torch.Tensor | None] = []
-    offset = 0
+def _laid_out(specs: Specs) -> tuple[list[int | None], int]:
+    """Where these tensors lie one after the other, as `wire/tensors.py` lays them out, and how long that is."""
+    offsets: list[int | None] = []
+    end = 0
     for spec in specs:
-        cut.append(None if spec is None else tensor_at(region, offset, spec))
-        offset += 0 if spec is None else aligned(spec.num_bytes)
-    return cut
+        offsets.append(None if spec is None else end)
+        end += 0 if spec is None else aligned(spec.num_bytes)
+    return offsets, end
+
+
+def _at(memory: torch.Tensor, offsets: Sequence[int | None], specs: Specs) -> list[torch.Tensor | None]:
+    pairs = zip(offsets, specs, strict=True)
+    return [None if at is None or spec is None else tensor_at(memory, at, spec) for at, spec in pairs]
 
 
 def tensor_at(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
@@ -151,15 +254,22 @@ def make_memory(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, byt
     return memory, ctypes.string_at(handle.getPtr(), _HANDLE_BYTES)
 
 
+_opened: weakref.WeakValueDictionary[bytes, _Block] = weakref.WeakValueDictionary()
+"""A process opens the same memory once, however many connections of a router bring it."""
+
+
 def open_memory(handle: bytes, num_bytes: int, device: torch.device) -> torch.Tensor:
     """The memory that another process made, uint8. Raises `OSError` where it cannot be reached."""
     cuda = _cuda()
     with torch.cuda.device(device):
         torch.cuda.synchronize()
-        opened = cuda.cudaIpcMemHandle_t()
-        ctypes.memmove(opened.getPtr(), handle, _HANDLE_BYTES)
-        pointer = _checked(cuda.cudaIpcOpenMemHandle(opened, cuda.cudaIpcMemLazyEnablePeerAccess))
-        return torch.as_tensor(_Block(pointer, num_bytes, cuda.cudaIpcCloseMemHandle), device=device)
+        block = _opened.get(handle)
+        if block is None:
+            opened = cuda.cudaIpcMemHandle_t()
+            ctypes.memmove(opened.getPtr(), handle, _HANDLE_BYTES)
+            pointer = _checked(cuda.cudaIpcOpenMemHandle(opened, cuda.cudaIpcMemLazyEnablePeerAccess))
+            block = _opened[handle] = _Block(pointer, num_bytes, cuda.cudaIpcCloseMemHandle)
+        return torch.as_tensor(block, device=device)
 
 
 def _cuda() -> Any:

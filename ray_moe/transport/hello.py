@@ -15,7 +15,7 @@ from ray_moe.wire import tensors
 
 _log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 HELLO_ID: Final = 0
 """Message id of what both say of the line itself; calls count from 1."""

@@ -112,14 +112,18 @@ class HostStream:
         room: memoryview | torch.Tensor | None = None
         contents: codec.Tensors
         if type(placement) is list and len(placement) == 4:
-            (hidden, grad), (hidden_spec, grad_spec), room = device_memory.find(self._device_memory, placement)
-            _, token, weight, _ = tensors.tensors_in(region, specs)
-            contents, specs = (hidden, token, weight, grad), [hidden_spec, *specs[1:3], grad_spec]
+            there, there_specs, room = device_memory.find(self._device_memory, placement)
+            inline = tensors.tensors_in(region, specs)
+            contents = [there[i] if there[i] is not None else inline[i] for i in range(min(len(there), len(inline)))]
+            specs = [theirs or spec for theirs, spec in zip(there_specs, specs, strict=False)]
         else:
             if placement is not None:
                 region, room = self._find(placement, region)
             contents = tensors.tensors_in(region, specs)
-        return codec.read_call(call_fields, specs, contents), room
+        call = codec.read_call(call_fields, specs, contents)
+        if isinstance(room, torch.Tensor):
+            call.room = room
+        return call, room
 
     def _find(self, placement: object, inline: memoryview) -> tuple[memoryview, memoryview]:
         """Where the request lies and where the reply may go, as the router says; `inline` is what its message holds."""
@@ -177,8 +181,9 @@ class HostStream:
             return tensors.encode((codec.ROWS_FOLLOW,), (rows,))
         spec = tensors.make_spec(rows.dtype, tuple(rows.shape))
         if isinstance(room, torch.Tensor):
-            device_memory.tensor_at(room, 0, spec).copy_(rows.detach())
-            device_memory.finish(room.device)
+            if rows.data_ptr() != room.data_ptr():
+                device_memory.tensor_at(room, 0, spec).copy_(rows.detach())
+                device_memory.finish(room.device)
         else:
             tensors.tensor_at(room, 0, spec).copy_(rows.detach())
         header = tensors.encode_header((codec.ROWS_IN_ROOM,), (spec,))

@@ -23,7 +23,7 @@ class TransportSettings:
     device: str = ""
     """The GPU that this end computes on; empty when it has none."""
     device_arena_bytes: int = 256 * 1024 * 1024
-    """Memory of the GPU, taken at once, that one connection shares where both ends compute there; 0 turns it off."""
+    """Memory of the GPU, taken at once, that a router shares with the hosts that compute there; 0 turns it off."""
     chunk_bytes: int = 1024 * 1024
     """Longer messages are cut into frames of this size, so that small ones can pass them."""
     max_message_bytes: int = 8 * 1024**3

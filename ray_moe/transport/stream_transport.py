@@ -9,10 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
+
+import torch
 
 from ray_moe.errors import HostLost, Unauthenticated
 from ray_moe.transport.connection import Carrier, StreamConnection
+from ray_moe.transport.device_memory import DeviceArena
 from ray_moe.transport.grpc_client import GrpcCarrier
 from ray_moe.transport.settings import MemberCertificate, TransportSettings
 from ray_moe.transport.socket_client import SocketCarrier
@@ -49,6 +53,9 @@ class StreamTransport:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._open: set[StreamConnection] = set()
+        self._device_arena: weakref.ref[DeviceArena] | None = None
+        """Of the connections there are; guarded by a lock of its own, since taking it takes time."""
+        self._sharing = threading.Lock()
         self._distrusted: set[HostAddress] = set()
 
     def connect(self, address: HostAddress) -> StreamConnection:
@@ -67,11 +74,12 @@ class StreamTransport:
         if address.tcp:
             ways.append(lambda: GrpcCarrier(address.tcp, self._settings, self._certificate))
         deadline = time.monotonic() + self._settings.connect_timeout_s
+        arena = self._shared_arena() if is_near else None
         failures = []
         for position, make in enumerate(ways):
             timeout_s = (deadline - time.monotonic()) / (len(ways) - position)
             carrier = make()
-            connection = StreamConnection(address, carrier, self._settings, is_near, self._ended)
+            connection = StreamConnection(address, carrier, self._settings, is_near, arena, self._ended)
             try:
                 connection.start(self._token, timeout_s)
             except HostLost as error:
@@ -91,6 +99,22 @@ class StreamTransport:
             closing, self._open = self._open, set()
         for connection in closing:
             connection.close()
+
+    def _shared_arena(self) -> DeviceArena | None:
+        """Memory of the GPU for all hosts of this node; it goes with the last connection that has it."""
+        settings = self._settings
+        if not settings.device or settings.device_arena_bytes <= 0:
+            return None
+        with self._sharing:
+            arena = None if self._device_arena is None else self._device_arena()
+            if arena is None:
+                try:
+                    arena = DeviceArena(settings.device_arena_bytes, torch.device(settings.device))
+                except OSError as error:  # no room, or not this platform: hidden states travel by way of the CPU
+                    _log.warning("no shared GPU memory: %s", error)
+                    return None
+                self._device_arena = weakref.ref(arena)
+            return arena
 
     def _tell_once(self, address: HostAddress, carrier: Carrier, error: HostLost) -> None:
         """Log that the ends do not trust each other: to those who retry, the host is only lost."""

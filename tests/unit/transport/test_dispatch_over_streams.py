@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 
 import pytest
@@ -16,17 +17,20 @@ from ray_moe.runtime.settings import DispatchSettings
 from ray_moe.training.dispatcher import TrainingDispatcher
 from ray_moe.training.settings import ExchangeSettings
 from ray_moe.training.trainees import Trainees
+from ray_moe.transport.device_memory import DeviceArena, DeviceSheet
 from ray_moe.transport.host_server import HostServer
 from ray_moe.transport.settings import TransportSettings
 from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress, RoutingTable
 from tests.toy import LAYER, ToyExperts, local_cluster, random_routing
+from tests.unit.transport import device_stand_in
 
 NODE = "this node"
 WAYS = {
     "shared memory": TransportSettings(inline_bytes=0),
     "inline": TransportSettings(arena_bytes=0),
     "chunks": TransportSettings(arena_bytes=0, chunk_bytes=4096),
+    "shared memory of a GPU": TransportSettings(device="cpu"),
 }
 
 
@@ -43,11 +47,17 @@ def background():
 
 
 @pytest.fixture(params=sorted(WAYS))
-def cluster(request, background, sockets):
+def way(request):
+    return request.param
+
+
+@pytest.fixture
+def cluster(way, background, sockets):
     """Two hosts behind real servers; the dispatcher reaches them as one on the same node does."""
+    device_stand_in.install()
     module = ToyExperts(dtype=torch.float64)  # where rounding cannot be taken for an error
     _, table, hosts, _ = local_cluster(module, 2)
-    settings = WAYS[request.param]
+    settings = WAYS[way]
     servers, addresses = {}, {}
     for name, host in hosts.items():
         loop = HostLoop(host)
@@ -77,6 +87,46 @@ def test_forward(cluster, combine, num_tokens):
     with torch.no_grad():
         out = make(combine).forward(LAYER, hidden, index, weight)
         torch.testing.assert_close(out, module.oracle(hidden, index, weight), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", ["shared memory of a GPU"], indirect=True)
+def test_on_one_gpu_a_batch_is_written_once_and_what_is_sent_again_goes_by_itself(cluster, way, monkeypatch):
+    module, hosts, _, _, make = cluster
+    arenas, parts = [], []
+    sheet, part = DeviceArena.sheet, DeviceSheet.part
+
+    def count_sheet(arena, *arguments):
+        arenas.append(arena)
+        return sheet(arena, *arguments)
+
+    def count_part(*arguments):
+        parts.append(arguments)
+        return part(*arguments)
+
+    monkeypatch.setattr(DeviceArena, "sheet", count_sheet)
+    monkeypatch.setattr(DeviceSheet, "part", count_part)
+    hidden = torch.randn(200, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    index, weight = random_routing(200, 6, 3, sentinels=True)
+    wanted, dispatcher = module.oracle(hidden, index, weight), make()
+    with torch.no_grad():
+        out = dispatcher.forward(LAYER, hidden, index, weight)
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+        assert len(arenas) == 1
+        assert len(parts) == 2
+        host = next(iter(hosts.values()))
+        mine = host.held()[LAYER]
+        group = host._layers[0, LAYER].place[mine[0]][0]
+        host.drop(LAYER, mine[:1])
+        timer = threading.Timer(0.3, host.hold, (LAYER, mine, group))
+        timer.start()
+        out = dispatcher.forward(LAYER, hidden, index, weight)
+        timer.join()
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+    assert len(arenas) == 2
+    assert dispatcher.num_retried_calls > 0
+    parts.clear()
+    gc.collect()
+    assert arenas[0].ledger.is_empty
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])

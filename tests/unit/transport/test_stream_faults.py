@@ -154,8 +154,9 @@ def test_a_wrong_token_is_refused(host: HostProcess, sockets: bool) -> None:
 
 
 def test_another_version_is_refused(host: HostProcess, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = hello.PROTOCOL_VERSION
     monkeypatch.setattr(hello, "PROTOCOL_VERSION", 99)
-    with pytest.raises(WireError, match="version 2 of the protocol and the router 99: run the same version"):
+    with pytest.raises(WireError, match=f"version {version} of the protocol and the router 99: run the same version"):
         connect(host)
 
 
