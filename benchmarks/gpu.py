@@ -2,18 +2,25 @@
 
 `python benchmarks/gpu.py [--rounds 7] [--quick]` on a machine with a GPU; it needs torch, `transformers`, grpcio and
 msgpack, and no Ray: the hosts are plain processes with the very server and loop that an expert actor has. Two shapes
-(OLMoE, Qwen3-30B-A3B), a prefill of 4,096 tokens and a decode step of 64, side by side in one run. Results go to
-`benchmarks/results/gpu.{json,md}`.
+(OLMoE, Qwen3-30B-A3B), a prefill of 4,096 tokens and a decode step of 64, side by side in one run: once with the
+processes taking turns on the card, and once side by side under NVIDIA's MPS, which is started for it and ended after.
+What could not be run is said in the page. Results go to `benchmarks/results/gpu.{json,md}`.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
 import multiprocessing
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "4")
 
 from benchmarks import report
-from benchmarks.pages.gpu import ONE
+from benchmarks.pages.gpu import ONE, SHARING
 
 NUM_HOSTS = 4
 NODE = "here"
 TOKEN = uuid.uuid4().hex
+MPS = "nvidia-cuda-mps-control"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +101,61 @@ def serve_host(number: int, token: str, pipe: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(None, pipe.poll, None)
         await server.stop()
 
-    asyncio.run(serve())
+    try:
+        import uvloop  # as Ray's actors do
+    except ImportError:
+        asyncio.run(serve())
+    else:
+        uvloop.run(serve())
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = report.options(__doc__, rounds=7).parse_args(argv)
+    parser = report.options(__doc__, rounds=7)
+    parser.add_argument("--sharing", choices=sorted(SHARING), nargs="+", default=sorted(SHARING), help="default: both")
+    parser.add_argument("--times", type=Path, help=argparse.SUPPRESS)  # where a process of this one's leaves them
+    given = parser.parse_args(argv)
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU here: run this on a machine with one")
+    rounds = 2 if given.quick else given.rounds
+    if given.times:
+        given.times.write_text(json.dumps(run(rounds)))
+        return
+    times, left_out = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for sharing in given.sharing:
+            if sharing == "mps" and shutil.which(MPS) is None:
+                left_out[sharing] = f"there is no {MPS} here"
+                continue
+            file = Path(folder) / "times.json"
+            with mps(Path(folder)) if sharing == "mps" else without_mps() as environment:
+                command = [sys.executable, __file__, "--times", str(file), "--rounds", str(rounds)]
+                subprocess.run(command, check=True, env=os.environ | environment)
+            times[sharing] = json.loads(file.read_text())
+    report.finish("gpu", {"gpu": torch.cuda.get_device_name(), "layer_s": times, "left_out": left_out}, given)
+
+
+@contextmanager
+def mps(folder: Path) -> Iterator[dict[str, str]]:
+    """NVIDIA's MPS while the block runs; what the environment of those must be that use it."""
+    environment = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    subprocess.run([MPS, "-d"], check=True, env=os.environ | environment)
+    try:
+        yield environment
+    finally:
+        subprocess.run([MPS], input="quit\n", text=True, check=False, timeout=30, env=os.environ | environment)
+
+
+@contextmanager
+def without_mps() -> Iterator[dict[str, str]]:
+    """The same without it, if one should run here."""
+    with tempfile.TemporaryDirectory() as nothing:
+        yield {"CUDA_MPS_PIPE_DIRECTORY": nothing}
+
+
+def run(rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a layer, by shape and number of tokens, and by who computes it."""
     context = multiprocessing.get_context("spawn")
     pipes, hosts = [], []
     for number in range(NUM_HOSTS):
@@ -111,12 +165,11 @@ def main(argv: list[str] | None = None) -> None:
         pipes.append(here)
         hosts.append(process)
     try:
-        times = measure([pipe.recv() for pipe in pipes], 2 if given.quick else given.rounds)
+        return measure([pipe.recv() for pipe in pipes], rounds)
     finally:
         for process in hosts:
             process.kill()
             process.join()
-    report.finish("gpu", {"gpu": torch.cuda.get_device_name(), "layer_s": times}, given)
 
 
 def measure(addresses: Sequence[Any], rounds: int) -> dict[str, dict[str, list[float]]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ray_moe.ops.dispatch import HostShare, Ints
@@ -37,7 +36,14 @@ class DeviceBatch:
 
     @classmethod
     def put(
-        cls, lines: Lines, view: View, routes: LayerRoutes, hidden: torch.Tensor, index: torch.Tensor, slots: Ints
+        cls,
+        lines: Lines,
+        view: View,
+        routes: LayerRoutes,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        slots: Ints,
+        tokens_per_expert: Ints,
     ) -> DeviceBatch | None:
         """Put a batch there; None where it has to go another way.
 
@@ -48,6 +54,7 @@ class DeviceBatch:
             hidden: [T, D].
             index: [T, K] on the same device; E means "no expert".
             slots: [N] the same, on the CPU.
+            tokens_per_expert: [E] slots of each.
         """
         if index.device != hidden.device or not len(slots):
             return None
@@ -59,17 +66,15 @@ class DeviceBatch:
         if order_of is None or sheet is None:
             return None
         sheet.hidden.copy_(hidden)
-        order = order_of.sort(index.reshape(-1))
+        order, on_cpu = order_of.sort(index.reshape(-1), slots)
         sheet.token.copy_(order.div(index.shape[1], rounding_mode="floor"))
-        tokens_per_expert = np.bincount(slots, minlength=len(routes.owner))[:-1]
-        on_cpu = order.cpu().numpy()
-        finish(hidden.device)
         shares = order_of.split(tokens_per_expert, order, on_cpu)
         parts, begin = [], 0
         for share in shares:
             end = begin + len(share.slot)
             parts.append((share, sheet.part(begin, end), sheet.token[begin:end]))
             begin = end
+        finish(hidden.device)
         return cls(view, shares, sheet, parts)
 
     def call(self, share: HostShare, layer: LayerPath, epoch: int, version: int) -> ExpertCall | None:

@@ -158,7 +158,7 @@ class ExpertDispatcher:
                 f"the experts of {layer} serve and give no gradients; call the model under torch.no_grad(), or train it"
             )
         slots = index.detach().cpu().numpy().astype(np.int64, copy=False).reshape(-1)
-        self.statistics.add_tokens(layer, slots)
+        tokens_per_expert = self.statistics.add_tokens(layer, slots)
         if self.drift is not None:
             self.drift.see(layer, hidden, slots, version)
         if self.settings.num_parts > 1:
@@ -168,7 +168,12 @@ class ExpertDispatcher:
             if not self.settings.check_finite or _is_finite(out):
                 return out
             # Whose rows are at fault cannot be seen in a sum: let them all come unweighted.
-        rows, sources = self._rows(layer, hidden, slots, version, self._put(layer, hidden, index, slots, version))
+        batch = None
+        if tokens_per_expert is not None and self.settings.num_parts == 1:
+            view = self._routes.view
+            routes = view.routes(layer, version=version)
+            batch = DeviceBatch.put(self._lines, view, routes, hidden, index.detach(), slots, tokens_per_expert)
+        rows, sources = self._rows(layer, hidden, slots, version, batch)
         out = combine(sum_parts(rows, self.settings.num_parts), weight)
         if not self.settings.check_finite or _is_finite(out):  # a K-th of the numbers that the rows have
             return out
@@ -179,15 +184,6 @@ class ExpertDispatcher:
         """E. Raises: `NotFound` for a layer that the table does not have."""
         num_parts = len(self._routes.view.routes(layer).owner) - 1
         return num_parts // self.settings.num_parts
-
-    def _put(
-        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, slots: Ints, version: int
-    ) -> DeviceBatch | None:
-        """The batch on the card that its hosts share, where they do."""
-        if self.settings.num_parts > 1:
-            return None
-        view = self._routes.view
-        return DeviceBatch.put(self._lines, view, view.routes(layer, version=version), hidden, index.detach(), slots)
 
     def _rows(
         self,

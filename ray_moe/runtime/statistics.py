@@ -37,12 +37,15 @@ class Statistics:
         for layer, number in num_experts.items():
             self.tokens_per_expert.setdefault(layer, np.zeros(number, dtype=np.int64))
 
-    def add_tokens(self, layer: LayerPath, slots: Ints) -> None:
-        """[N] expert of each slot; what is above all experts is "no expert"."""
+    def add_tokens(self, layer: LayerPath, slots: Ints) -> Ints | None:
+        """[N] expert of each slot; what is above all experts is "no expert". [E] slots of each, of a layer there is."""
         counts = self.tokens_per_expert.get(layer)
-        if counts is not None:
-            with self._lock:
-                counts += np.bincount(slots, minlength=len(counts) + 1)[:-1]
+        if counts is None:
+            return None
+        mine: Ints = np.bincount(slots, minlength=len(counts) + 1)[:-1]
+        with self._lock:
+            counts += mine
+        return mine
 
     def add_batch(self, rows: Sequence[int], speeds: Sequence[float], speed_in_all: float) -> None:
         """Rows that a batch sent to each host that got any, their speeds, and that of all that hold the layer."""

@@ -264,8 +264,8 @@ class StreamConnection:
             if (views := slot.request) is not None:
                 codec.write_call(call, views)
                 device_memory.finish(call.hidden.device)
-            token = None if call.kept or slot.has(1) else call.token
-            return tensors.encode(fields, (None, token, call.weight, None))
+            hidden, token, _, grad = slot.specs
+            return tensors.encode(fields, (hidden, token or (None if call.kept else call.token), call.weight, grad))
         if slot is not None and slot.request:
             specs = codec.call_specs(call)
             header = tensors.encode_header(fields, specs)

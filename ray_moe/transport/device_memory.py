@@ -20,9 +20,10 @@ import torch
 
 from ray_moe.errors import WireError
 from ray_moe.transport.free_list import Ledger
-from ray_moe.wire import tensors
 from ray_moe.wire.tensors import Specs, TensorSpec, aligned, make_spec
 
+ON_DEVICE: Final = 1
+"""Says at the end of a place that it is one in memory of a GPU."""
 _HANDLE_BYTES: Final = 64
 _LINGER_S: Final = 5.0
 """Memory is freed so long after its connection ended: until then the host may still have it open."""
@@ -86,7 +87,7 @@ class _Stretch:
 class DeviceSlot:
     """Where the tensors of a call lie, and the room for its rows."""
 
-    __slots__ = ("_is_part", "_offsets", "_room_bytes", "_room_offset", "_specs", "_stretch", "arena", "placement")
+    __slots__ = ("_is_part", "_room_bytes", "_room_offset", "_stretch", "arena", "placement", "specs")
 
     def __init__(
         self,
@@ -106,20 +107,17 @@ class DeviceSlot:
         """
         self.arena = arena
         self._stretch: _Stretch | None = stretch
-        self._offsets, self._specs = offsets, specs
         self._room_offset, self._room_bytes = room_offset, room_bytes
         self._is_part = is_part
-        self.placement = (offsets, room_offset, room_bytes, tensors.encode_header((), specs))
+        self.specs = specs
+        """Of the tensors that lie here and do not travel."""
+        self.placement = (offsets, room_offset, room_bytes, ON_DEVICE)
         """What the host must be told."""
 
     @property
     def request(self) -> list[torch.Tensor | None] | None:
         """Where the tensors of the call belong; None where they are."""
-        return None if self._is_part else _at(self.arena.memory, self._offsets, self._specs)
-
-    def has(self, number: int) -> bool:
-        """Whether this one of the call's tensors is here, and does not travel."""
-        return self._specs[number] is not None
+        return None if self._is_part else _at(self.arena.memory, self.placement[0], self.specs)
 
     def release(self) -> None:
         """It is free again, if no other slot has the same stretch; once more does nothing."""
@@ -185,26 +183,35 @@ def attach(offer: bytes | None, device: torch.device | None) -> torch.Tensor | N
         return None
 
 
-def find(memory: torch.Tensor | None, placement: list[Any]) -> tuple[list[torch.Tensor | None], Specs, torch.Tensor]:
-    """The tensors of a call that lie where a router says, their specs, and the room for the reply. Raises `WireError`.
+def find(
+    memory: torch.Tensor | None, placement: list[Any], specs: Specs
+) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    """The tensors of a call that lie where a router says, and the room for the reply. Raises `WireError`.
 
-    They are as in `codec.call_tensors`; None stands for one that is not there.
+    Args: specs: of all tensors of the call; those without an offset are None in the answer, and travelled.
     """
-    if [type(field) for field in placement] != [list, int, int, bytes]:
-        raise WireError(
-            "a place in GPU memory is its tensors' offsets, the reply's offset and bytes, and what is there"
-        )
-    offsets, room_offset, room_bytes, header = placement
-    _, specs, _ = tensors.decode(header)
-    if len(offsets) != len(specs) or any((type(o) is int) is (s is None) for o, s in zip(offsets, specs, strict=True)):
+    if [type(field) for field in placement] != [list, int, int, int]:
+        raise WireError("a place in GPU memory is its tensors' offsets, and the reply's offset and bytes")
+    offsets, room_offset, room_bytes, _ = placement
+    if len(offsets) != len(specs):
         raise WireError(f"{len(offsets)} offsets in GPU memory do not fit {len(specs)} tensors")
-    places = [(offset, spec.num_bytes) for offset, spec in zip(offsets, specs, strict=True) if spec is not None]
-    for offset, num_bytes in (*places, (room_offset, room_bytes)):
-        if memory is None or num_bytes < 0 or offset % 4 or not 0 <= offset <= offset + num_bytes <= len(memory):
-            raise WireError(f"no GPU memory is shared from byte {offset} to {offset + num_bytes}")
-    if memory is None:
-        raise WireError("no GPU memory is shared")
-    return _at(memory, offsets, specs), specs, memory[room_offset : room_offset + room_bytes]
+    found: list[torch.Tensor | None] = []
+    for offset, spec in zip(offsets, specs, strict=True):
+        if offset is None:
+            found.append(None)
+            continue
+        if type(offset) is not int or spec is None:
+            raise WireError("an offset in GPU memory is a number, of a tensor that the call has")
+        if offset % spec.dtype.itemsize:
+            raise WireError(f"no {spec.dtype} begins at byte {offset}")
+        found.append(tensor_at(_within(memory, offset, spec.num_bytes), 0, spec))
+    return found, _within(memory, room_offset, room_bytes)
+
+
+def _within(memory: torch.Tensor | None, offset: int, num_bytes: int) -> torch.Tensor:
+    if memory is None or num_bytes < 0 or not 0 <= offset <= offset + num_bytes <= len(memory):
+        raise WireError(f"no GPU memory is shared from byte {offset} to {offset + num_bytes}")
+    return memory[offset : offset + num_bytes]
 
 
 def _laid_out(specs: Specs) -> tuple[list[int | None], int]:

@@ -112,10 +112,10 @@ class HostStream:
         room: memoryview | torch.Tensor | None = None
         contents: codec.Tensors
         if type(placement) is list and len(placement) == 4:
-            there, there_specs, room = device_memory.find(self._device_memory, placement)
-            inline = tensors.tensors_in(region, specs)
-            contents = [there[i] if there[i] is not None else inline[i] for i in range(min(len(there), len(inline)))]
-            specs = [theirs or spec for theirs, spec in zip(there_specs, specs, strict=False)]
+            there, room = device_memory.find(self._device_memory, placement, specs)
+            travelled = [spec if tensor is None else None for spec, tensor in zip(specs, there, strict=True)]
+            inline = tensors.tensors_in(region, travelled)
+            contents = [mine if tensor is None else tensor for tensor, mine in zip(there, inline, strict=True)]
         else:
             if placement is not None:
                 region, room = self._find(placement, region)

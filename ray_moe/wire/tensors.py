@@ -83,16 +83,19 @@ def region_bytes(specs: Specs) -> int:
 
 
 # --- Writing -------------------------------------------------------------------------------------------------
-def encode(fields: Sequence[Any], tensors: Sequence[torch.Tensor | None]) -> tuple[list[Buffer], int]:
+def encode(fields: Sequence[Any], tensors: Sequence[torch.Tensor | TensorSpec | None]) -> tuple[list[Buffer], int]:
     """A message with its tensors inside, as the buffers to be joined (or sent one by one) and their length together.
 
-    The tensors' own memory is used, not copied, where they are contiguous and on the CPU. Raises `WireError` for a
-    dtype that has no name on the wire.
+    The tensors' own memory is used, not copied, where they are contiguous and on the CPU. Of one that lies elsewhere,
+    as the fields say, there is only its spec. Raises `WireError` for a dtype that has no name on the wire.
     """
     specs: list[tuple[Any, ...] | None] = []
     buffers: list[Buffer] = [b""]
     num_bytes = 0
     for tensor in tensors:
+        if isinstance(tensor, TensorSpec):
+            specs.append((_NAMES.get(tensor.dtype) or _refuse(tensor.dtype), *tensor.shape))
+            continue
         if tensor is None:
             specs.append(None)
             continue
