@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_moe.ops import dispatch
-from ray_moe.ops.dispatch import NOWHERE, combine, put_rows, split_by_host
+from ray_moe.ops.dispatch import NOWHERE, DeviceOrder, combine, put_rows, split_by_host
 
 
 @st.composite
@@ -52,6 +52,25 @@ def test_a_subset_of_slots_is_placed_as_in_the_whole(batch, data):
     chosen = np.array(sorted(data.draw(st.sets(st.sampled_from(range(len(index))))) if len(index) else []), dtype=int)
     placed = [slot for share in split_by_host(index[chosen], owner, top_k, chosen) for slot in share.slot.tolist()]
     assert sorted(placed) == [slot for slot in chosen.tolist() if owner[index[slot]] != NOWHERE]
+
+
+@pytest.mark.parametrize("few", [0, 2**20], ids=["there", "here"])
+@given(batch=batches())
+def test_a_split_on_a_device_gives_the_shares_of_one_on_the_cpu(few, batch):
+    index, owner, top_k = batch
+    order_of = DeviceOrder(owner, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "FEW_TO_SORT", few)
+        order, slots = order_of.sort(torch.from_numpy(index), index)
+    assert order.tolist() == slots.tolist()
+    shares = order_of.split(np.bincount(index, minlength=len(owner))[:-1], order, slots)
+    wanted = split_by_host(index, owner, top_k)
+    begin = 0
+    for share, other in zip(shares, wanted, strict=True):
+        assert (share.host, share.experts, share.counts) == (other.host, other.experts, other.counts)
+        assert share.slot.tolist() == share.placed.tolist() == other.slot.tolist()
+        assert share.slot.tolist() == slots[begin : begin + len(share.slot)].tolist()
+        begin += len(share.slot)
 
 
 def test_an_expert_without_owner_is_left_out():

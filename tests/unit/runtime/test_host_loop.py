@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 
 import pytest
@@ -40,6 +41,22 @@ async def test_what_waits_and_how_fast_it_goes_can_be_asked(loop):
     rows = 40_000  # 2 * (2 * 8 * 5 + 8 * 5) flops each
     await loop.submit(call(rows))
     assert loop.flops_per_s > 0
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+async def test_a_gpu_is_given_its_work_in_the_event_loop_whose_wait_is_short(loop, on_gpu, monkeypatch):
+    threads = set()
+    run = loop.host.run
+
+    def noted(calls):
+        threads.add(threading.current_thread())
+        return run(calls)
+
+    monkeypatch.setattr(loop.host, "run", noted)
+    monkeypatch.setattr(loop.host, "is_on_gpu", lambda call: on_gpu)
+    loop._inline_flops = 100
+    await loop.submit(call(500))
+    assert (threads == {threading.main_thread()}) is on_gpu
 
 
 async def test_a_hung_host_answers_nothing_and_then_everything(loop):
