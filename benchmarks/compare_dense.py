@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.floor import measure_rates
 from ray_moe.models.compare import CompareSettings, compare
 
-BASE = CompareSettings(steps=5, answers=9)
+BASE = CompareSettings(steps=11, answers=9)
 LARGE = replace(BASE, hidden_size=1920, dense_width=7680, steps=0, answers=5, prompt=512)
 SIZES = {
     "medium": BASE,

@@ -68,6 +68,7 @@ def test_a_split_on_a_device_gives_the_shares_of_one_on_the_cpu(few, batch):
     begin = 0
     for share, other in zip(shares, wanted, strict=True):
         assert (share.host, share.experts, share.counts) == (other.host, other.experts, other.counts)
+        assert share.placed is not None
         assert share.slot.tolist() == share.placed.tolist() == other.slot.tolist()
         assert share.slot.tolist() == slots[begin : begin + len(share.slot)].tolist()
         begin += len(share.slot)
