@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks import profile_flame, report
 from benchmarks.profile_floor import Floor, decode_floor, one_thread_rates, train_floor
 from benchmarks.profile_marks import hook
-from benchmarks.profile_runs import QUICK, Settings, decode, train, write_model
+from benchmarks.profile_runs import ANSWER_TOKENS, PROMPT_TOKENS, QUICK, Settings, decode, train, write_model
 from benchmarks.profile_seams import RUN, STEP, TRAIN_STEP
 from benchmarks.profile_table import (
     Recording,
@@ -112,6 +112,9 @@ def run(model: Path, settings: Settings, kinds: Sequence[str]) -> tuple[dict[str
 
     checkpoint = Checkpoint.open(str(model))
     config = AutoConfig.from_pretrained(model)
+    needed, longest = PROMPT_TOKENS + ANSWER_TOKENS, getattr(config, "max_position_embeddings", None)
+    if "decode" in kinds and longest is not None and longest < needed:
+        sys.exit(f"{model} has {longest} positions, and decoding is watched over {needed}: take another model")
     rates = one_thread_rates(config.hidden_size, getattr(config, "moe_intermediate_size", config.intermediate_size))
     data: dict[str, Any] = {"model": checkpoint.model_type, "settings": asdict(settings), "rates": asdict(rates)}
     graphs: dict[str, str] = {}
