@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import nn
 
 from ray_moe.errors import ExpertFailed, InvalidRequest, NotFound, Overloaded, RayMoEError, Unavailable
 from ray_moe.models.experts import install, moe_block
+from ray_moe.models.shared_ahead import SharedAhead, compute_ahead
 from ray_moe.runtime.generation import GenerationLoop
 from ray_moe.runtime.kv_cache import KVPool
 from ray_moe.runtime.moe_layer import ExpertDispatcher
@@ -98,7 +100,7 @@ class Engine:
         self._idle = asyncio.Event()
         self._closed = False
         self._device = next(model.parameters()).device
-        install(model, self._ask_experts)
+        install(model, partial(self._ask_experts, compute_ahead(model)))
         self.layers_with_gate = frozenset(path for path in self.layers if moe_block(model, path) is not None)
         self._has_encoder = has_encoder(model)
         stepper = stepper_of(model)
@@ -144,7 +146,7 @@ class Engine:
 
     def add_version(self, version: int, model: nn.Module) -> None:
         """Take over `model`, of the same architecture, as the backbone of another version. Nothing uses it yet."""
-        install(model, self._ask_experts)
+        install(model, partial(self._ask_experts, compute_ahead(model)))
         self._loop.add_version(version, stepper_of(model))
         self._models[version] = model
 
@@ -180,9 +182,16 @@ class Engine:
         return version
 
     def _ask_experts(
-        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+        self,
+        ahead: Mapping[LayerPath, SharedAhead],
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weight: torch.Tensor,
     ) -> torch.Tensor:
-        return self._dispatcher.forward(layer, hidden, index, weight, current.get())
+        shared = ahead.get(layer)
+        meanwhile = None if shared is None else shared.run
+        return self._dispatcher.forward(layer, hidden, index, weight, current.get(), meanwhile)
 
     # --- one layer -------------------------------------------------------------------------------------------
     async def forward(self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None) -> Array:

@@ -142,8 +142,12 @@ class Exchange:
         self._asked: set[HostId] = set()
         """Filled for the trace."""
 
-    def answers(self) -> Iterator[tuple[HostShare, torch.Tensor, HostAddress | None]]:
+    def answers(
+        self, meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[tuple[HostShare, torch.Tensor, HostAddress | None]]:
         """Every row of the batch exactly once, in shares.
+
+        Args: meanwhile: called once when hosts have been asked, before they are waited for.
 
         Yields: a share, its rows (valid until the next share is asked for), and the host that computed them (None is
         the router itself).
@@ -155,6 +159,8 @@ class Exchange:
         try:
             if len(self._slots):
                 self._group(self._only, is_first=True)
+            if meanwhile is not None and self._open:
+                meanwhile()
             while True:
                 while answered:
                     number = self._num_told if self._in_order else next(iter(answered))
@@ -174,16 +180,19 @@ class Exchange:
                 else:
                     return
         finally:
-            if self._num_owed:  # late answers, which nobody waits for
-                self._arrived.leave()
-            if self._open or answered:  # after an error, what still comes is nobody's
-                for sent in [sent for each in answered.values() for sent in each]:
-                    sent.release()
-                for hedge in self._hedge_of.values():
-                    hedge.close()
-            self._is_over = True
-            self._release_late()
-            self._end_span()
+            self._end()
+
+    def _end(self) -> None:
+        if self._num_owed:  # late answers, which nobody waits for
+            self._arrived.leave()
+        if self._open or self._answered:  # after an error, what still comes is nobody's
+            for sent in [sent for each in self._answered.values() for sent in each]:
+                sent.release()
+            for hedge in self._hedge_of.values():
+                hedge.close()
+        self._is_over = True
+        self._release_late()
+        self._end_span()
 
     # --- the trace -----------------------------------------------------------------------------------------
     def _begin_span(self) -> None:

@@ -137,7 +137,13 @@ class ExpertDispatcher:
 
     # --- the contract --------------------------------------------------------------------------------------
     def forward(
-        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, version: int = 0
+        self,
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        version: int = 0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """The weighted sum of each token's experts.
 
@@ -147,6 +153,7 @@ class ExpertDispatcher:
             index: [T, K] integers in 0..E; E means "no expert".
             weight: [T, K], used in its own dtype.
             version: which weights compute it.
+            meanwhile: called, perhaps, when hosts have been asked, before they are waited for.
 
         Returns: [T, D] in the dtype and on the device of `hidden`.
 
@@ -164,7 +171,7 @@ class ExpertDispatcher:
         if self.settings.num_parts > 1:
             slots = slots_in_parts(slots, self._num_experts(layer), self.settings.num_parts)
         if self.settings.combine == "host":
-            out = self._partial_sums(layer, hidden, slots, weight.cpu(), version)
+            out = self._partial_sums(layer, hidden, slots, weight.cpu(), version, meanwhile)
             if not self.settings.check_finite or _is_finite(out):
                 return out
             # Whose rows are at fault cannot be seen in a sum: let them all come unweighted.
@@ -173,7 +180,7 @@ class ExpertDispatcher:
             view = self._routes.view
             routes = view.routes(layer, version=version)
             batch = DeviceBatch.put(self._lines, view, routes, hidden, index.detach(), slots, tokens_per_expert)
-        rows, sources = self._rows(layer, hidden, slots, version, batch)
+        rows, sources = self._rows(layer, hidden, slots, version, batch, meanwhile)
         out = combine(sum_parts(rows, self.settings.num_parts), weight)
         if not self.settings.check_finite or _is_finite(out):  # a K-th of the numbers that the rows have
             return out
@@ -192,12 +199,13 @@ class ExpertDispatcher:
         slots: Ints,
         version: int,
         batch: DeviceBatch | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[torch.Tensor, Sources]:
         """[T, D], [N] -> [N, D] unweighted outputs by slot, zeros where a slot goes nowhere; and who computed them."""
         rows: torch.Tensor | None = None
         sources: Sources = []
         exchange = self._exchange(layer, hidden, slots, how=ROWS, version=version, batch=batch)
-        for share, reply, address in exchange.answers():
+        for share, reply, address in exchange.answers(meanwhile):
             if rows is None:
                 every = exchange.num_rows == len(slots)
                 make = torch.empty if every else torch.zeros
@@ -224,7 +232,13 @@ class ExpertDispatcher:
         return Exchange(self._router, layer, slots, top_k, make or make_call, how, version, batch)
 
     def _partial_sums(
-        self, layer: LayerPath, hidden: torch.Tensor, slots: Ints, weight: torch.Tensor, version: int
+        self,
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        slots: Ints,
+        weight: torch.Tensor,
+        version: int,
+        meanwhile: Callable[[], None] | None,
     ) -> torch.Tensor:
         """[T, D] with the hosts combining: one row per token and host comes back."""
         flat_weight = weight.reshape(-1)
@@ -238,7 +252,7 @@ class ExpertDispatcher:
             call.weight = flat_weight[torch.from_numpy(share.slot)]
             return call
 
-        for share, reply, _ in self._exchange(layer, hidden, slots, make, version=version).answers():
+        for share, reply, _ in self._exchange(layer, hidden, slots, make, version=version).answers(meanwhile):
             _add(sums, share, reply)
         return sums.to(hidden.dtype)
 

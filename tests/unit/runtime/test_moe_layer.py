@@ -65,6 +65,51 @@ def test_what_serves_computes_with_gradients_enabled_and_gives_none(combine):
     transport.close()
 
 
+@pytest.mark.parametrize("combine", ["router", "host"])
+def test_there_is_time_for_something_else_while_hosts_compute(combine, monkeypatch):
+    module = ToyExperts()
+    transport, table, hosts, _ = local_cluster(module, 2)
+    dispatcher = ExpertDispatcher(transport, DispatchSettings(combine=combine))
+    dispatcher.update(table)
+    began, may_answer = threading.Barrier(3), threading.Event()
+    for host in hosts.values():
+
+        def run(calls, compute=host.run):
+            began.wait(10)
+            assert may_answer.wait(10)
+            return compute(calls)
+
+        monkeypatch.setattr(host, "run", run)
+
+    def meanwhile():
+        began.wait(10)  # both hosts are at it
+        may_answer.set()
+
+    hidden, index, weight = batch(40)
+    with torch.no_grad():
+        out = dispatcher.forward(LAYER, hidden, index, weight, meanwhile=meanwhile)
+    assert may_answer.is_set()
+    torch.testing.assert_close(out, module.oracle(hidden, index, weight))
+    transport.close()
+
+
+def test_what_fails_meanwhile_fails_the_batch_and_leaves_nothing_open():
+    transport, table, _, _ = local_cluster(ToyExperts(), 2)
+    dispatcher = ExpertDispatcher(transport)
+    dispatcher.update(table)
+
+    def meanwhile():
+        raise ZeroDivisionError
+
+    hidden, index, weight = batch(40)
+    with torch.no_grad():
+        with pytest.raises(ZeroDivisionError):
+            dispatcher.forward(LAYER, hidden, index, weight, meanwhile=meanwhile)
+        dispatcher.forward(LAYER, hidden, index, weight)
+    assert set(dispatcher.rows_in_flight.values()) == {0}
+    transport.close()
+
+
 @pytest.mark.parametrize("lifeboat", [0, 6])
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(7))
