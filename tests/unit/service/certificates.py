@@ -70,7 +70,7 @@ async def grpc_server(tls: TlsFiles | None, interceptors: Sequence[Any] = ()) ->
     guard = Guard(Admission(backend))
     inference = InferenceService(backend, guard, max_forward_tokens=1000, max_prompt_bytes=1000)
     server = grpc.aio.server(interceptors=list(interceptors))
-    services = (inference, AdminService(backend, guard), HealthService(guard, frozenset()))
+    services = (inference, AdminService(backend, guard), HealthService(guard, frozenset({"ray_moe.v1.Inference"})))
     server.add_generic_rpc_handlers([service.handler() for service in services])
     if tls is None:
         port = server.add_insecure_port("127.0.0.1:0")
