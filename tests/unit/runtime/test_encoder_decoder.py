@@ -34,7 +34,7 @@ class Experts:
         loaded = checkpoint.load_experts({path: range(5) for path in LAYERS})
         self._experts = {path: StackedExperts(module) for path, module in loaded.items()}
 
-    def forward(self, layer: str, hidden: Any, index: Any, weight: Any, version: int = 0) -> Any:
+    def forward(self, layer: str, hidden: Any, index: Any, weight: Any, version: int = 0, meanwhile: Any = None) -> Any:
         return run_slots(self._experts[layer].run, hidden, index, weight, 5)
 
 
