@@ -29,10 +29,13 @@ class DeviceBatch:
 
     view: View
     """By which it was split."""
-    shares: Sequence[HostShare]
     _sheet: DeviceSheet
     _parts: Sequence[tuple[HostShare, DeviceSlot, torch.Tensor]]
     """Each share, its slot, and int32 [n] the token of each of its rows."""
+
+    @property
+    def shares(self) -> list[HostShare]:
+        return [share for share, _, _ in self._parts]
 
     @classmethod
     def put(
@@ -68,14 +71,13 @@ class DeviceBatch:
         sheet.hidden.copy_(hidden)
         order, on_cpu = order_of.sort(index.reshape(-1), slots)
         sheet.token.copy_(order.div(index.shape[1], rounding_mode="floor"))
-        shares = order_of.split(tokens_per_expert, order, on_cpu)
         parts, begin = [], 0
-        for share in shares:
+        for share in order_of.split(tokens_per_expert, order, on_cpu):
             end = begin + len(share.slot)
             parts.append((share, sheet.part(begin, end), sheet.token[begin:end]))
             begin = end
         finish(hidden.device)
-        return cls(view, shares, sheet, parts)
+        return cls(view, sheet, parts)
 
     def call(self, share: HostShare, layer: LayerPath, epoch: int, version: int) -> ExpertCall | None:
         """The call for one of `shares`; None for one that was made later."""

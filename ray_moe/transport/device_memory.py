@@ -22,8 +22,6 @@ from ray_moe.errors import WireError
 from ray_moe.transport.free_list import Ledger
 from ray_moe.wire.tensors import Specs, TensorSpec, aligned, make_spec
 
-ON_DEVICE: Final = 1
-"""Says at the end of a place that it is one in memory of a GPU."""
 _HANDLE_BYTES: Final = 64
 _LINGER_S: Final = 5.0
 """Memory is freed so long after its connection ended: until then the host may still have it open."""
@@ -62,8 +60,8 @@ class DeviceArena:
         return None if stretch is None else DeviceSheet(self, stretch, hidden, num_rows, token_at or 0, request_bytes)
 
     def _take(self, num_bytes: int) -> _Stretch | None:
-        start = self.ledger.allocate(max(num_bytes, 1))
-        return None if start is None else _Stretch(self.ledger, start, max(num_bytes, 1))
+        start = self.ledger.allocate(num_bytes)
+        return None if start is None else _Stretch(self.ledger, start, num_bytes)
 
     def linger(self, slots: Sequence[DeviceSlot] = ()) -> None:
         """Keep the memory, and `slots` of calls that were not answered, until a host that is gone has surely let go of
@@ -111,7 +109,7 @@ class DeviceSlot:
         self._is_part = is_part
         self.specs = specs
         """Of the tensors that lie here and do not travel."""
-        self.placement = (offsets, room_offset, room_bytes, ON_DEVICE)
+        self.placement = (offsets, room_offset, room_bytes)
         """What the host must be told."""
 
     @property
@@ -190,9 +188,9 @@ def find(
 
     Args: specs: of all tensors of the call; those without an offset are None in the answer, and travelled.
     """
-    if [type(field) for field in placement] != [list, int, int, int]:
+    if [type(field) for field in placement] != [list, int, int]:
         raise WireError("a place in GPU memory is its tensors' offsets, and the reply's offset and bytes")
-    offsets, room_offset, room_bytes, _ = placement
+    offsets, room_offset, room_bytes = placement
     if len(offsets) != len(specs):
         raise WireError(f"{len(offsets)} offsets in GPU memory do not fit {len(specs)} tensors")
     found: list[torch.Tensor | None] = []

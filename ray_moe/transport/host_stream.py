@@ -111,7 +111,7 @@ class HostStream:
         call_fields, placement = fields
         room: memoryview | torch.Tensor | None = None
         contents: codec.Tensors
-        if type(placement) is list and len(placement) == 4:
+        if type(placement) is list and placement and type(placement[0]) is list:
             there, room = device_memory.find(self._device_memory, placement, specs)
             travelled = [spec if tensor is None else None for spec, tensor in zip(specs, there, strict=True)]
             inline = tensors.tensors_in(region, travelled)

@@ -117,7 +117,12 @@ class FrontDoor:
         Raises:
             InsufficientResources: the port is in use, or cannot be had for another reason, which is named.
         """
-        return await self._listen(self._port or ports.lasting(self._host))
+        if self._port:
+            return await self._listen(self._port)
+        try:
+            return await self._listen(ports.lasting(self._host))
+        except InsufficientResources:  # somebody was quicker there
+            return await self._listen(0)
 
     async def take(self, port: int) -> bool:
         """Listen on another port too, unless somebody does; whether it does now."""

@@ -73,7 +73,7 @@ class HttpFrontDoor:
         Raises:
             InsufficientResources: the port is in use, or cannot be had for another reason, which is named.
         """
-        tls, listener = self._tls, await self._listen()
+        tls, listener = self._tls, await self._listen_where_wanted()
         config = uvicorn.Config(
             self._app,
             http=partial(ImpatientProtocol, read_timeout_s=self._limits.read_timeout_s),  # type: ignore[arg-type]
@@ -107,11 +107,18 @@ class HttpFrontDoor:
         await server.hang_up()
         serving.result()
 
-    async def _listen(self) -> socket.socket:
+    async def _listen_where_wanted(self) -> socket.socket:
+        if self._port:
+            return await self._listen(self._port)
+        try:
+            return await self._listen(ports.lasting(self._host))
+        except InsufficientResources:  # somebody was quicker there
+            return await self._listen(0)
+
+    async def _listen(self, port: int) -> socket.socket:
         """A socket that listens; the first of the host's addresses that can be had."""
         loop = asyncio.get_running_loop()
         why: Exception | None = None
-        port = self._port or ports.lasting(self._host)
         try:
             found = await loop.getaddrinfo(self._host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (OSError, UnicodeError, OverflowError) as error:
@@ -134,7 +141,7 @@ class HttpFrontDoor:
         host = f"[{self._host}]" if ":" in self._host else self._host
         words = why.strerror if isinstance(why, OSError) and why.strerror else str(why)
         raise InsufficientResources(
-            f"cannot listen on {host}:{self._port}: {words.lower()}; stop what listens there, "
+            f"cannot listen on {host}:{port}: {words.lower()}; stop what listens there, "
             "or choose another port (0 takes a free one) or another address of this machine"
         ) from why
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from ray_moe.service import ports
+from ray_moe.service.grpc.server import FrontDoor
+from ray_moe.service.openai.server import HttpFrontDoor
+from tests.unit.service.fake_backend import FakeBackend
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
@@ -41,3 +44,16 @@ def test_where_the_system_chooses_from_all_it_chooses(
         file.write_text(says)
     monkeypatch.setattr(ports, "_EPHEMERAL", file)
     assert (ports.lasting("127.0.0.1") > 0) is lasts
+
+
+@pytest.mark.parametrize("door", [FrontDoor, HttpFrontDoor])
+async def test_a_door_whose_free_port_was_taken_meanwhile_takes_another(
+    door: type[FrontDoor] | type[HttpFrontDoor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as quicker:
+        taken = quicker.getsockname()[1]
+        monkeypatch.setattr(ports, "lasting", lambda host: taken)
+        opened = door(FakeBackend(), "127.0.0.1", 0)
+        port = await opened.start()
+        assert port not in (0, taken)
+        await opened.stop(0)
