@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,6 @@ from ray_moe.config import ServerConfig
 from ray_moe.models.huggingface import Checkpoint
 from ray_moe.runtime.engine import Engine
 from ray_moe.runtime.measures import Measures, measure, router_status
-from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.service import doors
 from ray_moe.service.backend import Backend
 from ray_moe.transport.allocator import tune_malloc
@@ -38,7 +37,13 @@ class LocalExperts:
         self._modules = modules
 
     def forward(
-        self, layer: LayerPath, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, version: int = 0
+        self,
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        version: int = 0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         out: torch.Tensor = self._modules[layer](hidden, index, weight)
         return out
@@ -60,7 +65,7 @@ class OneProcess:
             checkpoint.load_backbone(),
             checkpoint.load_tokenizer(),
             checkpoint.layers,
-            cast(ExpertDispatcher, LocalExperts(checkpoint.load_experts(every))),
+            LocalExperts(checkpoint.load_experts(every)),
             checkpoint.max_positions,
         )
         self.layers, self.layers_with_gate = self.engine.layers, self.engine.layers_with_gate

@@ -13,12 +13,12 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,6 @@ from ray_moe.models.experts import install, moe_block
 from ray_moe.models.shared_ahead import SharedAhead, compute_ahead
 from ray_moe.runtime.generation import GenerationLoop
 from ray_moe.runtime.kv_cache import KVPool
-from ray_moe.runtime.moe_layer import ExpertDispatcher
 from ray_moe.runtime.scheduler import Scheduler
 from ray_moe.runtime.stepper import beginning, has_encoder, stepper_of
 from ray_moe.runtime.stream import Item, Stream
@@ -67,6 +66,21 @@ class EngineLimits:
     """Whether what sequences begin with is kept for others that begin the same."""
 
 
+class Dispatcher(Protocol):
+    """What the experts are reached through: `runtime/moe_layer.ExpertDispatcher`, or who stands in its place."""
+
+    def forward(
+        self,
+        layer: LayerPath,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        version: int = 0,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """The weighted sum of each token's experts, as `ExpertDispatcher.forward` says it."""
+
+
 class Engine:
     """A backbone, its tokenizer and the dispatcher its experts are reached through."""
 
@@ -75,7 +89,7 @@ class Engine:
         model: nn.Module,
         tokenizer: Any | None,
         layers: Mapping[LayerPath, LayerSpec],
-        dispatcher: ExpertDispatcher,
+        dispatcher: Dispatcher,
         max_positions: int | None = None,
         limits: EngineLimits = EngineLimits(),
         version: int = 0,

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from benchmarks import layer_work, zipf
+from benchmarks.one_process import OneProcess
 from benchmarks.processes import Processes
 from benchmarks.train_step_work import Problem
 from ray_moe.ops.gates.topk import TopKGate
+from ray_moe.types import GenerateRequest
 from tests import tiny_models
 
 ECHO = """
@@ -81,3 +83,16 @@ def test_fitted_gates_share_their_slots_by_zipf_s_law(monkeypatch: pytest.Monkey
         wanted = zipf.law(len(gate.weight)).clamp(max=1 / gate.top_k)  # nobody gets more than a slot of each token
         assert float((found - wanted / wanted.sum()).abs().max()) < 0.1
     assert model(torch.arange(3, 40)[None]).logits.shape == before.shape
+
+
+async def test_the_engine_in_one_process_has_the_tokens_of_transformers(tmp_path: Path) -> None:
+    model = tiny_models.save("qwen3_moe", tmp_path)
+    prompt = [5, 17, 3, 42]
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=[], pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    backend = OneProcess(str(tmp_path))
+    request = GenerateRequest(token_ids=tuple(prompt), max_new_tokens=6, ignore_eos=True)
+    tokens = [token async for chunk in backend.generate(request) for token in chunk.token_ids]
+    await backend.engine.close()
+    assert tokens == expected
