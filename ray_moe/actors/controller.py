@@ -81,6 +81,8 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Lock()
         self._started = False
+        self._life = 0
+        """Restarts of this actor, as the launcher counts them."""
 
     # --- asked by the service and the routers ----------------------------------------------------------------
     async def start(self) -> None:
@@ -92,6 +94,7 @@ class Controller:
                 await self._publisher.recover()
                 await self._recover()
             self._started = True
+            self._spawn(self._watch_launcher())
             for host_id in list(self._state.hosts):
                 self._keep(host_id)
             for router_id in self._spec.routers:
@@ -420,6 +423,17 @@ class Controller:
         if hosts:
             self._handle(ev.DrainRequested(hosts, replace=True, notice=True))
 
+    async def _watch_launcher(self) -> None:
+        """Ray restarts a lost launcher; what it had started is lost with it, and comes back by its keepers."""
+        while True:
+            try:
+                await self._launcher.until_lost.remote()
+            except RayError as error:
+                logger.error("the launcher is lost, and what it had started: %s", str(error).splitlines()[:1])
+                await self._launcher.remember.remote(self._life, self._publisher.kept)
+                self._announce("lost", "the launcher, and with it every actor it had started")
+            await asyncio.sleep(RETRY_S)
+
     # --- the life of a host ----------------------------------------------------------------------------------
     def _keep(self, host_id: HostId) -> None:
         actor = self._actors.setdefault(host_id, Actor())
@@ -502,7 +516,7 @@ class Controller:
 
         Their lines stay up: the first table that is published names them as they are, and is newer than the routers'.
         """
-        life: int = await self._launcher.count_restart.remote()
+        self._life = await self._launcher.count_restart.remote()
         host_ids: Sequence[HostId] = await self._launcher.hosts.remote()
         for host_id in host_ids:
             self._actors[host_id] = Actor(handle=await self._launcher.start_host.remote(host_id))
@@ -528,7 +542,7 @@ class Controller:
             [host_id for host_id in host_ids if host_id not in standbys],
             standbys,
             self._spec.placement,
-            life=life,
+            life=self._life,
             now_s=time.monotonic(),
         )
         self._was_ready = bool(reports)

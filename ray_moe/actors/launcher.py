@@ -2,12 +2,17 @@
 
 Ray ends an actor when the process that created it ends. This actor does nothing else, so it outlives the controller
 (which may be restarted) and ends with the driver: nothing of a service stays behind when the driver is gone, however
-it went. Only here are actor options made.
+it went. When it is lost itself, all it had started is, too: Ray restarts it, the controller tells it what it must know
+(`remember`) and has everything started anew. Only here are actor options made.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -21,6 +26,10 @@ from ray_moe.actors.trainer import TrainerActor
 from ray_moe.config import RayConfig
 from ray_moe.policy.versions import Versions
 from ray_moe.types import HostId
+
+NAME_TIMEOUT_S = 20.0
+"""How long Ray may take to end what a lost launcher had started."""
+NAME_POLL_S = 0.1
 
 
 def worker_env(num_threads: int) -> dict[str, str]:
@@ -55,11 +64,22 @@ class Launcher:
         self._started: dict[str, Any] = {}
         self._num_restarts = 0
         self._versions: Versions | None = None
+        self._starting = asyncio.Lock()
+
+    @ray.method(max_task_retries=0)
+    async def until_lost(self) -> None:
+        """Never returns, so that whoever waits for it hears at once when this process is gone."""
+        await asyncio.Event().wait()
+
+    async def remember(self, num_restarts: int, versions: Versions | None) -> None:
+        """What the launcher knew that was lost: restarts of the controller, and the versions of the weights."""
+        self._num_restarts = max(self._num_restarts, num_restarts)
+        self._versions = self._versions or versions
 
     async def start_host(self, host_id: HostId, replace: bool = False) -> Any:
         """The handle of the expert actor `host_id`; with `replace`, of another one after it died for good."""
         experts = self._spec.config.experts
-        return self._start(
+        return await self._start(
             host_id,
             replace,
             ExpertActor,
@@ -102,7 +122,7 @@ class Launcher:
         where: Any = "SPREAD"
         if self._spec.config.server.is_local:  # clients are on this node
             where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        return self._start(
+        return await self._start(
             router_id,
             replace,
             Router,
@@ -117,7 +137,7 @@ class Launcher:
     async def start_trainer(self, replace: bool = False) -> Any:
         """The handle of the actor that trains; with `replace`, of another one after it died for good."""
         train = self._spec.config.train
-        return self._start(
+        return await self._start(
             TRAINER,
             replace,
             TrainerActor,
@@ -128,21 +148,35 @@ class Launcher:
             runtime_env=runtime_env(self._spec.config.ray, train.num_threads, train.num_gpus),
         )
 
-    def _start(self, role: str, replace: bool, actor_class: type, arguments: tuple[Any, ...], **options: Any) -> Any:
-        if replace and role in self._started:
-            ray.kill(self._started.pop(role))  # until then a dead actor keeps its name
-        # Not by get_actor or get_if_exists: their handles are weak, and an actor without any other ends.
-        if role not in self._started:
-            name = self._spec.actor_name(role)
-            self._started[role] = (
-                ray.remote(actor_class)
-                .options(name=name, namespace=NAMESPACE, max_concurrency=1000, **options)
-                .remote(*arguments)
-            )
-        return self._started[role]
+    async def _start(
+        self, role: str, replace: bool, actor_class: type, arguments: tuple[Any, ...], **options: Any
+    ) -> Any:
+        async with self._starting:
+            if replace and role in self._started:
+                ray.kill(self._started.pop(role))  # until then a dead actor keeps its name
+            # Not by get_actor or get_if_exists: their handles are weak, and an actor without any other ends.
+            if role not in self._started:
+                name = self._spec.actor_name(role)
+                made = ray.remote(actor_class).options(name=name, namespace=NAMESPACE, max_concurrency=1000, **options)
+                self._started[role] = await _named(name, lambda: made.remote(*arguments))
+            return self._started[role]
 
     async def end(self) -> None:
         """Kill every actor this one started."""
         for handle in self._started.values():
             ray.kill(handle)
         self._started.clear()
+
+
+async def _named(name: str, start: Callable[[], Any]) -> Any:
+    """What `start` gives, an actor of that name, once a lost launcher's actor of the same name is gone."""
+    give_up_s = time.monotonic() + NAME_TIMEOUT_S
+    while True:
+        try:
+            return start()
+        except ValueError:
+            if time.monotonic() > give_up_s or not ray.get_runtime_context().was_current_actor_reconstructed:
+                raise
+            with contextlib.suppress(ValueError):  # gone by now
+                ray.kill(ray.get_actor(name, NAMESPACE))
+            await asyncio.sleep(NAME_POLL_S)

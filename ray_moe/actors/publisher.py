@@ -60,6 +60,8 @@ class Publisher:
         self._versions = Versions.first(spec.config.model)
         self.live: Live = self._versions.live
         """What an expert must be held in to count as held."""
+        self.kept: Versions | None = None
+        """What the launcher was last told to remember."""
         self._changing = asyncio.Lock()
         self._shown = asyncio.Event()
         self._heard = asyncio.Event()
@@ -68,6 +70,7 @@ class Publisher:
         """After a restart of the controller: what was published is."""
         kept = await self._launcher.kept_versions.remote()
         if kept is not None:
+            self.kept = kept
             self._show(kept.recovered())
 
     # --- asked by people ---------------------------------------------------------------------------------------
@@ -203,6 +206,7 @@ class Publisher:
     async def _change_to(self, versions: Versions) -> None:
         """Routers hear of it when it will survive the controller's end."""
         await self._launcher.keep_versions.remote(versions)
+        self.kept = versions
         self._show(versions)
 
     def _show(self, versions: Versions) -> None:

@@ -170,17 +170,20 @@ class Service:
             # Ray (2.60) puts an actor that asks for nothing to any node, which may not know this one yet.
             "memory": 1,
             "max_concurrency": 1000,
+            "max_restarts": -1,
             "namespace": NAMESPACE,
             # The service ends with this process: no other node's end should be its end.
             "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
             "runtime_env": {"env_vars": worker_env(1)},
         }
         try:
-            self._launcher = ray.remote(Launcher).options(name=spec.actor_name("launcher"), **control).remote(spec)
-            self._controller = (
-                ray.remote(Controller)
-                .options(name=spec.actor_name("controller"), max_restarts=-1, **control)
+            self._launcher = (
+                ray.remote(Launcher)
+                .options(name=spec.actor_name("launcher"), max_task_retries=-1, **control)
                 .remote(spec)
+            )
+            self._controller = (
+                ray.remote(Controller).options(name=spec.actor_name("controller"), **control).remote(spec)
             )
         except ValueError as error:  # the name is taken
             raise errors.InvalidConfig(

@@ -82,6 +82,21 @@ def test_the_controller_dies_and_an_actor_with_it(service, client, expected):
     assert pid_of(service, "controller") != controller
 
 
+def test_the_launcher_dies_and_what_it_had_started_comes_back(service, client, expected):
+    """All of it dies with the launcher, the router as well: clients go on where they were when it is there again."""
+    launcher, before = pid_of(service, "launcher"), client.status()
+    with Streams(service.address, prompts(NUM_STREAMS), NUM_TOKENS, max_attempts=50) as streams:
+        streams.wait_for(10)
+        os.kill(launcher, signal.SIGKILL)
+    assert streams.results == expected
+    after = await_status(client, all_ready)
+    assert {host.pid for host in after.hosts}.isdisjoint(host.pid for host in before.hosts)
+    assert after.router.pid != before.router.pid
+    assert after.epoch > before.epoch
+    assert any(event.kind == "lost" and "launcher" in event.text for event in after.events)
+    assert pid_of(service, "launcher") != launcher
+
+
 def test_the_router_killed_comes_back_where_it_was(service, client, expected):
     router = client.status().router
     with Streams(service.address, prompts(NUM_STREAMS), NUM_TOKENS, max_attempts=1) as streams:

@@ -240,6 +240,21 @@ def test_a_controller_that_dies_keeps_the_versions(checkpoints, serve):
     answers.check(checkpoints, {number: number for number in range(4)})
 
 
+def test_the_versions_outlive_the_launcher_and_then_the_controller(checkpoints, serve):
+    service = serve(checkpoints.folders[0])
+    with Client(service.address, max_attempts=50) as admin:  # the router is gone for a while, too
+        admin.publish(str(checkpoints.folders[1]))
+        for role in ("launcher", "controller"):
+            epoch = admin.status().epoch
+            os.kill(pid_of(service, role), signal.SIGKILL)
+            await_status(admin, lambda status, least=epoch: all_ready(status) and status.epoch > least, what="recovered")
+            assert states(admin) == {0: "kept", 1: "current"}
+            with clients(service.address) as answers:
+                answers.wait_for(1)
+            answers.check(checkpoints, {1: 1})
+        assert admin.rollback().number == 0
+
+
 def test_a_controller_that_dies_during_a_publish_takes_it_back(checkpoints, serve):
     service = serve(checkpoints.folders[0])
     with Client(service.address) as admin, clients(service.address) as answers:
