@@ -318,7 +318,7 @@ class Controller:
         return self._num_told, list(self._told)[len(self._told) - missed :] if missed > 0 else []
 
     async def spec(self) -> ServiceSpec:
-        """What a process needs to know that joins the service later."""
+        """What a process needs to know that joins the service later, or was of an earlier life of it."""
         return self._spec
 
     # --- events and instructions -----------------------------------------------------------------------------

@@ -14,26 +14,34 @@ from ray_moe.transport.stream_transport import StreamTransport
 from ray_moe.types import HostAddress
 
 
-def make_transport(spec: ServiceSpec, device: str, on_lost: Callable[[HostAddress], None]) -> Transport:
+def make_streams(spec: ServiceSpec, device: str, on_lost: Callable[[HostAddress], None]) -> StreamTransport:
+    """Streams from this process to the expert actors of a service; see `make_transport`."""
+    config = spec.config.transport
+    return StreamTransport(
+        spec.token,
+        node_id=ray.get_runtime_context().get_node_id(),
+        sockets=config.kind != "grpc",
+        settings=transport_settings(config, device),
+        certificate=spec.certificate,
+        on_lost=on_lost,
+    )
+
+
+def make_transport(
+    spec: ServiceSpec, device: str, on_lost: Callable[[HostAddress], None], streams: StreamTransport | None = None
+) -> Transport:
     """Lines from this process to the expert actors of a service.
 
     Args:
         device: that this process computes on.
         on_lost: told of a line that broke by itself, from any thread.
+        streams: what it uses where lines are streams; None makes some.
     """
     config = spec.config.transport
-    settings = transport_settings(config, device)
-    streams = StreamTransport(
-        spec.token,
-        node_id=ray.get_runtime_context().get_node_id(),
-        sockets=config.kind != "grpc",
-        settings=settings,
-        certificate=spec.certificate,
-        on_lost=on_lost,
-    )
+    streams = streams or make_streams(spec, device, on_lost)
     object_store = ObjectStoreTransport(
         lambda address: spec.find(address.host_id),
-        settings=settings,
+        settings=transport_settings(config, device),
         on_lost=on_lost,
     )
     kinds: dict[str, Transport] = {"grpc": streams, "object_store": object_store}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from ray_moe.actors.chaos import run_chaos
 from ray_moe.actors.process import made_to_stay, set_up
@@ -61,13 +61,15 @@ if TYPE_CHECKING:
     from ray_moe.runtime.tracing import Tracer
     from ray_moe.transport.base import Transport
     from ray_moe.transport.partition import PartitionedTransport
+    from ray_moe.transport.stream_transport import StreamTransport
 
 logger = logging.getLogger(__name__)
 
 PORT_EVERY_S = 0.1
 """How often it is looked whether the configured port has become free."""
-ALONE_S = 30.0
-"""A router of Ray Serve that has not reached a controller for so long is replaced: its experts are another set now."""
+ALONE_S = 180.0
+"""A router of Ray Serve that has not reached a controller for so long is replaced. Until then its lifeboat computes,
+while Serve notices that all experts are gone (10 s) and starts others."""
 CONTROL_TIMEOUT_S = 60.0
 """How long the controller may take to answer a wish of somebody's: it may be restarting, or computing a plan."""
 
@@ -89,6 +91,7 @@ class Router:
         self._engine: Engine | None = None
         """None while it does not answer."""
         self._dispatcher: ExpertDispatcher | None = None
+        self._streams: StreamTransport | None = None
         self._partition: PartitionedTransport | None = None
         self._weights = RouterWeights(router_id, spec)
         self._versions = VersionFollower(router_id, self._weights, self._controller)
@@ -100,6 +103,8 @@ class Router:
         self._controlled_s = time.monotonic()
         """When the controller was last there."""
         self._controller_handle: Any = None
+        self._is_foreign = False
+        """Whether it has versions of the weights that the controller there is now knows nothing of."""
         self.training = Trainings(spec, self.publish, self.versions)
         self._tracer: Tracer | None = None
         with made_to_stay():
@@ -176,8 +181,8 @@ class Router:
         return 0 if self._engine is None else self._engine.active_requests + self._engine.queued_requests
 
     async def check_controller(self) -> None:
-        """Raises `Unavailable` when there has been no controller for so long that none will come."""
-        if time.monotonic() - self._controlled_s > ALONE_S:
+        """Raises `Unavailable` when there has been no controller for so long that none will come, or it has others."""
+        if self._is_foreign or time.monotonic() - self._controlled_s > ALONE_S:
             raise Unavailable("the controller of the experts is gone")
 
     def _controller(self) -> Any:
@@ -186,10 +191,12 @@ class Router:
         return self._controller_handle
 
     def _make_transport(self) -> Transport:
-        from ray_moe.actors.lines import make_transport
+        from ray_moe.actors.lines import make_streams, make_transport
         from ray_moe.transport.partition import PartitionedTransport
 
-        chosen = make_transport(self._spec, self._weights.device, self._line_lost)
+        device = self._weights.device
+        self._streams = make_streams(self._spec, device, self._line_lost)
+        chosen = make_transport(self._spec, device, self._line_lost, self._streams)
         if not self._spec.config.chaos.enabled:
             return chosen
         self._partition = PartitionedTransport(chosen)
@@ -244,11 +251,29 @@ class Router:
                 table = await self._controller().table_after.remote(dispatcher.table.epoch, POLL_TIMEOUT_S)
             except (RayError, ValueError) as error:  # it is being restarted, or failed: go on with what we have
                 logger.warning("no routing table from the controller: %s", error)
+                if isinstance(error, ActorDiedError):
+                    await self._join_successor()
                 await asyncio.sleep(0.1)
                 continue
             await asyncio.to_thread(dispatcher.update, table)  # it closes lines, which may take a moment
             if table.is_complete:
                 self._table_arrived.set()
+
+    async def _join_successor(self) -> None:
+        """The controller will not come back, but Ray Serve starts another one for this version of the application, with
+        experts of its own: the router is theirs from then on. Unless versions of the weights were published, which they
+        do not have: then it is to be replaced.
+        """
+        with contextlib.suppress(RayError, ValueError, asyncio.TimeoutError):  # not there yet
+            controller = self._spec.find("controller")
+            spec = await asyncio.wait_for(controller.spec.remote(), POLL_TIMEOUT_S)
+            versions = await asyncio.wait_for(controller.versions_after.remote(0, 0.0), POLL_TIMEOUT_S)
+            has = self._versions.has()
+            self._is_foreign = has is not None and has.revision != versions.revision
+            if self._streams is not None and not self._is_foreign:
+                self._streams.renew(spec.token, spec.certificate)
+                self._controller_handle = controller
+                logger.warning("the experts are others now, and so is their controller")
 
     async def _tell(self, dispatcher: ExpertDispatcher) -> None:
         """Report counts and feelings to the controller, and keep the cache of experts up with the load."""

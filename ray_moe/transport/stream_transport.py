@@ -58,6 +58,10 @@ class StreamTransport:
         self._sharing = threading.Lock()
         self._distrusted: set[HostAddress] = set()
 
+    def renew(self, token: str, certificate: MemberCertificate | None) -> None:
+        """Greet hosts with these from now on: they are of another life of the service."""
+        self._token, self._certificate = token, certificate
+
     def connect(self, address: HostAddress) -> StreamConnection:
         """Open a line to `address` within the connect time-out.
 

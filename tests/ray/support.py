@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import ray
 import torch
+from ray.exceptions import RayError
 
 from ray_moe.client.sync import Client
 from ray_moe.config import Config
@@ -223,6 +225,17 @@ def pid_of(service: Service, role: str) -> int:
     actor = ray.get_actor(f"{service.config.service_name}/{role}")
     pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
     return pid
+
+
+def await_other(service: Service, role: str, pid: int, timeout_s: float = 60.0) -> None:
+    """Return when the actor is another process than `pid`."""
+    end_by = time.monotonic() + timeout_s
+    while time.monotonic() < end_by:
+        with contextlib.suppress(RayError):  # it is being restarted
+            if pid_of(service, role) != pid:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"the {role} is not another one after {timeout_s:g} s")
 
 
 # --- Generating ----------------------------------------------------------------------------------------------

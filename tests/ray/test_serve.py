@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import ray
 import tritonclient.grpc as triton
 from ray import serve
+from ray.serve._private.constants import SERVE_DEPLOYMENT_ACTOR_PREFIX
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from ray_moe.client.requests import Forward
@@ -192,48 +194,77 @@ def test_clients_of_grpc_find_all_routers_and_outlive_one(application: Applicati
         await_status(client, lambda s: sum(r.ready for r in s.routers) == 2, timeout_s=120, what="two routers again")
 
 
+def test_all_that_owns_the_experts_is_lost_and_no_request_fails(
+    application: Application, models: list[tuple[Path, str]]
+) -> None:
+    """The actor that Serve keeps for them dies, and with it the launcher, the controller and every expert: meanwhile
+    the routers have them in their lifeboats, until Serve has another such actor up, and routers that belong to it."""
+    (owner,) = [
+        ray.get_actor(actor["name"], actor["namespace"])
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith(SERVE_DEPLOYMENT_ACTOR_PREFIX)
+    ]
+    with Client(application.direct, max_attempts=50) as client:
+        before = {host.pid for host in await_status(client, all_ready, what="whole").hosts}
+        with asked(application) as (answers, failures):
+            os.kill(ray.get(owner.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+            await_status(
+                client,
+                lambda s: all_ready(s) and before.isdisjoint(host.pid for host in s.hosts),
+                timeout_s=180,
+                what="whole again",
+            )
+    print(f"{len(answers)} requests meanwhile")
+    assert failures == []
+    assert set(answers) == {models[0][1]}
+
+
 def pid_at(address: str) -> int:
     with Client(address, discover=False) as client:
         return client.status().router.pid
 
 
-def test_another_checkpoint_takes_its_place_under_load(
-    application: Application, models: list[tuple[Path, str]]
-) -> None:
+@contextmanager
+def asked(application: Application, **options: Any) -> Iterator[tuple[list[str], list[Exception]]]:
+    """Answers and failures of three clients who ask all the time. Args: options: of the `openai` clients."""
     answers: list[str] = []
     failures: list[Exception] = []
     stop = threading.Event()
 
+    def again_and_again(ask_once: Callable[[], str]) -> None:
+        while not stop.is_set():
+            try:
+                answers.append(ask_once())
+            except Exception as error:
+                failures.append(error)
+            time.sleep(0.05)
+
     def by_http() -> None:
-        with openai.OpenAI(
-            base_url=f"{application.http}/v1", api_key=os.environ["RAY_MOE_API_KEY"], max_retries=0
-        ) as client:
-            while not stop.is_set():
-                try:
-                    answers.append(ask(client))
-                except Exception as error:
-                    failures.append(error)
-                time.sleep(0.05)
+        key = os.environ["RAY_MOE_API_KEY"]
+        with openai.OpenAI(base_url=f"{application.http}/v1", api_key=key, **options) as client:
+            again_and_again(lambda: ask(client))
 
     def by_grpc() -> None:
         with Client(application.direct) as client:
-            while not stop.is_set():
-                try:
-                    answers.append(client.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True).text)
-                except Exception as error:
-                    failures.append(error)
-                time.sleep(0.05)
+            again_and_again(lambda: client.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True).text)
 
     asking = [threading.Thread(target=target) for target in (by_http, by_http, by_grpc)]
     for thread in asking:
         thread.start()
     try:
-        application.deploy(models[1][0])
-        time.sleep(1)
+        yield answers, failures
     finally:
         stop.set()
         for thread in asking:
             thread.join()
+
+
+def test_another_checkpoint_takes_its_place_under_load(
+    application: Application, models: list[tuple[Path, str]]
+) -> None:
+    with asked(application, max_retries=0) as (answers, failures):
+        application.deploy(models[1][0])
+        time.sleep(1)
     print(f"{len(answers)} requests during the upgrade")
     assert failures == []
     assert set(answers) == {models[0][1], models[1][1]}

@@ -18,7 +18,7 @@ import torch
 from ray_moe.client.sync import Client
 from ray_moe.errors import InvalidCheckpoint, InvalidRequest, NotFound, RayMoEError, Unavailable
 from ray_moe.types import ServiceStatus
-from tests.ray.support import all_ready, await_status, greedy, has_actors, has_routers, pid_of, prompts
+from tests.ray.support import all_ready, await_other, await_status, greedy, has_actors, has_routers, pid_of, prompts
 from tests.tiny_models import build, save
 
 NUM_VERSIONS = 6
@@ -245,9 +245,10 @@ def test_the_versions_outlive_the_launcher_and_then_the_controller(checkpoints, 
     with Client(service.address, max_attempts=50) as admin:  # the router is gone for a while, too
         admin.publish(str(checkpoints.folders[1]))
         for role in ("launcher", "controller"):
-            epoch = admin.status().epoch
-            os.kill(pid_of(service, role), signal.SIGKILL)
-            await_status(admin, lambda status, least=epoch: all_ready(status) and status.epoch > least, what="recovered")
+            pid = pid_of(service, role)
+            os.kill(pid, signal.SIGKILL)
+            await_other(service, role, pid)
+            await_status(admin, all_ready, what="whole")
             assert states(admin) == {0: "kept", 1: "current"}
             with clients(service.address) as answers:
                 answers.wait_for(1)

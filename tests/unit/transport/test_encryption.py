@@ -184,3 +184,17 @@ def test_the_private_key_is_not_shown() -> None:
     shown = repr(HOST)
     assert "localhost" in shown
     assert "PRIVATE" not in shown
+
+
+async def test_another_life_of_the_service_has_another_token_and_another_certificate() -> None:
+    transport = StreamTransport("of the life before", settings=SETTINGS, certificate=member("stranger"))
+    async with hosting(HOST) as address:
+        with pytest.raises(HostLost, match="no encrypted line"):
+            await asyncio.to_thread(transport.connect, address)
+        transport.renew("of the life before", ROUTER)
+        with pytest.raises(Unauthenticated):
+            await asyncio.to_thread(transport.connect, address)
+        transport.renew(TOKEN, ROUTER)
+        connection = await asyncio.to_thread(transport.connect, address)
+        assert torch.equal(await ask(connection, torch.ones(1, 1)), -torch.ones(1, 1))
+        await asyncio.to_thread(transport.close)
