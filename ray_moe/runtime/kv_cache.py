@@ -38,23 +38,19 @@ class KVCache:
         """Tokens whose keys and values are there. What lies behind them is of a step that has not ended well."""
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def write(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, begin: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put [1, H, Q, D] behind what is there, or at `begin`; all up to there, [1, H, begin + Q, D] each, as views.
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, begin: int | None = None) -> None:
+        """Put [1, H, Q, D] behind what is there, or at `begin`.
 
         The tokens count as there once `length` says so: a step that fails half-way is simply done again.
         """
         begin = self.length if begin is None else begin
-        end = begin + keys.shape[2]
         if layer not in self._buffers:
             self._buffers[layer] = (_room(keys, self.capacity), _room(values, self.capacity))
         for buffer, new in zip(self._buffers[layer], (keys, values), strict=True):
             buffer.narrow(2, begin, new.shape[2]).copy_(new)
-        return self.read(layer, end)
 
     def read(self, layer: int, end: int, begin: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of a layer from `begin` to before `end`: [1, H, end - begin, D] keys and values."""
+        """The tokens of a layer from `begin` to before `end`: [1, H, end - begin, D] keys and values, as views."""
         keys, values = self._buffers[layer]
         return keys.narrow(2, begin, end - begin), values.narrow(2, begin, end - begin)
 

@@ -106,15 +106,14 @@ class PackedCache(MasklessCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the keys and values of the row, [1, H, Q, D] each."""
-        written = [
+        for one, keys, values in zip(self.segments, self._cut(key_states), self._cut(value_states), strict=True):
             one.cache.write(layer_idx, keys, values)
-            for one, keys, values in zip(self.segments, self._cut(key_states), self._cut(value_states), strict=True)
-        ]
         if not self.gathers:
             self.given[layer_idx] = key_states
             return key_states, value_states
-        keys, values = zip(*written, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
+        every = zip(*(one.cache.read(layer_idx, one.total) for one in self.segments), strict=True)
+        all_keys, all_values = (torch.cat(parts, 2) for parts in every)
+        return all_keys, all_values
 
     def attend(
         self, base: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -126,6 +125,8 @@ class PackedCache(MasklessCache):
             raise MustGather
         # A single token, as in decoding, goes to the kernel without what `transformers` looks after around it.
         is_plain = base == "sdpa" and all(kwargs.get(name) is None for name in ("position_bias", "softcap"))
+        if is_plain and not self.gathers and query.shape[2] == len(self.segments):
+            return self._attend_singly(layer, query, key.shape[1], window, kwargs.get("scaling"))
         outputs, begin = [], 0
         for one, asking in zip(self.segments, self._cut(query), strict=True):
             if self.gathers:
@@ -143,6 +144,22 @@ class PackedCache(MasklessCache):
             # A single token sees all that is left, and a first chunk what `sdpa` calls causal.
             outputs.append(attend(module, asking, keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, 1)
+
+    def _attend_singly(
+        self, layer: int, query: torch.Tensor, num_groups: int, window: int | None, scale: float | None
+    ) -> torch.Tensor:
+        """`attend` where each sequence has one token, which sees all of its keys, or the last `window` of them.
+
+        The A / H heads that share keys go to them as one matrix, so that each key is read once.
+        """
+        num_heads, num_tokens, width = query.shape[1:]
+        asking = query[0].transpose(0, 1).reshape(num_tokens, num_groups, num_heads // num_groups, width).split(1)
+        outputs = []
+        for one, token in zip(self.segments, asking, strict=True):
+            begin = 0 if window is None else max(0, one.total - window)
+            keys, values = one.cache.read(layer, one.total, begin)
+            outputs.append(functional.scaled_dot_product_attention(token, keys, values, scale=scale))
+        return torch.cat(outputs).reshape(1, num_tokens, num_heads, -1)
 
     def _cut(self, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[1, heads, Q, D] in the parts of the sequences."""
