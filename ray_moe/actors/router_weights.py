@@ -92,6 +92,7 @@ class RouterWeights:
                 max_step_tokens=config.max_step_tokens,
                 kv_cache_bytes=config.kv_cache_bytes,
                 reuse_prefixes=config.reuse_prefixes,
+                overlap_min_tokens=config.overlap_min_tokens,
             ),
             version=number,
         )

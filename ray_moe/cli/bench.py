@@ -51,7 +51,7 @@ BENCHMARKS = {
     "compression": Benchmark("compression.py", "What options save of traffic in training, and what the loss says."),
     "quantization": Benchmark("quantization.py", "Experts in 8 bits: size, time and loss."),
     "collapse": Benchmark("collapse.py", "Gates that have collapsed, and what brings them back."),
-    "overlap": Benchmark("overlap.py", "Two micro-batches in flight against one."),
+    "overlap": Benchmark("overlap.py", "Two batches at once against one, training and serving."),
     "dense": Benchmark("compare_dense.py", "An MoE model beside a dense one, at several sizes."),
     "gpu": Benchmark("gpu.py", "One MoE layer on one GPU, beside one process that does it all."),
     "train-serve": Benchmark("train_serve.py", "Training that publishes versions while clients are served."),

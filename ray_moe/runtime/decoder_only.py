@@ -1,6 +1,7 @@
 """Steps of a model that is a decoder alone: prompts and what is generated behind them are one kind of tokens.
 
-Models that can be packed compute all sequences in one row (`packing.py`); others one after the other, each with what
+Models that can be packed compute all sequences in one row (`packing.py`), or in two at once: while the experts of one
+are waited for, the backbone computes the other. Others compute one sequence after the other, each with what
 `transformers` keeps for it. A step that fails leaves every sequence as it was, or to be computed anew. One of the
 steppers of `stepper.py`.
 
@@ -10,7 +11,10 @@ Shape legend: V vocabulary.
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,8 +38,11 @@ class _Alone:
 class DecoderStepper:
     """See the module."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, overlap_min_tokens: int | None = None) -> None:
+        """Args: overlap_min_tokens: steps of at least so many tokens are two rows at once; None: none are."""
         self._model: Any = model
+        self._overlap_min_tokens = overlap_min_tokens
+        self._other_row = ThreadPoolExecutor(1, thread_name_prefix="generation-other")
         self._device = next(model.parameters()).device
         self._rope = ChangingRope(model) if any(map(has_changing_rope, model.modules())) else None
         self.packs = can_pack(model)
@@ -64,6 +71,29 @@ class DecoderStepper:
             return logits
 
     def _packed(self, work: Work) -> torch.Tensor:
+        at = cut(work, self._overlap_min_tokens)
+        if at:
+            other = self._other_row.submit(copy_context().run, self._in_other_thread, work[at:])
+            try:
+                logits = self._one_row(work[:at])
+            finally:
+                failure = other.exception()  # whatever becomes of this one, nothing of the step goes on behind it
+            if failure is not None:
+                raise failure
+            logits = torch.cat((logits, other.result()))
+        else:
+            logits = self._one_row(work)
+        for sequence, number in work:
+            sequence.num_computed += number
+            sequence.room.length = sequence.num_computed
+        return logits
+
+    def _in_other_thread(self, work: Work) -> torch.Tensor:
+        with torch.inference_mode():
+            return self._one_row(work)
+
+    def _one_row(self, work: Work) -> torch.Tensor:
+        """Logits of what is new of some sequences, which are not told of it yet."""
         tokens, positions, segments, last = list[int](), list[int](), list[Segment](), list[int]()
         for sequence, number in work:
             begin = sequence.num_computed
@@ -80,9 +110,6 @@ class DecoderStepper:
                 use_cache=True,
                 logits_to_keep=torch.tensor(last, device=self._device),
             )
-        for sequence, number in work:
-            sequence.num_computed += number
-            sequence.room.length = sequence.num_computed
         logits: torch.Tensor = out.logits[0]
         return logits
 
@@ -130,6 +157,18 @@ class DecoderStepper:
             pool.bytes_per_token = sequence.room.bytes_per_token()
         elif sequence.state is not None:
             pool.bytes_per_token = max(1, _num_bytes(sequence.state.cache) // max(1, sequence.num_computed))
+
+
+def cut(work: Work, min_tokens: int | None) -> int:
+    """How many of the sequences are the first of two rows, of about as many tokens each; 0: there is one row.
+
+    Args: min_tokens: of a step that is to be two rows; None: none is.
+    """
+    numbers = [number for _, number in work]
+    total = sum(numbers)
+    if min_tokens is None or total < min_tokens or len(work) < 2:
+        return 0
+    return 1 + min(enumerate(accumulate(numbers[:-1])), key=lambda one: abs(2 * one[1] - total))[0]
 
 
 def _num_bytes(cache: Any) -> int:

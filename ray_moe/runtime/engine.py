@@ -64,6 +64,9 @@ class EngineLimits:
     """Keys and values of all sequences, ended ones that are kept for their beginnings included."""
     reuse_prefixes: bool = True
     """Whether what sequences begin with is kept for others that begin the same."""
+    overlap_min_tokens: int | None = None
+    """Steps of at least so many tokens are computed as two halves, one of which is with the experts while the backbone
+    computes the other; None: none are."""
 
 
 class Dispatcher(Protocol):
@@ -117,7 +120,7 @@ class Engine:
         install(model, partial(self._ask_experts, compute_ahead(model)))
         self.layers_with_gate = frozenset(path for path in self.layers if moe_block(model, path) is not None)
         self._has_encoder = has_encoder(model)
-        stepper = stepper_of(model)
+        stepper = stepper_of(model, limits.overlap_min_tokens)
         self._pool = KVPool(limits.kv_cache_bytes, keeps_prefixes=stepper.keeps_prefixes and limits.reuse_prefixes)
         self._scheduler = Scheduler(
             self._pool, limits.max_concurrent_requests, limits.max_step_tokens, in_chunks=stepper.in_chunks
@@ -161,7 +164,7 @@ class Engine:
     def add_version(self, version: int, model: nn.Module) -> None:
         """Take over `model`, of the same architecture, as the backbone of another version. Nothing uses it yet."""
         install(model, partial(self._ask_experts, compute_ahead(model)))
-        self._loop.add_version(version, stepper_of(model))
+        self._loop.add_version(version, stepper_of(model, self._limits.overlap_min_tokens))
         self._models[version] = model
 
     def share_version(self, version: int, of: int) -> None:

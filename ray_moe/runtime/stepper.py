@@ -36,9 +36,13 @@ class Stepper(Protocol):
         """[number of sequences, V] logits, behind what was computed of each. A failure leaves them to be done again."""
 
 
-def stepper_of(model: nn.Module) -> Stepper:
-    """That of a model's kind; prepares the model for it."""
-    return EncoderDecoderStepper(model) if has_encoder(model) else DecoderStepper(model)
+def stepper_of(model: nn.Module, overlap_min_tokens: int | None = None) -> Stepper:
+    """That of a model's kind; prepares the model for it.
+
+    Args: overlap_min_tokens: steps of at least so many tokens are computed as two at once, where the model is a decoder
+        alone that can be packed; None: none are.
+    """
+    return EncoderDecoderStepper(model) if has_encoder(model) else DecoderStepper(model, overlap_min_tokens)
 
 
 def has_encoder(model: nn.Module) -> bool:

@@ -85,10 +85,13 @@ def open_cluster(tmp_path, name: str, limits: EngineLimits, **config) -> tuple[t
 @pytest.mark.parametrize("name", sorted(TINY))
 async def test_every_family_computes_together_what_it_computes_alone(tmp_path, name):
     torch.set_num_threads(1)
-    model, cluster = open_cluster(tmp_path, name, EngineLimits(max_step_tokens=24, max_concurrent_requests=8))
-    wanted = requests(12, 60)
-    assert await generated(cluster.engine, wanted) == expected(model, wanted)
-    cluster.close()
+    model, wanted = save(name, tmp_path), requests(12, 60)
+    alone = expected(model, wanted)
+    for overlap_min_tokens in (None, 2):
+        limits = EngineLimits(max_step_tokens=24, max_concurrent_requests=8, overlap_min_tokens=overlap_min_tokens)
+        cluster = Cluster(tmp_path, 2, limits=limits)
+        assert await generated(cluster.engine, wanted) == alone
+        cluster.close()
 
 
 @pytest.mark.parametrize("case", sorted(SPECIAL))

@@ -65,6 +65,12 @@ def overlap_data() -> dict[str, Any]:
         "windows": 4,
         "window": 128,
         "tokens_per_s": {"1": [100.0, 100.0, 100.0], "2": [110.0, 120.0, 130.0]},
+        "loads": {
+            "prompts": {"requests": 32, "prompt": 128, "answer": 1},
+            "answers": {"requests": 32, "prompt": 8, "answer": 128},
+        },
+        "overlap_min_tokens": 16,
+        "serving_tokens_per_s": {kind: {"off": [50.0] * 3, "on": [60.0] * 3} for kind in ("prompts", "answers")},
     }
 
 
