@@ -39,7 +39,7 @@ IN_FLIGHT = (1, 2)
 MODEL = ByteModel(hidden_size=256, num_layers=4, num_heads=8, expert_width=512)
 
 
-OVERLAP_MIN_TOKENS = 16
+OVERLAP_MIN_TOKENS, MAX_STEP_TOKENS = 16, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Load:
         return self.requests * (self.prompt + self.answer - 1)
 
 
-LOADS = {"prompts": Load(32, 128, 1), "answers": Load(32, 8, 128)}
+LOADS = {"prompts": Load(32, 128, 1), "long prompts": Load(16, 512, 1), "answers": Load(64, 8, 64)}
 
 
 def base(model: Path, name: str) -> dict[str, Any]:
@@ -86,8 +86,14 @@ def settings(model: Path, num_steps: int) -> dict[str, Any]:
 
 
 def serving_settings(model: Path, overlap_min_tokens: int | None) -> dict[str, Any]:
-    tree = base(model, f"serving-{overlap_min_tokens or 0}")
-    return tree | {"router": {"num_cpus": 0.1, "reuse_prefixes": False, "overlap_min_tokens": overlap_min_tokens}}
+    router = {
+        "num_cpus": 0.1,
+        "reuse_prefixes": False,
+        "max_step_tokens": MAX_STEP_TOKENS,
+        "max_concurrent_requests": max(load.requests for load in LOADS.values()),
+        "overlap_min_tokens": overlap_min_tokens,
+    }
+    return base(model, f"serving-{overlap_min_tokens or 0}") | {"router": router}
 
 
 def run(config: Config, number: int, in_flight: int) -> tuple[float, list[float]]:
@@ -170,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         "tokens_per_s": speeds,
         "loads": {name: asdict(load) for name, load in LOADS.items()},
         "overlap_min_tokens": OVERLAP_MIN_TOKENS,
+        "max_step_tokens": MAX_STEP_TOKENS,
         "serving_tokens_per_s": serving,
     }
     report.finish("overlap", measured, given)

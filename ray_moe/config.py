@@ -151,8 +151,8 @@ class RouterConfig(Section):
     """Whether what prompts begin with is kept for others that begin the same."""
     overlap_min_tokens: Count | None = None
     """Steps of at least so many tokens are computed as two halves at once: while one is with the experts, the router
-    computes what is between them for the other. It pays where routers and experts have cores of their own; the experts'
-    weights are read once for each half."""
+    computes what is between them for the other. It pays for large steps (a few hundred tokens and more; see also
+    `max_step_tokens`) where routers and experts have cores of their own: experts' weights are read for each half."""
     expert_call_timeout_s: Seconds = 30
     """Seconds after which an unanswered call to an expert actor is sent again."""
     recovery_timeout_s: Seconds = 60

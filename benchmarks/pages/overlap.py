@@ -15,7 +15,7 @@ def page(data: report.Data) -> str:
     }
     loads, serving = data["loads"], data["serving_tokens_per_s"]
     served = {
-        f"{load['requests']} {kind} of {load['prompt'] if kind == 'prompts' else load['answer']} tokens": [
+        f"{load['requests']} {_what(load)}": [
             report.spread(serving[kind]["off"], 0),
             report.spread(serving[kind]["on"], 0),
             report.cell(serving[kind]["on"], serving[kind]["off"]),
@@ -33,8 +33,13 @@ def page(data: report.Data) -> str:
         "tokens a step. Runs take turns, and have the same losses to within 1e-5. Tokens per second of the median "
         f"step, and as a multiple of one at a time.\n\n{report.table(['tokens/s', 'ratio'], rows)}\n\n"
         "## Serving: halves of a step\n\n"
-        f"A router and an expert actor, with `router.overlap_min_tokens: {data['overlap_min_tokens']}` and without. "
-        "Requests that come together take turns, and have the same answers. All tokens computed, per second. A half of "
-        "a step reads the weights of as many experts as the whole does, so that little is left where few tokens share "
+        f"A router and an expert actor, steps of up to {data['max_step_tokens']:,} tokens, those of "
+        f"{data['overlap_min_tokens']} and more in two halves (`router.overlap_min_tokens`) or not. Requests that come "
+        "together take turns, and have the same answers. All tokens computed, per second. A half of a step reads the "
+        "weights of almost as many experts as the whole does, so nothing is gained where few tokens share "
         f"them.\n\n{report.table(['off, tokens/s', 'on, tokens/s', 'ratio'], served)}"
     )
+
+
+def _what(load: report.Data) -> str:
+    return f"prompts of {load['prompt']} tokens" if load["answer"] == 1 else f"answers of {load['answer']} tokens"

@@ -24,6 +24,7 @@ from ray_moe.models.rope import ChangingRope, has_changing_rope
 from ray_moe.runtime.kv_cache import KVPool
 from ray_moe.runtime.packing import MustGather, PackedCache, Segment, can_pack, pack, step_of
 from ray_moe.runtime.scheduler import Sequence, Work
+from ray_moe.runtime.turns import Turn, taking
 
 
 @dataclass(slots=True)
@@ -73,9 +74,11 @@ class DecoderStepper:
     def _packed(self, work: Work) -> torch.Tensor:
         at = cut(work, self._overlap_min_tokens)
         if at:
-            other = self._other_row.submit(copy_context().run, self._in_other_thread, work[at:])
+            turn = Turn()
+            other = self._other_row.submit(copy_context().run, self._in_other_thread, work[at:], turn)
             try:
-                logits = self._one_row(work[:at])
+                with taking(turn):
+                    logits = self._one_row(work[:at])
             finally:
                 failure = other.exception()  # whatever becomes of this one, nothing of the step goes on behind it
             if failure is not None:
@@ -88,8 +91,8 @@ class DecoderStepper:
             sequence.room.length = sequence.num_computed
         return logits
 
-    def _in_other_thread(self, work: Work) -> torch.Tensor:
-        with torch.inference_mode():
+    def _in_other_thread(self, work: Work, turn: Turn) -> torch.Tensor:
+        with torch.inference_mode(), taking(turn):
             return self._one_row(work)
 
     def _one_row(self, work: Work) -> torch.Tensor:

@@ -28,6 +28,7 @@ from torch import nn
 from ray_moe.errors import ExpertFailed, InvalidRequest, NotFound, Overloaded, RayMoEError, Unavailable
 from ray_moe.models.experts import install, moe_block
 from ray_moe.models.shared_ahead import SharedAhead, compute_ahead
+from ray_moe.runtime import turns
 from ray_moe.runtime.generation import GenerationLoop
 from ray_moe.runtime.kv_cache import KVPool
 from ray_moe.runtime.scheduler import Scheduler
@@ -206,9 +207,20 @@ class Engine:
         index: torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        shared = ahead.get(layer)
-        meanwhile = None if shared is None else shared.run
-        return self._dispatcher.forward(layer, hidden, index, weight, current.get(), meanwhile)
+        shared, turn = ahead.get(layer), turns.current.get()
+        if turn is None:
+            meanwhile = None if shared is None else shared.run
+            return self._dispatcher.forward(layer, hidden, index, weight, current.get(), meanwhile)
+
+        def wait() -> None:
+            if shared is not None:
+                shared.run()
+            turn.give()
+
+        try:
+            return self._dispatcher.forward(layer, hidden, index, weight, current.get(), wait)
+        finally:
+            turn.take()
 
     # --- one layer -------------------------------------------------------------------------------------------
     async def forward(self, layer: LayerPath, hidden: Array, routing: tuple[Array, Array] | None) -> Array:

@@ -70,6 +70,7 @@ def overlap_data() -> dict[str, Any]:
             "answers": {"requests": 32, "prompt": 8, "answer": 128},
         },
         "overlap_min_tokens": 16,
+        "max_step_tokens": 2048,
         "serving_tokens_per_s": {kind: {"off": [50.0] * 3, "on": [60.0] * 3} for kind in ("prompts", "answers")},
     }
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ray_moe.errors import Unavailable
 from ray_moe.models.experts import install
 from ray_moe.models.huggingface import Checkpoint
+from ray_moe.runtime import turns
 from ray_moe.runtime.decoder_only import DecoderStepper, cut
 from ray_moe.runtime.kv_cache import KVPool
 from ray_moe.runtime.scheduler import Sequence, Work
@@ -45,9 +46,16 @@ class Setting:
             one.cache = self._pool.begin(one.tokens, one.max_tokens)
 
     def _ask(self, path: str, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        self.before(hidden)
-        out: torch.Tensor = self._experts[path](hidden, index, weight)
-        return out
+        turn = turns.current.get()
+        if turn is not None:
+            turn.give()
+        try:
+            self.before(hidden)
+            out: torch.Tensor = self._experts[path](hidden, index, weight)
+            return out
+        finally:
+            if turn is not None:
+                turn.take()
 
     def step(self) -> torch.Tensor:
         """Compute all that is new, and generate a token of each sequence; the logits."""
