@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ class Setting:
         self.num_layers = len(every)
         self.before: Callable[[torch.Tensor], None] = lambda hidden: None
         """Called when experts are asked, with the [T, D] tokens, in the thread of their row."""
-        model = checkpoint.load_backbone()
+        model: Any = checkpoint.load_backbone()
         install(model, self._ask)
+        self.num_at_attention = self.most_at_attention = 0
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(lambda *_: self._at_attention(1))
+            layer.self_attn.register_forward_hook(lambda *_: self._at_attention(-1))
         self._stepper = DecoderStepper(model, overlap_min_tokens)
         self._pool = KVPool(2**20)
         self.sequences = [
@@ -56,6 +61,11 @@ class Setting:
         finally:
             if turn is not None:
                 turn.take()
+
+    def _at_attention(self, change: int) -> None:
+        self.num_at_attention += change
+        self.most_at_attention = max(self.most_at_attention, self.num_at_attention)
+        time.sleep(0.001)  # time for another thread to come here, too
 
     def step(self) -> torch.Tensor:
         """Compute all that is new, and generate a token of each sequence; the logits."""
@@ -92,6 +102,7 @@ def test_both_rows_are_with_the_experts_at_once_and_the_logits_are_the_same(fold
     assert sorted(number for _, number in first) == sorted([6, 12] * both.num_layers)  # 5 + 1 and 9 + 3 tokens
     assert {number for name, number in rows[2 * both.num_layers :]} == {2}
     assert len({name for name, _ in rows}) == 2
+    assert (both.num_at_attention, both.most_at_attention) == (0, 1)  # at the backbone they take turns
 
 
 def test_a_step_of_few_tokens_or_of_one_sequence_is_one_row(folder: Path) -> None:
