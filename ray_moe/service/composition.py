@@ -8,6 +8,7 @@ demo and the tests all start the service through `Service`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -36,6 +37,12 @@ from ray_moe.transport.settings import MemberCertificate
 from ray_moe.types import RouterAddress
 
 POLL_S = 0.1
+WATCH_EVERY_S = 5.0
+WATCH_TIMEOUT_S = 2.0
+SILENT_S = 30.0
+"""A controller that is only restarted answers again long before."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +226,10 @@ class Service:
                 )
             time.sleep(POLL_S)
 
-    def _ask(self) -> ClusterStatus | None:
+    def _ask(self, timeout_s: float = 10.0) -> ClusterStatus | None:
         """The controller's status; None while it is being restarted. Raises what the controller itself raised."""
         try:
-            status: ClusterStatus = ray.get(self._controller.status.remote(), timeout=10)
+            status: ClusterStatus = ray.get(self._controller.status.remote(), timeout=timeout_s)
         except RayTaskError as error:  # it is there, and asking again would end the same
             if isinstance(error.cause, RayMoEError):
                 raise error.cause from None
@@ -234,7 +241,12 @@ class Service:
         return status
 
     def wait(self) -> None:
-        """Block until SIGINT, SIGTERM or `stop` from another thread. Call it in the main thread."""
+        """Block until SIGINT, SIGTERM or `stop` from another thread. Call it in the main thread.
+
+        Meanwhile the log says when the controller is gone for long, because then nothing that is lost is replaced.
+        """
+        watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
+        watcher.start()
         previous = {
             number: signal.signal(number, lambda *_: self._stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -244,6 +256,27 @@ class Service:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            watcher.join()  # before Ray is left: nobody may ask afterwards
+
+    def _watch(self) -> None:
+        heard_s, is_gone = time.monotonic(), False
+        while not self._stopped.wait(WATCH_EVERY_S):
+            try:
+                answers = self._ask(WATCH_TIMEOUT_S) is not None
+            except RayMoEError:  # it is there
+                answers = True
+            if answers:
+                heard_s = time.monotonic()
+                if is_gone:
+                    logger.warning("the controller answers again")
+                is_gone = False
+            elif not is_gone and time.monotonic() - heard_s > SILENT_S:
+                is_gone = True
+                logger.error(
+                    "the controller has not answered for %.0f s: clients may be answered still, but what is lost is "
+                    "not replaced. If it stays like this, Ray has ended on this node: start the service again",
+                    SILENT_S,
+                )
 
     def stop(self) -> None:
         """Finish what was accepted within the configured grace, end every actor, and leave the cluster. Idempotent."""

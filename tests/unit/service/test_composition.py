@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
 from ray_moe.config import Config
 from ray_moe.errors import InvalidCheckpoint, RayMoEError
+from ray_moe.service import composition
 from ray_moe.service.composition import Service
 
 
@@ -32,6 +34,23 @@ def ask(monkeypatch: pytest.MonkeyPatch, error: Exception) -> object:
     service = Service(Config())
     service._controller = Unanswered(monkeypatch, error)
     return service._ask()
+
+
+def test_a_controller_that_stays_away_is_told_of_once_and_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(composition, "WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr(composition, "SILENT_S", 0.1)
+    service = Service(Config())
+    controller: Any = Unanswered(monkeypatch, ActorDiedError())
+    service._controller = controller
+    threading.Timer(0.5, lambda: setattr(controller, "error", task_error(RayMoEError("not whole")))).start()
+    threading.Timer(0.8, service._stopped.set).start()
+    service.wait()
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in said] == ["ERROR", "WARNING"]
+    assert "start the service again" in said[0][1]
+    assert said[1][1] == "the controller answers again"
 
 
 def task_error(cause: Exception) -> Exception:
