@@ -58,6 +58,17 @@ def test_two_actors_killed_in_turn_are_not_noticed_and_counted_right(service, cl
         assert sum(counts) - sum(before.tokens_per_expert[path]) == num_tokens * TOP_K
 
 
+def test_steps_of_two_rows_at_once_go_on_when_an_actor_dies(mixtral, serve, expected):
+    service = serve(mixtral[1], router={"overlap_min_tokens": 2})
+    with Client(service.address) as client:
+        before = client.status()
+        with undisturbed(service, expected):
+            os.kill(before.hosts[0].pid, signal.SIGKILL)
+        after = await_status(client, all_ready)
+    assert after.router.failed_requests == 0
+    assert after.router.retried_calls > before.router.retried_calls
+
+
 def test_two_actors_die_at_once_and_the_lifeboat_carries_their_experts(service, client, expected):
     before = client.status()
     with undisturbed(service, expected):
