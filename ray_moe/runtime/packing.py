@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -123,43 +124,32 @@ class PackedCache(MasklessCache):
         window: int | None = kwargs.get("sliding_window")
         if not self.gathers and self.given.get(layer) is not key:
             raise MustGather
-        # A single token, as in decoding, goes to the kernel without what `transformers` looks after around it.
+        seen = self._seen(layer, key, value, window)
+        # Single tokens, as in decoding, go to the kernel without what `transformers` looks after around it.
         is_plain = base == "sdpa" and all(kwargs.get(name) is None for name in ("position_bias", "softcap"))
-        if is_plain and not self.gathers and query.shape[2] == len(self.segments):
-            return self._attend_singly(layer, query, key.shape[1], window, kwargs.get("scaling"))
-        outputs, begin = [], 0
-        for one, asking in zip(self.segments, self._cut(query), strict=True):
+        first = len(list(takewhile(lambda one: one.length == 1, self.segments))) if is_plain else 0
+        outputs = [_attend_singly(query[:, :, :first], seen[:first], kwargs.get("scaling"))] if first else []
+        if first < len(self.segments):
+            for one, asking, (keys, values) in list(zip(self.segments, self._cut(query), seen, strict=True))[first:]:
+                mask = causal_mask(self.masks, base, query, one.length, keys.shape[2], window)
+                # A single token sees all that is left, and a first chunk what `sdpa` calls causal.
+                outputs.append(attend(module, asking, keys, values, mask, **kwargs)[0])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _seen(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, window: int | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each sequence, the [1, H, L, D] keys and values that its new tokens may see."""
+        seen, begin = [], 0
+        for one in self.segments:
+            first = 0 if window is None else max(0, one.total - (window + one.length - 1))
             if self.gathers:
-                keys, values = (part[:, :, begin : begin + one.total] for part in (key, value))
+                keys, values = (part[:, :, begin + first : begin + one.total] for part in (key, value))
                 begin += one.total
             else:
-                keys, values = one.cache.read(layer, one.total)
-            if window is not None and one.total > window + one.length - 1:  # before that nothing is seen from here
-                seen = window + one.length - 1
-                keys, values = keys[:, :, -seen:], values[:, :, -seen:]
-            if is_plain and one.length == 1:
-                outputs.append(_attend_one(asking, keys, values, kwargs.get("scaling")))
-                continue
-            mask = causal_mask(self.masks, base, query, one.length, keys.shape[2], window)
-            # A single token sees all that is left, and a first chunk what `sdpa` calls causal.
-            outputs.append(attend(module, asking, keys, values, mask, **kwargs)[0])
-        return torch.cat(outputs, 1)
-
-    def _attend_singly(
-        self, layer: int, query: torch.Tensor, num_groups: int, window: int | None, scale: float | None
-    ) -> torch.Tensor:
-        """`attend` where each sequence has one token, which sees all of its keys, or the last `window` of them.
-
-        The A / H heads that share keys go to them as one matrix, so that each key is read once.
-        """
-        num_heads, num_tokens, width = query.shape[1:]
-        asking = query[0].transpose(0, 1).reshape(num_tokens, num_groups, num_heads // num_groups, width).split(1)
-        outputs = []
-        for one, token in zip(self.segments, asking, strict=True):
-            begin = 0 if window is None else max(0, one.total - window)
-            keys, values = one.cache.read(layer, one.total, begin)
-            outputs.append(functional.scaled_dot_product_attention(token, keys, values, scale=scale))
-        return torch.cat(outputs).reshape(1, num_tokens, num_heads, -1)
+                keys, values = one.cache.read(layer, one.total, first)
+            seen.append((keys, values))
+        return seen
 
     def _cut(self, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[1, heads, Q, D] in the parts of the sequences."""
@@ -167,13 +157,21 @@ class PackedCache(MasklessCache):
         return parts
 
 
-def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """[1, A, 1, D] -> [1, 1, A, D]: a token that sees all of [1, H, L, D]. The A / H heads that share keys go to them
-    as one matrix, so that each key is read once."""
-    num_heads, num_groups = query.shape[1], keys.shape[1]
-    asking = query.reshape(1, num_groups, num_heads // num_groups, query.shape[3])
-    out = functional.scaled_dot_product_attention(asking, keys, values, scale=scale)
-    return out.reshape(1, 1, num_heads, values.shape[3])
+def _attend_singly(
+    query: torch.Tensor, seen: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float | None
+) -> torch.Tensor:
+    """[1, A, Q, D] -> [1, Q, A, D]: Q tokens of as many sequences, each of which sees all of its [1, H, L, D].
+
+    The A / H heads that share keys go to them as one matrix, so that each key is read once.
+    """
+    num_heads, num_tokens, width = query.shape[1:]
+    num_groups = seen[0][0].shape[1]
+    asking = query[0].transpose(0, 1).reshape(num_tokens, num_groups, num_heads // num_groups, width).split(1)
+    outputs = [
+        functional.scaled_dot_product_attention(token, keys, values, scale=scale)
+        for token, (keys, values) in zip(asking, seen, strict=True)
+    ]
+    return torch.cat(outputs).reshape(1, num_tokens, num_heads, -1)
 
 
 @contextmanager

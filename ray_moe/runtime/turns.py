@@ -17,18 +17,19 @@ class Turn:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mine = threading.local()
+        self._owner: int | None = None
+        """Of the lock: a thread."""
 
     def take(self) -> None:
         """Wait until it is this thread's; at once where it is already."""
-        if not getattr(self._mine, "has", False):
+        if self._owner != threading.get_ident():
             self._lock.acquire()
-            self._mine.has = True
+            self._owner = threading.get_ident()
 
     def give(self) -> None:
         """Let another thread have it; nothing happens where this one has not."""
-        if getattr(self._mine, "has", False):
-            self._mine.has = False
+        if self._owner == threading.get_ident():
+            self._owner = None
             self._lock.release()
 
 

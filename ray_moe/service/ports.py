@@ -9,7 +9,14 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
+
+from ray_moe.errors import InsufficientResources
+
+Listening = TypeVar("Listening")
+"""A listener, or its port."""
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """What Linux gives to who asks for any port, see ip(7)."""
@@ -28,6 +35,16 @@ def lasting(host: str) -> int:
     ports = range(_FIRST, min(_END, _first_ephemeral()))
     tried = random.sample(ports, min(NUM_TRIES, len(ports)))
     return next((port for port in tried if why_taken(host, port) is None), 0)
+
+
+async def listen(host: str, port: int, listen_at: Callable[[int], Awaitable[Listening]]) -> Listening:
+    """What `listen_at` gives for `port`, or for 0 at one that lasts, or at any where somebody was quicker there."""
+    if port:
+        return await listen_at(port)
+    try:
+        return await listen_at(lasting(host))
+    except InsufficientResources:
+        return await listen_at(0)
 
 
 def why_taken(host: str, port: int) -> str | None:

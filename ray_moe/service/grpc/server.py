@@ -117,12 +117,7 @@ class FrontDoor:
         Raises:
             InsufficientResources: the port is in use, or cannot be had for another reason, which is named.
         """
-        if self._port:
-            return await self._listen(self._port)
-        try:
-            return await self._listen(ports.lasting(self._host))
-        except InsufficientResources:  # somebody was quicker there
-            return await self._listen(0)
+        return await ports.listen(self._host, self._port, self._listen)
 
     async def take(self, port: int) -> bool:
         """Listen on another port too, unless somebody does; whether it does now."""

@@ -73,7 +73,7 @@ class HttpFrontDoor:
         Raises:
             InsufficientResources: the port is in use, or cannot be had for another reason, which is named.
         """
-        tls, listener = self._tls, await self._listen_where_wanted()
+        tls, listener = self._tls, await ports.listen(self._host, self._port, self._listen)
         config = uvicorn.Config(
             self._app,
             http=partial(ImpatientProtocol, read_timeout_s=self._limits.read_timeout_s),  # type: ignore[arg-type]
@@ -106,14 +106,6 @@ class HttpFrontDoor:
         await asyncio.wait([serving])
         await server.hang_up()
         serving.result()
-
-    async def _listen_where_wanted(self) -> socket.socket:
-        if self._port:
-            return await self._listen(self._port)
-        try:
-            return await self._listen(ports.lasting(self._host))
-        except InsufficientResources:  # somebody was quicker there
-            return await self._listen(0)
 
     async def _listen(self, port: int) -> socket.socket:
         """A socket that listens; the first of the host's addresses that can be had."""
