@@ -88,10 +88,19 @@ _begun: list[subprocess.Popen[bytes]] = []
 def begin(environment: Mapping[str, str]) -> None:
     """Start a warm process for the Ray that this process is about to start, with `environment` added to its own."""
     end()
-    command = [sys.executable, __file__, SERVE, str(os.getpid())]
-    _begun.append(
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, start_new_session=True)
-    )
+    listener = _bound(address_of(os.getpid()))  # here: whoever asks from now on is heard, however slowly it starts
+    if listener is None:
+        return
+    with listener:
+        _begun.append(
+            subprocess.Popen(
+                [sys.executable, __file__, SERVE, str(os.getpid()), str(listener.fileno())],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **environment},
+                start_new_session=True,
+                pass_fds=[listener.fileno()],
+            )
+        )
     os.environ[OWNER] = str(os.getpid())
 
 
@@ -163,7 +172,6 @@ def serve(listener: socket.socket, owner: int, own: bytes | None = None) -> byte
     """
     Path("/proc/self/comm").write_text(NAME)
     with listener:
-        listener.listen(128)  # who asks before the imports are made waits for them
         alive = os.pidfd_open(owner)
         for module in MODULES:
             importlib.import_module(module)
@@ -187,10 +195,11 @@ def serve(listener: socket.socket, owner: int, own: bytes | None = None) -> byte
 
 
 def _bound(address: str) -> socket.socket | None:
-    """For `serve`; None where somebody has that address."""
+    """For `serve`, and who asks before that is ready waits for it; None where somebody has that address."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         listener.bind(address)
+        listener.listen(128)
     except OSError:
         listener.close()
         return None
@@ -250,10 +259,9 @@ def main(arguments: Sequence[str]) -> None:
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
-def _serve_only(owner: int) -> None:
+def _serve_only(owner: int, listener: socket.socket) -> None:
     """What `begin` starts."""
-    listener = _bound(address_of(owner))
-    wanted = None if listener is None else serve(listener, owner)
+    wanted = serve(listener, owner)
     if wanted is not None:
         become(wanted)
 
@@ -261,6 +269,6 @@ def _serve_only(owner: int) -> None:
 if __name__ == "__main__":
     del sys.path[0]  # this folder
     if sys.argv[1] == SERVE:
-        _serve_only(int(sys.argv[2]))
+        _serve_only(int(sys.argv[2]), socket.socket(fileno=int(sys.argv[3])))
     else:
         main(sys.argv[1:])

@@ -134,6 +134,17 @@ def test_many_at_once_make_one_warm_process_which_ends_with_its_owner(script: Pa
     _until(lambda: not _is_alive(parent))
 
 
+def test_who_asks_at_once_is_heard_by_one_that_has_hardly_begun() -> None:
+    warm.begin({})
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            asking.connect(warm.address_of(os.getpid()))
+    finally:
+        warm.end()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking, pytest.raises(ConnectionRefusedError):
+        asking.connect(warm.address_of(os.getpid()))
+
+
 def test_one_may_be_begun_before_there_is_a_raylet(script: Path, tmp_path: Path) -> None:
     warm.begin({})
     raylet = Raylet(script)
