@@ -154,8 +154,8 @@ def measure_batch(table: RoutingTable, num_tokens: int) -> dict[str, float]:
     idle = (np.zeros(len(where.hosts) + 1), np.zeros(len(where.hosts) + 1))
 
     def split() -> list[HostShare]:
-        host = None if where.replicas is None else where.hosts_of(slots, lambda hosts: idle)
-        return split_by_host(slots, where.owner, top_k, None, host)
+        owner, host = where.hosts_of(slots, lambda hosts: idle)
+        return split_by_host(slots, owner, top_k, None, host)
 
     hidden = torch.zeros(num_tokens, WIDTH, dtype=torch.bfloat16)
     weight = torch.full((num_tokens, top_k), 1 / top_k, dtype=torch.bfloat16)

@@ -50,8 +50,8 @@ def about(settings: Settings, extra: Sequence[str]) -> dict[str, str]:
     threads = f"{settings.cores} threads"
     changed = f", but for {', '.join(extra)}" if extra else ""
     return {
-        OURS: f"`ray-moe serve` with a Ray of its own: a router of {threads} and {settings.actors} expert actors of "
-        f"one each{changed}.",
+        OURS: f"`ray-moe serve` with a Ray of its own: a router of {threads} and {settings.actors} expert actors of as "
+        f"many each, since they are seldom all busy at once{changed}.",
         IN_PROCESS: f"the same engine and HTTP door in one process of {threads}, without Ray and dispatcher: each "
         "layer's tokens go straight to the grouped experts module of `transformers` (`benchmarks/one_process.py`). "
         "A router with room for all experts (`expert_cache_bytes`) would be an easier rival, as it still dispatches.",

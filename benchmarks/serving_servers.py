@@ -39,11 +39,15 @@ class Contestant:
 
 
 def ray_moe(name: str, model: Path, num_actors: int, num_threads: int, extra: Sequence[str]) -> Contestant:
-    """`ray-moe serve` with a Ray of its own, a router of `num_threads`, and `extra` settings (KEY=VALUE)."""
+    """`ray-moe serve` with a Ray of its own, all its processes of `num_threads`, and `extra` settings (KEY=VALUE).
+
+    All may use all cores: a router waits while its experts are computed, and of two actors one is done sooner.
+    """
     settings = {
         "model_name": model,
         "server.http_port": "{port}",
         "router.num_threads": num_threads,
+        "experts.num_threads": num_threads,
         "ray.num_cpus": num_actors + 1,
         "ray.auth": "disabled",
     }

@@ -35,6 +35,10 @@ calls and T for each host, and together it costs a sort of all rows."""
 FEW_TO_SORT = 4096
 """Slots up to which numpy sorts them in less time than it takes to have a GPU do it (some 0.1 ms)."""
 
+FEW_TOKENS = 64
+"""Where no more are in a batch, and a host gets as many rows, all go there: to find the one it does not need costs more
+than to send it."""
+
 BITS_16 = 2**15
 """Keys below this fit in 16 bits."""
 
@@ -53,7 +57,7 @@ class HostShare:
     slot: Ints
     """[n] the slot that each row answers; rows are grouped by expert, slots ascending within one."""
     gather: Ints | None
-    """[t] ascending tokens that go to this host; None when all T do."""
+    """[t] ascending tokens that go to this host; None when all T do, and perhaps one that it has no use for."""
     token: npt.NDArray[np.int32] | None
     """[n] position among the t tokens of each row; None when row r is token r."""
     experts: list[int]
@@ -80,12 +84,52 @@ def split_by_host(
     """
     if len(index) <= FEW_SLOTS:
         return _split_few(index, owner, top_k, slot, host)
-    num_keys = len(owner)
     num_tokens = len(index) // top_k if slot is None else None
-    largest_host = int((owner if host is None else host).max(initial=0))
-    if host is None:
-        host = owner[index]
-    key = host * num_keys + index
+    order, experts, counts, homes = (
+        _order_by_owner(index, owner) if host is None else _order_by_host(index, host, len(owner))
+    )
+    if not len(order):
+        return []
+    slot = order if slot is None else slot[order]
+    host_starts = _starts(homes)
+    firsts = [*host_starts.tolist(), len(homes)]
+    ends = [0, *np.cumsum(counts).tolist()]
+    begins = [ends[first] for first in firsts]
+    token = slot // top_k
+    if len(host_starts) > max(FEW_HOSTS, len(order) // MANY_ROWS) and int(homes[-1]) < BITS_16:
+        tokens = _tokens_of_hosts(token, begins, num_tokens)
+    else:
+        tokens = [_tokens_once(token[begin:end], num_tokens) for begin, end in itertools.pairwise(begins)]
+    names, numbers = experts.tolist(), counts.tolist()
+    return [
+        HostShare(home, slot[begin:end], gather, position, names[first:last], numbers[first:last])
+        for home, begin, end, (gather, position), first, last in zip(
+            homes[host_starts].tolist(), begins, begins[1:], tokens, firsts, firsts[1:], strict=False
+        )
+    ]
+
+
+Order: TypeAlias = tuple[Ints, Ints, Ints, Ints]
+"""[n] what sorts those slots that go somewhere by host and then by expert; of each such group: expert, rows, host."""
+
+
+def _order_by_owner(index: Ints, owner: Ints) -> Order:
+    """Where all slots of an expert go to one host: the experts are sorted, and the slots only by them."""
+    count = np.bincount(index, minlength=len(owner))
+    experts = (count * (owner >= 0)).nonzero()[0]
+    homes = owner[experts]
+    by_home = np.argsort(homes, kind="stable")
+    experts, homes = experts[by_home], homes[by_home]
+    counts = count[experts]
+    rank = np.full(len(owner), len(experts), dtype=np.int16 if len(owner) < BITS_16 else np.int64)
+    rank[experts] = np.arange(len(experts))
+    order = np.argsort(rank[index], kind="stable")[: int(counts.sum())]
+    return order, experts, counts, homes
+
+
+def _order_by_host(index: Ints, host: Ints, num_keys: int) -> Order:
+    """Where each slot has its own host. Args: num_keys: above all of `index`."""
+    key, largest_host = host * num_keys + index, int(host.max(initial=0))
     if (largest_host + 1) * num_keys < BITS_16:
         order = _sorted(key)
     else:  # the last key first
@@ -93,32 +137,11 @@ def split_by_host(
         order = order[_sorted(host[order]) if largest_host < BITS_16 else np.argsort(host[order], kind="stable")]
     if len(order) and host.min() < 0:
         order = order[np.count_nonzero(host < 0) :]  # negative keys come first
-    if not len(order):
-        return []
     key = key[order]
-    slot = order if slot is None else slot[order]
     starts = _starts(key)
     groups = key[starts]
-    counts = np.empty(len(starts), dtype=np.int64)
-    np.subtract(starts[1:], starts[:-1], out=counts[:-1])
-    counts[-1] = len(key) - starts[-1]
-    group_host = groups // num_keys
-    group_expert = groups - group_host * num_keys
-    host_starts = _starts(group_host)
-    begins = [*starts[host_starts].tolist(), len(key)]
-    firsts = [*host_starts.tolist(), len(groups)]
-    token = slot // top_k
-    if len(host_starts) > max(FEW_HOSTS, len(key) // MANY_ROWS) and largest_host < BITS_16:
-        tokens = _tokens_of_hosts(token, begins, num_tokens)
-    else:
-        tokens = [_tokens_once(token[begin:end], num_tokens) for begin, end in itertools.pairwise(begins)]
-    experts, numbers = group_expert.tolist(), counts.tolist()
-    return [
-        HostShare(home, slot[begin:end], gather, position, experts[first:last], numbers[first:last])
-        for home, begin, end, (gather, position), first, last in zip(
-            group_host[host_starts].tolist(), begins, begins[1:], tokens, firsts, firsts[1:], strict=False
-        )
-    ]
+    homes = groups // num_keys
+    return order, groups - homes * num_keys, np.diff(starts, append=len(key)), homes
 
 
 def _sorted(key: Ints) -> Ints:
@@ -130,9 +153,9 @@ def _sorted(key: Ints) -> Ints:
 
 
 def _starts(values: Ints) -> Ints:
-    """Where each run of equal values begins; `values` is not empty."""
+    """Where each run of equal values begins."""
     is_start = np.empty(len(values), dtype=bool)
-    is_start[0] = True
+    is_start[:1] = True
     np.not_equal(values[1:], values[:-1], out=is_start[1:])
     return is_start.nonzero()[0]  # np.diff and np.flatnonzero take four times as long for a few dozen
 
@@ -204,7 +227,7 @@ def _split_few(index: Ints, owner: Ints, top_k: int, slot: Ints | None, host: In
         for expert, _ in rows:
             counts[expert] = counts.get(expert, 0) + 1
         token = [number // top_k for _, number in rows]
-        distinct = sorted(set(token))
+        distinct = list(range(len(index) // top_k)) if _gets_all(len(rows), num_tokens) else sorted(set(token))
         position = {number: place for place, number in enumerate(distinct)}
         shares.append(
             HostShare(
@@ -219,9 +242,17 @@ def _split_few(index: Ints, owner: Ints, top_k: int, slot: Ints | None, host: In
     return shares
 
 
+def _gets_all(num_rows: int, num_tokens: int | None) -> bool:
+    """Whether a host of so many rows is sent all of a batch's tokens (None: of a part of its slots)."""
+    return num_tokens is not None and num_tokens <= FEW_TOKENS and num_rows >= num_tokens
+
+
 def _tokens_once(token: Ints, num_tokens: int | None) -> Tokens:
-    """From the token of each row [n]: the distinct tokens (None: all `num_tokens`) and each row's place among them."""
+    """From the token of each row [n]: the tokens to send (None: all `num_tokens`) and each row's place among them."""
     num_rows = len(token)
+    if _gets_all(num_rows, num_tokens):
+        in_order = num_rows == num_tokens and bool((token == np.arange(num_rows)).all())
+        return None, None if in_order else token.astype(np.int32)
     last = int(token.max())
     present = np.zeros(last + 1, dtype=bool)
     present[token] = True
@@ -261,6 +292,10 @@ def _tokens_of_hosts(token: Ints, begins: list[int], num_tokens: int | None) -> 
     result: list[Tokens] = []
     first = 0
     for begin, end, last, in_place in zip(begins, begins[1:], ends.tolist(), is_in_place.tolist(), strict=False):
+        if _gets_all(end - begin, num_tokens):
+            result.append(_tokens_once(token[begin:end], num_tokens))
+            first = last
+            continue
         gather = None if last - first == num_tokens else distinct[first:last]
         result.append((gather, None if in_place and end - begin == last - first else position[begin:end]))
         first = last

@@ -162,29 +162,51 @@ class StackedExperts:
         return nn.Parameter(parameter.detach()[where].clone(), requires_grad=False)
 
 
-def can_run_as_one(groups: Sequence[ExpertGroup]) -> bool:
-    """Whether `run_as_one` does what running each would: on the CPU, where each expert is a product of its own."""
-    first = groups[0]
-    return (
-        isinstance(first, StackedExperts)
-        and first.device.type == "cpu"
-        and all(type(group) is type(first) and type(group.module) is type(first.module) for group in groups)
-    )
+class JoinedExperts:
+    """Experts of one layer, in one group or several, computed as one: on the CPU, where each is a product of its own.
 
-
-def run_as_one(
-    groups: Sequence[ExpertGroup], experts: Sequence[int], rows: torch.Tensor, counts: Sequence[int]
-) -> torch.Tensor:
-    """[n, D] -> [n, D]: the first ``counts[0]`` rows through the local expert ``experts[0]`` of ``groups[0]``, ...
-
-    Experts of one layer that came one by one, as copies and those of a cache do, are groups of one each.
+    Experts that came one by one, as copies and those of a cache do, are groups of one each. The views of the weights
+    stay: to make them anew takes as long as half of all products of a decoding step with small experts.
     """
-    modules = [cast(StackedExperts, group).module for group in groups]
 
-    def weights(name: str) -> list[torch.Tensor]:
-        return [getattr(module, name)[expert] for module, expert in zip(modules, experts, strict=True)]
+    def __init__(self, place: Mapping[int, tuple[StackedExperts, int]]) -> None:
+        """Args: place: the group of each expert, whatever its number here, and its local number there."""
+        self._place = place
+        self._module = next(iter(place.values()))[0].module
+        turns = not self._module.is_transposed and not computes_rows(self._module)
+        self._turned = {"gate_up_proj", "up_proj", "down_proj"} if turns else set[str]()
+        self._views: dict[str, dict[int, torch.Tensor]] = {}
 
-    return _compute(modules[0], rows, counts, weights)
+    @classmethod
+    def of(cls, place: Mapping[int, tuple[ExpertGroup, int]]) -> JoinedExperts | None:
+        """None where that is not how they compute."""
+        groups = {id(group): group for group, _ in place.values()}.values()
+        first = next(iter(groups))
+        if (
+            isinstance(first, StackedExperts)
+            and first.device.type == "cpu"
+            and all(type(group) is type(first) and type(group.module) is type(first.module) for group in groups)
+        ):
+            return cls(cast(Mapping[int, tuple[StackedExperts, int]], place))
+        return None
+
+    def run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """[n, D] -> [n, D]: as `ExpertGroup.run`, without gradients."""
+        return _compute(self._module, rows, counts, lambda name: self._weights(name, experts))
+
+    def _weights(self, name: str, experts: Sequence[int]) -> list[torch.Tensor]:
+        views = self._views.setdefault(name, {})
+        for expert in experts:
+            if expert not in views:
+                group, local = self._place[expert]
+                weight = getattr(group.module, name)[local]
+                views[expert] = weight.t() if name in self._turned else weight
+        kind = _Turned if name in self._turned else list
+        return kind([views[expert] for expert in experts])
+
+
+class _Turned(list[torch.Tensor]):
+    """Matrices as they are multiplied by, [in, out], however they are stored."""
 
 
 @torch.no_grad()
@@ -377,8 +399,9 @@ def _grouped_linear(
             out.register_hook(torch.Tensor.contiguous)  # its backward refuses a gradient that was expanded, as of a sum
     else:
         counts = list(ends.counts)
-        parts = rows.split(counts)
-        oriented = [matrix if module.is_transposed else matrix.t() for matrix in matrices]  # [in, out]
+        parts = torch.split_with_sizes(rows, counts)
+        is_turned = module.is_transposed or isinstance(matrices, _Turned)
+        oriented = list(matrices) if is_turned else [matrix.t() for matrix in matrices]  # [in, out]
         if not oriented:
             return rows  # none
         if torch.is_grad_enabled():
@@ -386,7 +409,7 @@ def _grouped_linear(
         else:
             # torch's own grouped product on the CPU is this loop, over all experts instead of those touched.
             out = rows.new_empty(len(rows), oriented[0].shape[-1])
-            for part, matrix, into in zip(parts, oriented, out.split(counts), strict=True):
+            for part, matrix, into in zip(parts, oriented, torch.split_with_sizes(out, counts), strict=True):
                 torch.mm(part, matrix, out=into)
     if module.has_bias:
         bias = weights(f"{name}_bias")

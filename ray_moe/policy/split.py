@@ -14,6 +14,7 @@ Shape legend: E experts, R replicas, H hosts, n experts touched.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -285,8 +286,10 @@ def _pass_on(
     """
     if not held:
         return False
-    top = max(held, key=lambda host: level[host])
+    top = max(held, key=level.__getitem__)
     most = level[top]
+    if all(level[host] + cost[host] >= most - 1e-9 for host in set(itertools.chain.from_iterable(homes))):
+        return False
     came_by: dict[int, int] = {top: NOWHERE}  # host -> item that would move there
     queue = [top]
     for giver in queue:

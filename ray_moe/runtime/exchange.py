@@ -266,8 +266,8 @@ class Exchange:
 
     def _shares(self, routes: LayerRoutes, pending: Ints | None) -> list[HostShare]:
         index = self._slots if pending is None else self._slots[pending]
-        host = None if routes.replicas is None else routes.hosts_of(index, self._router.lines.load)
-        return split_by_host(index, routes.owner, self._top_k, pending, host)
+        owner, host = routes.hosts_of(index, self._router.lines.load)
+        return split_by_host(index, owner, self._top_k, pending, host)
 
     def _next_number(self) -> int:
         self._num_sent += 1

@@ -13,13 +13,12 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ray_moe.errors import ExpertFailed, InvalidRequest, NotFound, RayMoEError, StaleRouting, WireError
-from ray_moe.ops.experts import ExpertArrays, ExpertGroup, SeparableGroup, can_run_as_one, pack, run_as_one
+from ray_moe.ops.experts import ExpertArrays, ExpertGroup, JoinedExperts, SeparableGroup, pack
 from ray_moe.transport.base import TRAINING, ExpertCall, ExpertReply
 from ray_moe.types import HostId, LayerPath
 
@@ -34,7 +33,6 @@ class Trainees(Protocol):
     def flops(self, call: ExpertCall) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
 class _Held:
     """The experts of one layer, in one version, on this host.
 
@@ -42,27 +40,28 @@ class _Held:
     its group.
     """
 
-    place: Mapping[int, tuple[ExpertGroup, int]]
-    """Global index -> its group, and its local number there."""
+    def __init__(self, place: Mapping[int, tuple[ExpertGroup, int]]) -> None:
+        self.place = place
+        """Global index -> its group, and its local number there."""
+        self.first = next(iter(place.values()))[0]
+        """One of the groups; of all of them it has the device."""
+        self.device = self.first.device
+        self._joined = JoinedExperts.of(place)
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:
         return tuple({id(group): group for group, _ in self.place.values()}.values())
 
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.place.values()))[0].device
-
     def run(self, rows: torch.Tensor, experts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """[n, D] -> [n, D] through global `experts`, ``counts[i]`` rows each."""
         if not experts:
-            return self.groups[0].run(rows, [], [])
+            return self.first.run(rows, [], [])
+        if self._joined is not None:
+            return self._joined.run(rows, experts, counts)
         places = [self.place[expert] for expert in experts]
         first = places[0][0]
         if all(group is first for group, _ in places):
             return first.run(rows, [local for _, local in places], counts)
-        if can_run_as_one(groups := [group for group, _ in places]):
-            return run_as_one(groups, [local for _, local in places], rows, counts)
         parts = rows.split(list(counts))
         outs: list[torch.Tensor] = [rows] * len(places)
         for one in {id(group): group for group, _ in places}.values():
@@ -205,7 +204,7 @@ class ExpertHost:
         if call.version == TRAINING:
             return 0 if self.trainees is None else self.trainees.flops(call)
         held = self._layers.get((call.version, call.layer))
-        return 0 if held is None else next(iter(held.place.values()))[0].flops_per_row * call.num_rows
+        return 0 if held is None else held.first.flops_per_row * call.num_rows
 
     def run(self, calls: Sequence[ExpertCall]) -> list[Outcome]:
         """Compute `calls`, those of one layer and version together. One outcome per call, in order.

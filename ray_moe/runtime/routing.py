@@ -79,16 +79,20 @@ class LayerRoutes:
             order = self._orders[device] = DeviceOrder(self.owner, device)
         return order
 
-    def hosts_of(self, index: Ints, load: Load) -> Ints | None:
-        """[m] expert of each slot (E is the sentinel) -> [m] host number of each; None where `owner` says it all."""
+    def hosts_of(self, index: Ints, load: Load) -> tuple[Ints, Ints | None]:
+        """[m] expert of each slot (E is the sentinel) -> where they go, as `ops/dispatch.split_by_host` wants it.
+
+        Returns: [E + 1] host number of each expert; and [m] of each slot, which then counts instead, if an expert is
+        split, else None.
+        """
         replicas = self.replicas
         if replicas is None:
-            return None
+            return self.owner, None
         rows, experts = load(self.hosts)
         num_experts = len(self.owner) - 1
         count = np.bincount(index, minlength=num_experts + 1)[:num_experts]
         if count.max(initial=0) > FEW_ROWS:
-            return spread(index, replicas.host, split_tokens(count, replicas, self.speed, rows))
+            return self.owner, spread(index, replicas.host, split_tokens(count, replicas, self.speed, rows))
         touched = count.nonzero()[0]
         # The turns of a host add up to less than 1 / (1 - FADING), so these stay below one expert.
         chosen = choose_replicas(touched, replicas, self.speed, experts + self.turns * 0.05)
@@ -96,8 +100,7 @@ class LayerRoutes:
         home[touched] = replicas.host[chosen]
         self.turns[:] *= FADING
         self.turns[:] += np.bincount(home[touched], count[touched] / max(1, len(index)), len(self.turns))
-        of_slot: Ints = home[index]
-        return of_slot
+        return home, None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ray_moe.models.experts import experts_modules, install
 from ray_moe.models.families import adapt
 from ray_moe.models.huggingface import Checkpoint
-from ray_moe.ops.experts import StackedExperts, can_run_as_one
+from ray_moe.ops.experts import JoinedExperts, StackedExperts
 from ray_moe.ops.routed_experts import Handler
 from ray_moe.runtime.expert_host import ExpertHost
 from ray_moe.transport.base import ExpertCall, ExpertReply
@@ -108,7 +108,7 @@ def test_groups_of_one_layer_answer_together_what_each_would_alone(family: str, 
             host.hold(path, [expert], groups[expert])
         experts = list(range(0, spec.num_experts, 2)) or [0]
         counts = [1 + expert % 3 for expert in experts]
-        assert len(experts) == 1 or can_run_as_one([groups[expert] for expert in experts])
+        assert JoinedExperts.of({expert: (groups[expert], 0) for expert in experts}) is not None
         rows = torch.randn(sum(counts), spec.hidden_size)
         (reply,) = host.run([ExpertCall(path, 0, rows, None, None, experts, counts)])
         assert isinstance(reply, ExpertReply), reply

@@ -21,9 +21,8 @@ def routes_of(*homes: tuple[str, ...]) -> LayerRoutes:
 
 
 def homes_of(routes: LayerRoutes, index: np.ndarray, rows: tuple[float, ...] = (0, 0, 0, 0)) -> np.ndarray:
-    homes = routes.hosts_of(index, lambda hosts: (np.array(rows, dtype=float), np.zeros(4)))
-    assert homes is not None
-    return homes
+    owner, host = routes.hosts_of(index, lambda hosts: (np.array(rows, dtype=float), np.zeros(4)))
+    return owner[index] if host is None else host
 
 
 @pytest.mark.parametrize("rows", [1, 5, FEW_ROWS])
