@@ -24,7 +24,8 @@ test: $(STAMP) browser  ## the whole suite
 
 # Unit tests that open sockets, start processes, build whole models or train take longer than all others; `make test` has
 # them.
-SLOWER := transport service client training models cluster docs ops/gates ops/methods ops/architectures
+SLOWER := transport service client training models cluster docs benchmarks ops/gates ops/methods ops/architectures \
+  actors/test_warm.py ops/test_quantized_training.py
 
 check: $(STAMP)  ## format, lint, types, import layers, unit tests without sockets (two minutes)
 	@$(BIN)/ruff format --check .

@@ -70,7 +70,7 @@ class ExpertsConfig(Section):
     label_selector: Annotated[dict[str, str], AfterValidator(check_label_selector)] = {}  # noqa: RUF012
     """Labels of the nodes that may hold experts, e.g. `{market-type: spot}`; also `!spot`, `in(a,b)`, `!in(a,b)`."""
     num_threads: Annotated[int, Field(ge=1, le=1024), Number] = 1
-    """Threads each actor computes with."""
+    """Threads each actor computes with. Those that share cores may each have as many as there are cores."""
     spare_slots: Annotated[int, Field(ge=0), Number] = 1
     """Experts of each layer that an actor may hold beyond its equal share: room for replicas of the hot ones, for those
     of a lost actor, and for moving."""

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from ray_moe.service.admission import Admission
@@ -48,6 +48,9 @@ def routes(backend: Backend, admission: Admission) -> list[Route]:
     async def page(request: Request) -> Response:
         return await files.answer("index.html", request.headers)
 
+    async def with_slash(request: Request) -> Response:
+        return RedirectResponse("../dashboard", 308)  # from where the page names its files; a proxy may add to the path
+
     async def file(request: Request) -> Response:
         return await files.answer(request.path_params["name"], request.headers)
 
@@ -70,6 +73,7 @@ def routes(backend: Backend, admission: Admission) -> list[Route]:
 
     return [
         Route("/dashboard", page, methods=["GET"]),
+        Route("/dashboard/", with_slash, methods=["GET"]),
         Route("/dashboard/static/{name}", file, methods=["GET"]),
         Route("/dashboard/api/state", state, methods=["GET"]),
         Route("/dashboard/api/plan", action(actions.plan), methods=["POST"]),

@@ -77,6 +77,11 @@ async def test_the_page_and_its_files_may_run_nothing_but_themselves(client: htt
     assert not re.search(r"<script(?! type=\"module\" src=)|<style|\s(style|on\w+)=", page.text)
 
 
+async def test_with_a_slash_at_its_end_the_page_is_found_as_well(client: httpx.AsyncClient) -> None:
+    page = await client.get("/dashboard/", follow_redirects=True)
+    assert (page.status_code, page.url.path) == (200, "/dashboard")
+
+
 async def test_files_are_asked_for_again_and_sent_once(client: httpx.AsyncClient) -> None:
     first = await client.get("/dashboard/static/app.js")
     again = await client.get("/dashboard/static/app.js", headers={"if-none-match": first.headers["etag"]})
