@@ -142,6 +142,7 @@ SEAMS = (
     Seam(_R + "expert_host", "ExpertHost._check", "experts: checks"),
     Seam(_R + "expert_host", "ExpertHost._rows", "experts: rows gathered"),
     Seam(_R + "expert_host", "_weigh", "experts: weighted sums"),
+    Seam("ray_moe.ops.experts", "JoinedExperts.run", "experts: products"),
     Seam("ray_moe.ops.experts", "StackedExperts.run", "experts: products"),
     Seam("ray_moe.ops.experts", "SeparateExperts.run", "experts: products"),
     # Training: a worker.
