@@ -3,8 +3,8 @@
 `python benchmarks/soak.py [--minutes 10] [--kill-every 60]`. Two routers and three expert actors serve a tiny model to
 clients of three kinds (our own, `openai`, `tritonclient`), whose greedy output is compared with what `transformers`
 generates. Beside them, clients cancel and hang up at random, others send what is oversized or malformed and must be
-told so, and every minute an expert actor is killed. With `--record` results go to `benchmarks/results/soak.{json,md}`;
-exit status 1 when an answer was wrong or a valid request failed.
+told so, and every minute an expert actor is killed. Results go to `benchmarks/results/soak.{json,md}`; exit
+status 1 when an answer was wrong or a valid request failed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `python benchmarks/train_serve.py [--steps 200] [--publish-every 10] [--clients 8]`. One service serves a tiny model of
 bytes while its own expert actors are trained; every few steps the weights are published, and the clients, which stream
 greedily all the while, are answered with them from then on. Each answer is compared with what `transformers` generates
-from each published folder. With `--record` results go to `benchmarks/results/train_serve.{json,md}`; exit status 1 when
+from each published folder. Results go to `benchmarks/results/train_serve.{json,md}`; exit status 1 when
 a request failed, an answer was of no version, or a client was taken back to an older one.
 """
 
