@@ -36,8 +36,8 @@ FEW_TO_SORT = 4096
 """Slots up to which numpy sorts them in less time than it takes to have a GPU do it (some 0.1 ms)."""
 
 FEW_TOKENS = 64
-"""Where no more are in a batch, and a host gets as many rows, all go there: to find the one it does not need costs more
-than to send it."""
+"""Where no more are in a batch, and a host gets at least as many rows, all go there: to find out which it needs costs
+more than to send the others, and they are never more than the rows that come back."""
 
 BITS_16 = 2**15
 """Keys below this fit in 16 bits."""
@@ -57,7 +57,7 @@ class HostShare:
     slot: Ints
     """[n] the slot that each row answers; rows are grouped by expert, slots ascending within one."""
     gather: Ints | None
-    """[t] ascending tokens that go to this host; None when all T do, and perhaps one that it has no use for."""
+    """[t] ascending tokens that go to this host; None when all T do, and perhaps some that it has no use for."""
     token: npt.NDArray[np.int32] | None
     """[n] position among the t tokens of each row; None when row r is token r."""
     experts: list[int]

@@ -105,6 +105,8 @@ class ExpertHost:
             experts: global indices; the group's local number is the position in the list.
             group: how they are computed.
         """
+        if not experts:
+            return
         with self._changing:
             place = self._without(layer, experts, (version,))[version]
             place.update({expert: (group, local) for local, expert in enumerate(experts)})

@@ -85,6 +85,12 @@ def groups_of(whole, *parts):
     return host
 
 
+def test_no_experts_are_no_layer(whole):
+    host = ExpertHost("expert-0")
+    host.hold(LAYER, [], StackedExperts(whole.shard([1])))
+    assert host.held() == {}
+
+
 def test_experts_are_added_replaced_and_dropped(whole):
     host = groups_of(whole, [1, 3], [0], [3, 5])
     assert host.held() == {LAYER: [0, 1, 3, 5]}
